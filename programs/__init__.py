@@ -1,0 +1,49 @@
+"""Programs: what runs. Signatures, prompts, stages, templates, rollouts and metrics; no torch, no Lightning."""
+
+from cotune.programs.example import Example, content_id
+from cotune.programs.lm import LM, Completion, Request, Sampling
+from cotune.programs.metrics import Metric, exact_match, first_line_number
+from cotune.programs.multihop import MultiHopQA
+from cotune.programs.program import Call, Program, Stage
+from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
+from cotune.programs.reasoning import DescribeThenDecide, Predict
+from cotune.programs.retrieval import BM25, Retriever
+from cotune.programs.rollout import Failure, FaultyProgramError, Rollout, Step, mean_score, rollouts
+from cotune.programs.signature import Signature
+from cotune.programs.template import ChatTemplate, ParseError, Template
+
+__all__ = [
+    "BM25",
+    "LM",
+    "Call",
+    "ChatTemplate",
+    "Completion",
+    "Demo",
+    "DescribeThenDecide",
+    "Example",
+    "Failure",
+    "FaultyProgramError",
+    "Metric",
+    "MultiHopQA",
+    "ParseError",
+    "Predict",
+    "Program",
+    "Prompt",
+    "Prompts",
+    "Request",
+    "Retriever",
+    "Rollout",
+    "Sampling",
+    "Signature",
+    "Stage",
+    "Step",
+    "Template",
+    "content_id",
+    "exact_match",
+    "first_line_number",
+    "mean_score",
+    "prompts_from_dict",
+    "prompts_id",
+    "prompts_to_dict",
+    "rollouts",
+]

@@ -1,0 +1,39 @@
+"""Examples: what a program is asked, and the labels of its final answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data.
+
+    Attributes:
+        id: stable name of the row; splits, seeds and diagnosis go by it.
+        inputs: keyword arguments of `Program.run`.
+        labels: what the metric compares the final prediction with. Nothing here is about intermediate stages.
+    """
+
+    id: str
+    inputs: Mapping[str, Any]
+    labels: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], labels: Mapping[str, Any], *, id: str = "") -> Example:
+        """An example whose id, when none is given, is a hash of its content.
+
+        >>> Example.of({"question": "1+1"}, {"answer": "2"}).id
+        '823ad695d12b'
+        """
+        return cls(str(id) or content_id(inputs, labels), dict(inputs), dict(labels))
+
+
+def content_id(*parts: Any) -> str:
+    """Twelve hex digits of the SHA-256 of JSON-like parts."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

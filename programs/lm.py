@@ -1,0 +1,67 @@
+"""The LM as programs see it: one batched method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cotune.programs.template import Message
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
+        top_p: sample among the fewest tokens whose probabilities add up to this (nucleus sampling), in (0, 1].
+        max_new_tokens: longest completion, in tokens.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is below 0; 0 is greedy, 1 samples as the LM predicts.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside (0, 1]; 1 switches it off.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1.")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion that is wanted. `seed` alone decides its random draws, whatever else is in the batch."""
+
+    messages: Sequence[Message]
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the LM wrote, with the very ids it read and wrote: training uses these, never re-tokenised text.
+
+    Attributes:
+        text: the completion without its end-of-turn token, and up to a stop string.
+        prompt_ids: token ids of the prompt, as generated from.
+        completion_ids: token ids written, the end-of-turn token included if it was reached.
+        finished: "eos", "stop" (a stop string), "length" (cut at max_new_tokens) or "too_long" (the prompt does not
+            fit the context window: nothing was generated).
+    """
+
+    text: str
+    prompt_ids: tuple[int, ...] = ()
+    completion_ids: tuple[int, ...] = ()
+    finished: Literal["eos", "stop", "length", "too_long"] = "eos"
+
+
+class LM(Protocol):
+    """Anything that completes chats in batches. Must not raise for one bad request among good ones."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+        ...

@@ -1,0 +1,66 @@
+"""Metrics: (example, prediction) -> a score in [0, 1], higher is better."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from cotune.programs.example import Example
+
+
+class Metric(Protocol):
+    def __call__(self, example: Example, prediction: Mapping[str, Any], /) -> float: ...
+
+
+def exact_match(example: Example, prediction: Mapping[str, Any]) -> float:
+    """1 if every label equals the prediction's field of that name after normalising (PAPER: NFD, lower case,
+    no punctuation, no articles), else 0. A field that the prediction lacks is not equal.
+
+    >>> exact_match(Example.of({}, {"answer": "The Beatles"}), {"answer": "beatles."})
+    1.0
+    """
+    if not example.labels:
+        raise ValueError(f"example {example.id} has no labels to compare with")
+    return float(
+        all(
+            field in prediction and normalise(prediction[field]) == normalise(label)
+            for field, label in example.labels.items()
+        )
+    )
+
+
+def first_line_number(example: Example, prediction: Mapping[str, Any]) -> float:
+    """GSM8K as in the paper: the last number of the answer's first line equals the gold number.
+
+    >>> first_line_number(Example.of({}, {"answer": "1,200"}), {"answer": "It costs $1200.\\nOr 7?"})
+    1.0
+    """
+    gold = last_number(str(example.labels["answer"]))
+    if gold is None:
+        raise ValueError(f"example {example.id}: the label {example.labels['answer']!r} holds no number")
+    lines = str(prediction.get("answer", "")).strip().splitlines()
+    return float(bool(lines) and last_number(lines[0]) == gold)
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, thousands' commas removed; None if there is none.
+
+    >>> last_number("12 boxes of 1,000 = 12,000.00 pens"), last_number("none")
+    (12000.0, None)
+    """
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def normalise(value: Any) -> str:
+    """NFD, lower case, punctuation and articles out, white space folded.
+
+    >>> normalise("  The  U.S.A., an idea ")
+    'usa idea'
+    """
+    text = unicodedata.normalize("NFD", str(value)).lower()
+    text = "".join(c for c in text if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

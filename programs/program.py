@@ -1,0 +1,117 @@
+"""Programs: ordinary Python that yields what it wants from the LM."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cotune.programs.prompt import Prompt
+from cotune.programs.signature import Signature
+
+Outputs = Mapping[str, str]
+"""What a stage call gives back: output field -> text."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A wish of a program: run this stage on these inputs. `yield` it, and the outputs come back."""
+
+    stage: str
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kind of LM call of a program. Its name, the attribute it is assigned to, is its identity.
+
+    >>> class Echo(Program):
+    ...     say = Stage(Signature.parse("text -> answer"))
+    ...     def run(self, text):
+    ...         return (yield self.say(text=text))
+    >>> Echo().say(text="hello")
+    Call(stage='say', inputs={'text': 'hello'})
+    """
+
+    signature: Signature
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.name and self.name != name:
+            raise TypeError(
+                f'{owner.__name__}.{name} is the stage already named "{self.name}"; make a Stage of its own for each.'
+            )
+        object.__setattr__(self, "name", name)
+
+    def __call__(self, **inputs: Any) -> Call:
+        """A call of this stage. Values become text: see `as_text`.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        expected = self.signature.inputs
+        missing = [name for name in expected if name not in inputs]
+        unknown = [name for name in inputs if name not in expected]
+        if missing or unknown:
+            said = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
+            raise TypeError(f'stage "{self.name}" {said}; its inputs are {", ".join(expected) or "none"}.')
+        return Call(self.name, {name: as_text(inputs[name]) for name in expected})
+
+
+class Program(ABC):
+    """Base class of LM programs: stages as attributes, and `run`, a generator of stage calls."""
+
+    @abstractmethod
+    def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
+        """Yields `Call`s, is sent each one's outputs, and returns the prediction: a mapping of named values."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A stage made in __init__ gets its name here, as __set_name__ gives it to one in the class body.
+        if isinstance(value, Stage):
+            value = replace(value, name=value.name or name)
+        super().__setattr__(name, value)
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """Stages by name, those of base classes first.
+
+        Raises:
+            TypeError: the program has no stage, or a stage stands under a second name.
+        """
+        found: dict[str, Stage] = {}
+        for attributes in [vars(cls) for cls in reversed(type(self).__mro__)] + [vars(self)]:
+            for attribute, value in attributes.items():
+                if isinstance(value, Stage):
+                    if value.name != attribute:
+                        raise TypeError(f'stage "{value.name}" stands under a second name, "{attribute}".')
+                    found[attribute] = value
+        if not found:
+            raise TypeError(f"{type(self).__name__} has no stages; assign a Stage to an attribute of it.")
+        return found
+
+    def initial_prompts(self) -> dict[str, Prompt]:
+        """The zero-shot prompts that every schedule starts from: each signature's own instruction, no demos."""
+        return {name: Prompt(stage.signature.instruction) for name, stage in self.stages.items()}
+
+
+def as_text(value: Any) -> str:
+    """How a value is shown to the LM: text as it is, a list as numbered lines, anything else as JSON.
+
+    >>> print(as_text(["Paris is in France.", "Rome is in Italy."]))
+    [1] Paris is in France.
+    [2] Rome is in Italy.
+    >>> as_text(5.1), as_text([])
+    ('5.1', '(none)')
+
+    Raises:
+        TypeError: the value is None or has no JSON form.
+    """
+    if isinstance(value, str):
+        return value
+    if value is None:
+        raise TypeError("None cannot be shown to an LM; leave the field out or pass text.")
+    if isinstance(value, (list, tuple)):
+        return "\n".join(f"[{i}] {as_text(item)}" for i, item in enumerate(value, 1)) or "(none)"
+    return json.dumps(value, ensure_ascii=False)

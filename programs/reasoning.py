@@ -1,0 +1,76 @@
+"""Programs of one or two stages: predict straight away, think first, or describe before deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from cotune.programs.program import Call, Outputs, Program, Stage
+from cotune.programs.signature import Signature
+
+
+class Predict(Program):
+    """One stage: the signature's inputs to its outputs.
+
+    Args:
+        signature: e.g. "question -> answer".
+        instruction: the task in words; a plain sentence made of the field names when empty.
+        descriptions: a sentence for any field.
+        reasoning: put a `reasoning` field before the outputs (chain of thought), as the paper's programs do.
+    """
+
+    def __init__(
+        self,
+        signature: str,
+        instruction: str = "",
+        descriptions: dict[str, str] | None = None,
+        reasoning: bool = False,
+    ) -> None:
+        parsed = Signature.parse(signature, instruction=instruction, descriptions=descriptions)
+        self.predict = Stage(with_reasoning(parsed) if reasoning else parsed)
+
+    def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
+        return (yield self.predict(**inputs))
+
+
+class DescribeThenDecide(Program):
+    """Two stages: `describe` puts the inputs into words, `decide` answers from inputs and words.
+
+    Only the final answer has labels; what a good description is, the program has to find out by itself.
+
+    Args:
+        signature: the whole program's, e.g. "petal_length, petal_width -> answer".
+        describe: instruction of the first stage.
+        decide: instruction of the second.
+        descriptions: a sentence for any field of either stage (`description` is the one between them).
+    """
+
+    def __init__(self, signature: str, describe: str, decide: str, descriptions: dict[str, str] | None = None) -> None:
+        whole, about = Signature.parse(signature), descriptions or {}
+        between = ("description",)
+        first = Signature(whole.inputs, between, describe, _only(about, (*whole.inputs, *between)))
+        inputs = (*whole.inputs, *between)
+        second = Signature(inputs, whole.outputs, decide, _only(about, (*inputs, *whole.outputs)))
+        unknown = sorted(set(about) - set(second.inputs) - set(second.outputs))
+        if unknown:
+            raise ValueError(f'description of "{unknown[0]}", which is no field of {signature} or "description".')
+        self.describe, self.decide = Stage(first), Stage(second)
+
+    def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
+        described = yield self.describe(**inputs)
+        return (yield self.decide(**inputs, description=described["description"]))
+
+
+def with_reasoning(signature: Signature) -> Signature:
+    """The signature with a `reasoning` output in front: chain of thought (Wei et al., 2022).
+
+    >>> with_reasoning(Signature.parse("question -> answer")).outputs
+    ('reasoning', 'answer')
+    """
+    about = {"reasoning": "think step by step", **signature.descriptions}
+    return replace(signature, outputs=("reasoning", *signature.outputs), descriptions=about)
+
+
+def _only(about: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
+    return {name: text for name, text in about.items() if name in names}

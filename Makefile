@@ -1,0 +1,50 @@
+# Set-up, demo and checks in one place. `make` lists the commands; .ci/run calls the same ones.
+PYTHON ?= python3
+BIN := .venv/bin
+# pip takes its settings (index, certificates, cache) from the environment; -qq leaves only its errors.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint types
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.model-ready  ## make .venv with the tested versions and fetch the embedded model
+
+demo: setup  ## tune prompts and weights on Iris, from the start
+	@$(BIN)/cotune fit --config configs/iris.yaml --fresh
+
+test: setup  ## run the tests
+	@$(BIN)/python -m pytest
+
+lint: setup  ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# mypy cannot follow the mapped folders of an editable install, so it reads the built package, as users get it. The wheel
+# is built outside the repository: a build/ folder left here would feed deleted modules into the next wheel.
+types: setup  ## check types on the built package
+	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; mkdir "$$made/info"; \
+	printf '[build]\nbuild_base = %s/build\n[egg_info]\negg_base = %s/info\n' "$$made" "$$made" > "$$made/build.cfg"; \
+	DIST_EXTRA_CONFIG="$$made/build.cfg" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir "$$made" .; \
+	$(PIP) install --no-deps --no-compile --target "$$made/site" "$$made"/*.whl; \
+	cd "$$made/site"; MYPYPATH="$$made/site" "$(CURDIR)/$(BIN)/python" -m mypy \
+		--config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p cotune
+
+# Two stamps: the environment is renewed when its requirements change, the model is looked for when its module does.
+# A cache that was emptied later is no harm: the first run that needs the model fetches it again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
+		"cotune needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make setup PYTHON=python3.12"; \
+		exit 1; }
+	@test -x $(BIN)/python || { echo "Making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv .venv; }
+	@echo "Installing cotune and its tested dependencies (a few minutes the first time)"
+	@$(PIP) install -c constraints.txt -e ".[dev,retrieval]"
+	@touch $@
+
+.venv/.model-ready: .venv/.installed lightning_modules/embedded.py
+	@echo "Looking for the embedded model (93 MB to download the first time)"
+	@$(BIN)/python -m cotune.lightning_modules.embedded
+	@touch $@

@@ -1,0 +1,175 @@
+"""The house rules: which folder may import which, what the wheel holds, and what no module does."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it on 3.10
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The import table: a folder may import itself and these. CONTRIBUTING.md shows the same lines.
+MAY_IMPORT = {
+    "programs": set(),
+    "prompting": {"programs"},
+    "datamodules": {"programs"},
+    "lightning_modules": {"programs", "datamodules"},
+    "callbacks": {"programs", "prompting", "datamodules", "lightning_modules"},
+    "cotune": {"programs", "prompting", "datamodules", "lightning_modules", "callbacks"},
+}
+WEIGHT_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "transformers", "peft", "accelerate", "bitsandbytes"}
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "diskcache"}
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MODULES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
+OTHERS = [path for folder in ("tests", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def top_folder(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=named)
+
+
+@each_module
+def test_imports_go_one_way(path: Path) -> None:
+    folder = top_folder(path)
+    allowed = MAY_IMPORT[folder] | {folder}
+    wrong = {name for name in imported(path) if (room := room_of(name)) is not None and room not in allowed}
+    assert not wrong, f"{named(path)} may import {sorted(allowed)}, and imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", [*MODULES, *OTHERS], ids=named)
+def test_the_package_is_imported_by_its_cotune_name(path: Path) -> None:
+    bare = {name for name in imported(path) if name.split(".")[0] in MAY_IMPORT.keys() - {"cotune"}}
+    assert not bare, f"{named(path)}: write cotune.{sorted(bare)[0]}; the bare name exists only in this repository"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if top_folder(p) in {"programs", "prompting"}], ids=named)
+def test_programs_and_prompts_know_no_weights(path: Path) -> None:
+    assert not {name for name in imported(path) if name.split(".")[0] in WEIGHT_LIBRARIES}
+
+
+@each_module
+def test_nothing_unpickles(path: Path) -> None:
+    assert not {name for name in imported(path) if name.split(".")[0] in UNPICKLERS}
+    unsafe = [call.lineno for call in calls(path) if ast.unparse(call.func) == "torch.load" and not weights_only(call)]
+    assert "torch.load" not in set(imported(path)), f"{named(path)}: call it as torch.load, so that this test sees it"
+    assert not unsafe, f"{named(path)}, lines {unsafe}: torch.load needs weights_only=True"
+
+
+@each_module
+def test_a_module_says_what_it_is_for(path: Path) -> None:
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or "").split("\n")[0]
+    assert first.strip(), f"{named(path)}: the docstring's first line says what the module is for"
+    assert path.name != "utils.py", f"{named(path)}: a file is named after its noun"
+
+
+def test_the_walk_sees_imports_wherever_they_hide(tmp_path: Path) -> None:
+    hiding = tmp_path / "hiding.py"
+    hiding.write_text(
+        "from cotune import callbacks\n"
+        "def late():\n    import cotune.prompting.search\n    from cotune.datamodules.traces import TraceDataModule\n"
+        "def later():\n    importlib.import_module('cotune.programs')\n"
+    )
+    assert {room_of(name) for name in imported(hiding)} == {"callbacks", "prompting", "datamodules", "programs"}
+
+
+def test_contributing_shows_the_import_table() -> None:
+    shown = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    table = {(words := line.split())[0]: set(words[2:]) for line in shown if " imports " in line and line[0] != "-"}
+    assert {room: allowed - {"nothing"} for room, allowed in table.items() if room in MAY_IMPORT} == MAY_IMPORT
+
+
+def test_pyproject_lists_the_folders_on_disk() -> None:
+    with_code = {named(path.parent) for path in [*MODULES, *ROOT.glob("*/__init__.py")]}
+    on_disk = with_code - {"tests", "benchmarks", "docs"}
+    listed = PROJECT["tool"]["setuptools"]["package-dir"]
+    packages = PROJECT["tool"]["setuptools"]["packages"]
+    assert {folder_of(package, listed) for package in packages} == on_disk
+    assert set(listed.values()) == set(MAY_IMPORT)
+    assert set(listed) <= set(packages)
+
+
+def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools.build_meta", reason="building needs setuptools: `make setup` installs it")
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    on_disk = {named(path) for path in MODULES}
+    expected = {name if name.startswith("cotune/") else f"cotune/{name}" for name in on_disk}
+    assert held == expected | {"cotune/py.typed"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that the file imports, absolute, also inside functions; `from a import b` gives `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(part for part in (own_package(path, node.level), node.module) if part)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"__import__", "importlib.import_module"}:
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str))
+
+
+def own_package(path: Path, level: int) -> str:
+    """What the dots of a relative import stand for."""
+    if level == 0:
+        return ""
+    folders = path.relative_to(ROOT).parent.parts
+    package = folders if folders[0] == "cotune" else ("cotune", *folders)
+    return ".".join(package[: len(package) - level + 1])
+
+
+def room_of(name: str) -> str | None:
+    """The folder that an imported name belongs to; None for other people's packages."""
+    first, *rest = name.split(".")
+    if first != "cotune":
+        return None
+    return rest[0] if rest and rest[0] in MAY_IMPORT else "cotune"
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return (node for node in nodes if isinstance(node, ast.Call))
+
+
+def weights_only(call: ast.Call) -> bool:
+    return any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+
+
+def folder_of(package: str, listed: dict[str, str]) -> str:
+    """setuptools' rule: the nearest listed parent gives the folder, the rest of the name the path below it."""
+    parent, rest = package, ""
+    while parent not in listed:
+        parent, _, last = parent.rpartition(".")
+        rest = f"/{last}{rest}"
+    return listed[parent] + rest
+
+
+def build_wheel(folder: Path) -> Path:
+    """Builds offline and outside the repository: a build/ folder there would feed deleted modules into the next one."""
+    settings = folder / "build.cfg"
+    settings.write_text(f"[build]\nbuild_base = {folder / 'build'}\n[egg_info]\negg_base = {folder}\n")
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(folder)]
+    environment = {**os.environ, "DIST_EXTRA_CONFIG": str(settings)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))

@@ -1,5 +1,6 @@
 """Programs: what runs. Signatures, prompts, stages, templates, rollouts and metrics; no torch, no Lightning."""
 
+from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.metrics import Metric, exact_match, first_line_number
@@ -39,8 +40,11 @@ __all__ = [
     "Step",
     "Template",
     "content_id",
+    "draw_demos",
     "exact_match",
     "first_line_number",
+    "hide_own_demos",
+    "labelled_demos",
     "mean_score",
     "prompts_from_dict",
     "prompts_id",

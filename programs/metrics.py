@@ -16,8 +16,10 @@ class Metric(Protocol):
 
 
 def exact_match(example: Example, prediction: Mapping[str, Any]) -> float:
-    """1 if every label equals the prediction's field of that name after normalising (PAPER: NFD, lower case,
-    no punctuation, no articles), else 0. A field that the prediction lacks is not equal.
+    """1 if every label equals the prediction's field of that name after normalising (as the paper: NFD, lower case,
+    no punctuation, no articles), else 0. A field that the prediction lacks is not equal. Where both are nothing but
+    punctuation and articles ("+" and "-", the choice "A"), normalising would make all equal: they are compared
+    without it.
 
     >>> exact_match(Example.of({}, {"answer": "The Beatles"}), {"answer": "beatles."})
     1.0
@@ -25,10 +27,7 @@ def exact_match(example: Example, prediction: Mapping[str, Any]) -> float:
     if not example.labels:
         raise ValueError(f"example {example.id} has no labels to compare with")
     return float(
-        all(
-            field in prediction and normalise(prediction[field]) == normalise(label)
-            for field, label in example.labels.items()
-        )
+        all(field in prediction and _same(prediction[field], label) for field, label in example.labels.items())
     )
 
 
@@ -53,6 +52,11 @@ def last_number(text: str) -> float | None:
     """
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def _same(said: Any, label: Any) -> bool:
+    ours, theirs = normalise(said), normalise(label)
+    return ours == theirs if ours or theirs else str(said).strip().lower() == str(label).strip().lower()
 
 
 def normalise(value: Any) -> str:

@@ -64,8 +64,12 @@ class Program(ABC):
     """Base class of LM programs: stages as attributes, and `run`, a generator of stage calls."""
 
     @abstractmethod
-    def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
-        """Yields `Call`s, is sent each one's outputs, and returns the prediction: a mapping of named values."""
+    def run(self, *args: Any, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
+        """Yields `Call`s, is sent each one's outputs, and returns the prediction: a mapping of named values.
+
+        It is called with the example's inputs as keyword arguments. (`*args` only tells type checkers that a subclass
+        may name its own: `def run(self, question: str)`.)
+        """
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A stage made in __init__ gets its name here, as __set_name__ gives it to one in the class body.

@@ -143,8 +143,8 @@ class _Run:
         self.prediction: Mapping[str, Any] | None = None
         self.error: Failure | None = None
 
-    def advance(self, outputs: Mapping[str, str] | None) -> bool:
-        """Runs the program to its next call. False when it has ended, well or badly."""
+    def advance(self, outputs: Any) -> bool:
+        """Runs the program to its next call; None starts it. False when it has ended, well or badly."""
         try:
             if self.generator is None:
                 self.generator = self.program.run(**self.example.inputs)

@@ -1,0 +1,82 @@
+"""Demos of stages: made from labels, drawn from a pool, and hidden from the example they come from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cotune.programs.example import Example
+from cotune.programs.program import Program, as_text
+from cotune.programs.prompt import Demo, Prompt, Prompts
+from cotune.programs.signature import Signature
+
+
+def labelled_demos(program: Program, examples: Sequence[Example]) -> dict[str, list[Demo]]:
+    """Demos that need no run: a stage's inputs taken from the example's inputs, its outputs from the labels.
+
+    A stage has one for every example that gives ALL of its inputs and at least one of its outputs; outputs without a
+    label (the reasoning, say) are left out of the demo, and the template shows them as not given. A value of None
+    counts as not there. Fields are matched by name.
+
+    Returns:
+        Stage -> demos, in the order of the examples. A stage with none is not a key.
+
+    >>> from cotune.programs.reasoning import Predict
+    >>> sums = [Example.of({"question": "1+1"}, {"answer": "2"}, id="a")]
+    >>> labelled_demos(Predict("question -> answer", reasoning=True), sums)
+    {'predict': [Demo(inputs={'question': '1+1'}, outputs={'answer': '2'}, source='a')]}
+
+    Raises:
+        TypeError: a value cannot be shown to an LM; see `as_text`.
+    """
+    found: dict[str, list[Demo]] = {}
+    for name, stage in program.stages.items():
+        made = [_labelled(stage.signature, example) for example in examples]
+        demos = [demo for demo in made if demo is not None]
+        if demos:
+            found[name] = demos
+    return found
+
+
+def draw_demos(pool: Sequence[Demo], k: int, rng: random.Random, exclude_sources: Collection[str] = ()) -> list[Demo]:
+    """At most k demos in random order, no two from one source and none from an excluded source.
+
+    Where a source has several demos (a stage called twice in one rollout) one of them is drawn. A demo without a
+    source counts as a source of its own.
+
+    >>> pool = [Demo({"q": "1+1"}, {"a": "2"}, "x"), Demo({"q": "2+2"}, {"a": "4"}, "y")]
+    >>> draw_demos(pool, 3, random.Random(0), exclude_sources={"x"})
+    [Demo(inputs={'q': '2+2'}, outputs={'a': '4'}, source='y')]
+    """
+    groups: dict[tuple[str, int], list[Demo]] = {}
+    for position, demo in enumerate(pool):
+        if not demo.source or demo.source not in exclude_sources:
+            groups.setdefault((demo.source, -1 if demo.source else position), []).append(demo)
+    drawn = rng.sample(list(groups), min(max(k, 0), len(groups)))
+    return [rng.choice(groups[key]) for key in drawn]
+
+
+def hide_own_demos(prompts: Prompts, example_id: str) -> dict[str, Prompt]:
+    """The prompts without the demos that come from this example: no run may read off its own answer.
+
+    >>> shown = {"answer": Prompt("Answer.", (Demo({}, {"a": "2"}, "x"), Demo({}, {"a": "4"}, "y")))}
+    >>> [demo.source for demo in hide_own_demos(shown, "x")["answer"].demos]
+    ['y']
+    """
+    return {
+        stage: replace(prompt, demos=tuple(demo for demo in prompt.demos if demo.source != example_id))
+        for stage, prompt in prompts.items()
+    }
+
+
+def _labelled(signature: Signature, example: Example) -> Demo | None:
+    inputs, outputs = _given(signature.inputs, example.inputs), _given(signature.outputs, example.labels)
+    if len(inputs) < len(signature.inputs) or not outputs:
+        return None
+    return Demo(inputs, outputs, source=example.id)
+
+
+def _given(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: as_text(values[name]) for name in names if values.get(name) is not None}

@@ -1,0 +1,106 @@
+"""Bootstrapping: rollouts that succeed on train become demos for every stage they called."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cotune.programs import Demo, Example, Prompts, Rollout, rollouts
+from cotune.programs.demos import hide_own_demos
+from cotune.prompting.search import SearchTask
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A train example whose rollout succeeded.
+
+    Attributes:
+        source: id of the example.
+        demos: stage -> one demo for EACH of its calls, in the order of the calls. A stage that a branch left out is
+            not a key. All calls are kept, because the later ones of a loop (with passages found, say) look unlike the
+            first; whoever draws a demo set takes one of them, so that one example does not fill a prompt.
+    """
+
+    source: str
+    demos: Mapping[str, tuple[Demo, ...]]
+
+
+@dataclass(frozen=True)
+class Bootstrapped:
+    """The successes in train order, and what a log should say about the rest."""
+
+    solved: tuple[Solved, ...]
+    notes: tuple[str, ...]
+
+
+def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Bootstrapped:
+    """Runs the program on all of train, in one batch, and keeps what scores at least `task.threshold`.
+
+    A success has a valid score: a completion that does not parse, or code that raises, is never one. An example is run
+    without the demos that come from itself, so that it cannot solve itself by copying.
+
+    Args:
+        prompts: the ones to run with.
+        attempts: times an example is tried until it succeeds. From the second on only the unsolved run, with new draws;
+            at temperature 0 those would repeat the first word for word, so they are not run, and a note says so.
+
+    Raises:
+        FaultyProgramError: the user's code raised on more of train than `task.max_error_rate` allows.
+        ValueError: attempts is below 1.
+    """
+    if attempts < 1:
+        raise ValueError(f"attempts {attempts} is below 1; 1 runs every example once.")
+    tries = attempts if task.sampling.temperature > 0 else 1
+    train = list({example.id: example for example in task.train}.values())  # equal rows share an id: run one
+    last: dict[str, Rollout] = {}
+    for attempt in range(tries):
+        unsolved = [example for example in train if not _solved(last.get(example.id), task.threshold)]
+        if unsolved:
+            last.update({r.example.id: r for r in _run(task, prompts, unsolved, attempt)})
+    done = list(last.values())  # updating keeps the place of the first attempt: train order
+    solved = tuple(Solved(r.example.id, demos_of(r)) for r in done if _solved(r, task.threshold))
+    return Bootstrapped(solved, tuple(_notes(task, done, len(solved), attempts, tries)))
+
+
+def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:
+    """Stage -> a demo for each of its calls in the rollout, in order."""
+    found: dict[str, tuple[Demo, ...]] = {}
+    for step in rollout.steps:
+        demo = Demo(dict(step.inputs), dict(step.outputs), source=rollout.example.id)
+        found[step.stage] = (*found.get(step.stage, ()), demo)
+    return found
+
+
+def _run(task: SearchTask, prompts: Prompts, examples: Sequence[Example], attempt: int) -> list[Rollout]:
+    if task.progress is not None:
+        task.progress.start(len(examples), "bootstrap" if attempt == 0 else f"bootstrap, attempt {attempt + 1}")
+    return rollouts(
+        task.program,
+        examples,
+        lm=task.lm,
+        prompts=[hide_own_demos(prompts, example.id) for example in examples],
+        template=task.template,
+        metric=task.metric,
+        sampling=task.sampling,
+        seed=task.seed,
+        attempt=attempt,
+        # Later attempts see only the unsolved, among which faults may well be the most without being many.
+        max_error_rate=task.max_error_rate if attempt == 0 else 1.0,
+        progress=None if task.progress is None else task.progress.advance,
+    )
+
+
+def _solved(rollout: Rollout | None, threshold: float) -> bool:
+    return rollout is not None and rollout.error is None and rollout.score >= threshold
+
+
+def _notes(task: SearchTask, done: Sequence[Rollout], solved: int, attempts: int, tries: int) -> list[str]:
+    notes = [f"bootstrap: {solved} of {len(done)} train examples solved (score at least {task.threshold:g})"]
+    if done and not solved:
+        notes[0] += f"; the best score was {max(r.score for r in done):g}"
+    errors = Counter(r.error.kind for r in done if r.error is not None)
+    notes += [f"bootstrap: {count} {kind} errors" for kind, count in sorted(errors.items())]
+    if tries < attempts:
+        notes.append(f"bootstrap: attempts 2 to {attempts} not run, temperature 0 would repeat the first word for word")
+    return notes

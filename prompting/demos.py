@@ -1,0 +1,122 @@
+"""Random search over demo sets: the paper's prompt step (bootstrap few-shot with random search)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cotune.programs import Demo, Prompts, prompts_id
+from cotune.programs.demos import draw_demos, labelled_demos
+from cotune.prompting.bootstrap import Solved, bootstrap
+from cotune.prompting.evaluate import Proposal, choose
+from cotune.prompting.search import Found, PromptSearch, SearchTask
+
+DemoSet = Mapping[str, Sequence[Demo]]
+"""Stage -> the demos it is shown."""
+
+
+class RandomDemoSearch(PromptSearch):
+    """Tries demo sets made of the program's own successes, and keeps the one that scores best on dev.
+
+    Source: the prompt step of BetterTogether (arXiv 2407.10930), i.e. bootstrap few-shot with random search. The
+    program runs once over train; each success gives demos for every stage it called. Candidates, in this order:
+
+    1. "incumbent" and "zero-shot" (the initial prompts);
+    2. "labels-only": for each stage, demos made of labels alone, where the stage's inputs are inputs of the example;
+    3. "bootstrap unshuffled": the first `max_demos` successes in train order;
+    4. "random 1" to "random n": a random number, 1 to `max_demos`, of random successes.
+
+    In 3 and 4 whole rollouts are drawn, so the demos of different stages show the same examples; where a rollout called
+    a stage more than once, one of the calls is drawn. A stage with fewer than `max_labelled_demos` is filled up to that
+    number with labelled demos of other examples, behind the bootstrapped. With no success at all, 3 is skipped and 4
+    draws labelled demos only. Only demos change: instructions stay, and a stage that gets no demo keeps its prompt.
+
+    Args:
+        num_candidates: random demo sets. The paper says 6 candidates; whether that counts the first three is not known.
+        max_demos: most bootstrapped demos a stage (paper: 3).
+        max_labelled_demos: a stage's demos are filled up to this number with labelled ones; 0 uses none.
+        restart: bootstrap from, and build upon, the initial prompts, as the paper's third step does; False: the
+            incumbent.
+        attempts: times a train example is run until it succeeds.
+        chunk: examples an LM batch when scoring.
+    """
+
+    def __init__(
+        self,
+        num_candidates: int = 6,
+        max_demos: int = 3,
+        max_labelled_demos: int = 3,
+        restart: bool = True,
+        attempts: int = 1,
+        chunk: int = 64,
+    ) -> None:
+        _at_least(0, "num_candidates", num_candidates, "0 tries no random demo sets")
+        _at_least(1, "max_demos", max_demos, "the paper uses 3")
+        _at_least(0, "max_labelled_demos", max_labelled_demos, "0 uses no labelled demos")
+        _at_least(1, "attempts", attempts, "1 runs every train example once")
+        _at_least(1, "chunk", chunk, "it is the number of examples in an LM batch")
+        self.num_candidates, self.max_demos, self.max_labelled_demos = num_candidates, max_demos, max_labelled_demos
+        self.restart, self.attempts, self.chunk = restart, attempts, chunk
+
+    def search(self, task: SearchTask) -> Found:
+        start = task.initial if self.restart else task.incumbent
+        made = bootstrap(task, start, attempts=self.attempts)
+        labelled = labelled_demos(task.program, task.train)
+        proposals, notes = [Proposal(task.initial, "zero-shot")], list(made.notes)
+        for why, demos in self._demo_sets(made.solved, labelled, task.seed):
+            if any(demos.values()):
+                proposals.append(Proposal(_with_demos(start, demos), why, parent=prompts_id(start)))
+            else:
+                notes.append(f'"{why}" skipped: there are no demos for it')
+        return choose(task, proposals, chunk=self.chunk, notes=notes)
+
+    def _demo_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> list[tuple[str, DemoSet]]:
+        """The demo sets to try, by name; an empty one has nothing to show."""
+        sets: list[tuple[str, DemoSet]] = [
+            ("labels-only", self._filled((), labelled, seed, "labels-only")),
+            ("bootstrap unshuffled", self._unshuffled(solved, labelled, seed)),
+        ]
+        for number in range(1, self.num_candidates + 1):
+            why = f"random {number}"
+            drawn = _draw_solved(solved, self.max_demos, _rng(seed, why))
+            sets.append((why, self._filled(drawn, labelled, seed, why)))
+        return sets
+
+    def _unshuffled(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> DemoSet:
+        # Without a success this would be labels-only under a wrong name.
+        return self._filled(solved[: self.max_demos], labelled, seed, "bootstrap unshuffled") if solved else {}
+
+    def _filled(self, drawn: Sequence[Solved], labelled: DemoSet, seed: int, why: str) -> DemoSet:
+        """One demo a stage from each drawn success, then labelled ones of other examples."""
+        sources = {one.source for one in drawn}
+        filled: dict[str, list[Demo]] = {}
+        for stage in dict.fromkeys([*(stage for one in drawn for stage in one.demos), *labelled]):
+            # A generator for each stage, seeded alike: stages with the same pool draw the same examples.
+            rng = _rng(seed, f"{why} demos")
+            own = [rng.choice(one.demos[stage]) for one in drawn if stage in one.demos]
+            rest = draw_demos(labelled.get(stage, ()), self.max_labelled_demos - len(own), rng, sources)
+            filled[stage] = [*own, *rest]
+        return filled
+
+
+def _draw_solved(solved: Sequence[Solved], most: int, rng: random.Random) -> list[Solved]:
+    size = rng.randint(1, most)
+    return rng.sample(list(solved), min(size, len(solved)))
+
+
+def _with_demos(start: Prompts, demos: DemoSet) -> Prompts:
+    return {
+        stage: replace(prompt, demos=tuple(demos[stage])) if demos.get(stage) else prompt
+        for stage, prompt in start.items()
+    }
+
+
+def _rng(seed: int, what: str) -> random.Random:
+    """A generator of its own for each purpose: one more candidate does not change the others."""
+    return random.Random(f"{seed}|{what}")
+
+
+def _at_least(least: int, name: str, value: int, meaning: str) -> None:
+    if value < least:
+        raise ValueError(f"{name} {value} is below {least}; {meaning}.")

@@ -1,0 +1,118 @@
+"""Scoring candidates on dev: each prompts once, and no further than the winner needs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cotune.programs import Example, Prompts, Rollout, prompts_id, rollouts
+from cotune.programs.rollout import check_errors
+from cotune.prompting.search import Candidate, Found, SearchTask
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Prompts to be tried; see `Candidate` for `parent` and `why`."""
+
+    prompts: Prompts
+    why: str
+    parent: str = ""
+
+
+def choose(task: SearchTask, proposals: Sequence[Proposal], *, chunk: int = 64, notes: Sequence[str] = ()) -> Found:
+    """Scores the incumbent and then every proposal, and keeps the best; ties go to the earlier.
+
+    Equal prompts are scored once: a later equal is left out and noted.
+
+    Args:
+        chunk: examples an LM batch. Pruning decides between chunks, so a small one prunes sooner.
+        notes: put before the ones that arise here.
+    """
+    # Incumbent first: ties keep the prompts we already trusted.
+    kept, repeats = _distinct([Proposal(task.incumbent, "incumbent"), *proposals])
+    best, scored = None, []
+    for index, proposal in enumerate(kept):
+        candidate = score_candidate(task, proposal, beat=None if best is None else best.score, chunk=chunk)
+        scored.append(candidate)
+        if best is None or (not candidate.pruned and candidate.score > best.score):
+            best = candidate
+        if task.progress is not None:
+            task.progress.candidate(index, len(kept), candidate, best.score)
+    assert best is not None  # the incumbent is always there
+    return Found(best.prompts, best.score, tuple(scored), (*notes, *repeats, *_error_notes(scored, len(task.dev))))
+
+
+def score_candidate(task: SearchTask, proposal: Proposal, *, beat: float | None = None, chunk: int = 64) -> Candidate:
+    """Runs the proposal on dev, and stops as soon as it cannot score above `beat` any more.
+
+    The pruning is exact. Scores are at most 1, so (sum so far + examples left) / examples bounds the final mean; at or
+    below `beat` the candidate cannot win, ties going to the earlier. Sums are `fsum`s, which round monotonically: no
+    rounding can put the bound under the mean it bounds.
+
+    Args:
+        beat: the best complete score so far; None scores all of dev.
+        chunk: examples an LM batch.
+
+    Raises:
+        FaultyProgramError: the user's code raised on more of dev than `task.max_error_rate` allows.
+        ValueError: chunk is below 1.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk {chunk} is below 1; it is the number of examples in an LM batch.")
+    if task.progress is not None:
+        task.progress.start(len(task.dev), proposal.why)
+    done: list[Rollout] = []
+    while len(done) < len(task.dev) and not _beaten(done, len(task.dev), beat):
+        done += _run(task, proposal.prompts, task.dev[len(done) : len(done) + chunk])
+        _check_faults(done, task)
+    scores = tuple(rollout.score for rollout in done)
+    errors: Counter[str] = Counter(rollout.error.kind for rollout in done if rollout.error is not None)
+    pruned = len(done) < len(task.dev)
+    return Candidate(proposal.prompts, scores, proposal.parent, proposal.why, pruned, dict(errors))
+
+
+def _run(task: SearchTask, prompts: Prompts, examples: Sequence[Example]) -> list[Rollout]:
+    return rollouts(
+        task.program,
+        examples,
+        lm=task.lm,
+        prompts=prompts,
+        template=task.template,
+        metric=task.metric,
+        sampling=task.sampling,
+        seed=task.seed,  # the same draws for every candidate: they differ by their prompts alone
+        max_error_rate=1.0,  # of a chunk; of dev it is checked below
+        progress=None if task.progress is None else task.progress.advance,
+    )
+
+
+def _beaten(done: Sequence[Rollout], total: int, beat: float | None) -> bool:
+    bound = math.fsum([*(rollout.score for rollout in done), total - len(done)]) / total
+    return beat is not None and bound <= beat
+
+
+def _check_faults(done: Sequence[Rollout], task: SearchTask) -> None:
+    """Raises once the faults are too many for the whole of dev; one fault in a small chunk is not a faulty program."""
+    faults = sum(rollout.error is not None and rollout.error.kind != "format" for rollout in done)
+    if faults > task.max_error_rate * len(task.dev):
+        check_errors(done, max_error_rate=task.max_error_rate)
+
+
+def _distinct(proposals: Sequence[Proposal]) -> tuple[list[Proposal], list[str]]:
+    first: dict[str, Proposal] = {}
+    repeats = []
+    for proposal in proposals:
+        earlier = first.setdefault(prompts_id(proposal.prompts), proposal)
+        if earlier is not proposal:
+            repeats.append(f'"{proposal.why}" equals "{earlier.why}": not scored again')
+    return list(first.values()), repeats
+
+
+def _error_notes(scored: Sequence[Candidate], total: int) -> list[str]:
+    return [
+        f'"{candidate.why}": {count} {kind} errors in {len(candidate.scores)} of {total} dev examples, each scored 0'
+        for candidate in scored
+        for kind, count in sorted(candidate.errors.items())
+    ]

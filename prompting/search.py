@@ -1,0 +1,200 @@
+"""Prompt search: what every prompt optimiser is given, what it gives back, and the contract between."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cotune.programs import (
+    LM,
+    Example,
+    Metric,
+    Program,
+    Prompts,
+    Sampling,
+    Template,
+    prompts_id,
+    prompts_to_dict,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Prompts that were tried, and how they did on dev.
+
+    Attributes:
+        prompts: of every stage.
+        scores: one a dev example, in dev order, in [0, 1]; only the first so many if the candidate was pruned.
+        parent: `prompts_id` of the prompts it was made from; "" if it was not made from any.
+        why: how it came about, e.g. "incumbent", "zero-shot", "random 3".
+        pruned: scoring stopped early, because the candidate could no longer beat the best one.
+        errors: rollouts without a valid score, counted by kind ("format", "program", "metric"). Each scored 0.
+    """
+
+    prompts: Prompts
+    scores: tuple[float, ...]
+    parent: str = ""
+    why: str = ""
+    pruned: bool = False
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def score(self) -> float:
+        """Mean of `scores`, in [0, 1]; 0 if there are none.
+
+        A pruned candidate's mean is over the part that was scored. It is safe to show beside others: all the examples
+        left out, at 1 each, would not have lifted it over the score that pruned it, so it is not above that score.
+        """
+        return mean(self.scores)
+
+    @property
+    def id(self) -> str:
+        return prompts_id(self.prompts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON logs and checkpoints."""
+        return {
+            "id": self.id,
+            "parent": self.parent,
+            "why": self.why,
+            "score": self.score,
+            "pruned": self.pruned,
+            "scores": list(self.scores),
+            "errors": dict(self.errors),
+            "prompts": prompts_to_dict(self.prompts),
+        }
+
+
+class Progress(Protocol):
+    """What a search tells while it runs: a bar, a log, or nothing."""
+
+    def start(self, total: int, what: str) -> None:
+        """A pass over `total` examples begins: "bootstrap", or the `why` of a candidate."""
+        ...
+
+    def advance(self, n: int) -> None:
+        """`n` more examples of this pass have ended. A pruned candidate's pass ends short of its total."""
+        ...
+
+    def candidate(self, index: int, total: int, candidate: Candidate, best: float) -> None:
+        """Candidate `index` (from 0) of `total` is scored; `best` is the best score so far, its own included."""
+        ...
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """All that a prompt search may depend on.
+
+    Attributes:
+        program, lm, template, metric, sampling: how rollouts are made and scored.
+        initial: the zero-shot prompts of the program.
+        incumbent: the best prompts so far; what the search has to beat.
+        train: demos are bootstrapped from these.
+        dev: candidates are scored on these. Shares no example with `train`.
+        threshold: a rollout is a success if its score is at least this, in (0, 1] (the paper's lambda).
+        seed: of all random draws, the search's and the LM's.
+        max_error_rate: share of the examples of one pass on which the user's code may raise.
+        progress: told what happens; None for silence.
+
+    Raises:
+        ValueError: train and dev overlap, dev is empty, a demo of the given prompts comes from dev, prompts lack a
+            stage, or the threshold is out of range.
+    """
+
+    program: Program
+    lm: LM
+    template: Template
+    metric: Metric
+    sampling: Sampling
+    initial: Prompts
+    incumbent: Prompts
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    threshold: float = 1.0
+    seed: int = 0
+    max_error_rate: float = 0.5
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} is outside (0, 1]; 1 keeps only full scores.")
+        if not self.dev:
+            raise ValueError("dev is empty, so no candidate can be scored; give it at least one example.")
+        _check_disjoint(self.train, self.dev)
+        for name, prompts in (("initial", self.initial), ("incumbent", self.incumbent)):
+            _check_stages(name, prompts, self.program)
+            _check_demos(name, prompts, self.dev)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search gives back.
+
+    Attributes:
+        prompts: the best ones; the incumbent if nothing beat it.
+        score: their mean score on dev, never below the incumbent's.
+        candidates: all that were scored, the incumbent first, in order.
+        notes: what a reader of the log should know: candidates left out and why, failures and their number.
+    """
+
+    prompts: Prompts
+    score: float
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...] = ()
+
+
+class PromptSearch(ABC):
+    """How prompts improve. One method; a user's own search is a subclass.
+
+    The contract of `search`:
+
+    - The incumbent is a candidate, and the first. A tie keeps the earlier candidate, hence the prompts already trusted:
+      the result is never worse on dev than the incumbent.
+    - The result depends on the task and the search's own arguments only; all randomness is seeded by `task.seed`.
+    - Dev scores candidates and nothing else: no demo, instruction or example of a prompt is taken from it.
+    - A bad rollout (a completion that does not parse, the user's code raising on an example) scores 0 and is counted.
+      It never raises, unless there are more of the latter than `task.max_error_rate` allows: then FaultyProgramError.
+    - Nothing is left out silently: `Found.notes` says what was skipped.
+    - The task is not changed, and nothing is kept on the search between calls.
+    """
+
+    @abstractmethod
+    def search(self, task: SearchTask) -> Found:
+        """The best prompts found for the task; see the class for the contract."""
+
+
+def mean(scores: Sequence[float]) -> float:
+    """Mean by exact summation, so that no order of adding decides between two candidates; 0 for none."""
+    return math.fsum(scores) / len(scores) if scores else 0.0
+
+
+def _check_disjoint(train: Sequence[Example], dev: Sequence[Example]) -> None:
+    shared = sorted({example.id for example in train} & {example.id for example in dev})
+    if shared:
+        raise ValueError(
+            f"train and dev share {len(shared)} examples, the first is {shared[0]}: demos from it would be scored on "
+            "itself. Split so that every id stands in one of the two."
+        )
+
+
+def _check_stages(name: str, prompts: Prompts, program: Program) -> None:
+    stages = program.stages
+    missing = [stage for stage in stages if stage not in prompts]
+    unknown = [stage for stage in prompts if stage not in stages]
+    if missing or unknown:
+        said = f'have none for stage "{missing[0]}"' if missing else f'name "{unknown[0]}", which is no stage'
+        raise ValueError(f"the {name} prompts {said}; {type(program).__name__} has the stages {', '.join(stages)}.")
+
+
+def _check_demos(name: str, prompts: Prompts, dev: Sequence[Example]) -> None:
+    held_out = {example.id for example in dev}
+    for stage, prompt in prompts.items():
+        for demo in prompt.demos:
+            if demo.source and demo.source in held_out:
+                raise ValueError(
+                    f'the {name} prompts show stage "{stage}" a demo of example {demo.source}, which is in dev: their '
+                    "score would be too high. Keep the splits of the run the prompts come from, or drop the demo."
+                )

@@ -1,0 +1,89 @@
+"""Programs and stages: names are identities, values become text."""
+
+from __future__ import annotations
+
+import pytest
+from cotune.programs import Call, Predict, Program, Prompt, Signature, Stage
+from cotune.programs.program import as_text
+from fakes import Branch, Loop
+
+PLAIN = Signature.parse("number -> answer")
+
+
+def test_a_stage_takes_the_name_of_its_attribute_in_the_class_body_and_in_init() -> None:
+    assert list(Branch().stages) == ["halve", "double"]
+    assert list(Predict("question -> answer").stages) == ["predict"]
+
+
+def test_two_instances_do_not_share_the_stages_of_init() -> None:
+    first, second = Predict("a -> b"), Predict("c -> d")
+    assert first.stages["predict"].signature.inputs == ("a",)
+    assert second.stages["predict"].signature.inputs == ("c",)
+
+
+def test_a_subclass_keeps_and_may_replace_the_stages_of_its_base() -> None:
+    class More(Loop):
+        check = Stage(PLAIN)
+
+    class Other(Loop):
+        double = Stage(Signature.parse("number -> answer", instruction="Twice."))
+
+    assert list(More().stages) == ["double", "check"]
+    assert Other().initial_prompts() == {"double": Prompt("Twice.")}
+
+
+def test_one_stage_under_two_names_is_an_error() -> None:
+    stage = Stage(PLAIN, "first")
+    with pytest.raises((TypeError, RuntimeError)) as raised:
+        type("Twice", (), {"first": stage, "second": stage})
+    # Python below 3.12 wraps what __set_name__ raises.
+    assert 'already named "first"' in str(raised.value.__cause__ or raised.value)
+
+    program = Predict("a -> b")
+    program.again = program.predict
+    with pytest.raises(TypeError, match='"predict" stands under a second name, "again"'):
+        _ = program.stages
+
+
+def test_a_program_without_stages_says_so() -> None:
+    class Empty(Program):
+        def run(self):  # type: ignore[no-untyped-def]
+            return {}
+
+    with pytest.raises(TypeError, match="Empty has no stages"):
+        _ = Empty().stages
+
+
+def test_a_call_with_a_missing_or_unknown_field_names_it() -> None:
+    with pytest.raises(TypeError, match='"double" misses "number"; its inputs are number'):
+        Loop().double()
+    with pytest.raises(TypeError, match='does not take "digit"'):
+        Loop().double(number=1, digit=2)
+
+
+def test_a_call_holds_text_in_the_order_of_the_signature() -> None:
+    program = Predict("b, a -> c")
+    assert program.predict(a=1, b=["x"]) == Call("predict", {"b": "[1] x", "a": "1"})
+    assert list(program.predict(a=1, b=2).inputs) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("as it is {x}", "as it is {x}"),
+        (True, "true"),
+        (0.1, "0.1"),
+        (("a", 2), "[1] a\n[2] 2"),
+        ([], "(none)"),
+        ({"é": [1]}, '{"é": [1]}'),
+        ("", ""),
+    ],
+)
+def test_values_become_text(value: object, text: str) -> None:
+    assert as_text(value) == text
+
+
+@pytest.mark.parametrize("value", [None, [None], {1, 2}, object()])
+def test_what_has_no_text_raises(value: object) -> None:
+    with pytest.raises(TypeError):
+        as_text(value)

@@ -1,0 +1,330 @@
+"""Rollouts: lockstep batches, and every way a run can go wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import pytest
+from cotune.programs import (
+    Call,
+    ChatTemplate,
+    Completion,
+    Demo,
+    Example,
+    FaultyProgramError,
+    Metric,
+    Predict,
+    Program,
+    Prompt,
+    Request,
+    Rollout,
+    Sampling,
+    Signature,
+    Stage,
+    exact_match,
+    mean_score,
+    rollouts,
+)
+from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
+
+
+def run(program: Program, examples: Sequence[Example], lm: FakeLM, **options: Any) -> list[Rollout]:
+    settings: dict[str, Any] = {
+        "prompts": program.initial_prompts(),
+        "template": ChatTemplate(),
+        "metric": exact_match,
+        "sampling": Sampling(),
+        **options,
+    }
+    return rollouts(program, examples, lm=lm, **settings)
+
+
+# -- lockstep
+
+
+def test_each_round_of_pending_calls_is_one_batch() -> None:
+    lm = FakeLM(doubling)
+    done = run(Loop(times=3), doubles(1, 2, 5), lm)
+    assert [len(batch) for batch in lm.batches] == [3, 3, 3]
+    assert [r.prediction for r in done] == [{"answer": "8"}, {"answer": "16"}, {"answer": "40"}]
+
+
+def test_runs_of_different_length_leave_the_batch_one_by_one() -> None:
+    class Countdown(Program):
+        minus = Stage(Signature.parse("number -> answer"))
+
+        def run(self, number: int) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+            while number > 0:
+                number = int((yield self.minus(number=number))["answer"])
+            return {"answer": number}
+
+    lm = FakeLM(lambda request: str(int(asked(request, "number")) - 1))
+    done = run(Countdown(), [Example.of({"number": n}, {"answer": 0}, id=str(n)) for n in (2, 0, 3, 1)], lm)
+    assert [len(batch) for batch in lm.batches] == [3, 2, 1]
+    assert [len(r.steps) for r in done] == [2, 0, 3, 1]
+    assert mean_score(done) == 1.0
+
+
+def test_a_stage_called_twice_gives_two_steps_of_one_name() -> None:
+    (done,) = run(Loop(), doubles(3), FakeLM(doubling))
+    assert [(s.stage, s.inputs["number"], s.outputs["answer"]) for s in done.steps] == [
+        ("double", "3", "6"),
+        ("double", "6", "12"),
+    ]
+
+
+def test_branches_share_a_batch_and_an_early_return_needs_no_call() -> None:
+    def answer(request: Request) -> str:
+        number = int(asked(request, "number"))
+        return str(number * 2 if request.messages[0]["content"].startswith("Double") else number // 2)
+
+    lm = FakeLM(answer)
+    done = run(Branch(), [Example.of({"number": n}, {"answer": a}, id=str(n)) for n, a in ((3, 6), (0, 0), (8, 4))], lm)
+    assert [len(batch) for batch in lm.batches] == [2]
+    assert [[s.stage for s in r.steps] for r in done] == [["double"], [], ["halve"]]
+    assert [r.score for r in done] == [1.0, 1.0, 1.0]
+
+
+def test_rollouts_come_in_the_order_of_the_examples_and_none_is_fine() -> None:
+    lm = FakeLM(doubling)
+    assert [r.example.id for r in run(Loop(1), doubles(5, 1, 3), lm)] == ["5", "1", "3"]
+    assert run(Loop(1), [], FakeLM(doubling)) == []
+    assert mean_score([]) == 0.0
+
+
+def test_a_step_keeps_the_messages_and_the_ids_of_its_completion() -> None:
+    lm = FakeLM(doubling)
+    (done,) = run(Loop(1), doubles(3), lm)
+    (step,) = done.steps
+    assert step.messages == lm.requests[0].messages
+    assert step.completion.completion_ids == (ord("6"), EOS)
+    assert bytes(step.completion.prompt_ids).decode().endswith("number: 3")
+
+
+def test_each_example_may_have_prompts_of_its_own() -> None:
+    lm = FakeLM(doubling)
+    demo = Demo({"number": "1"}, {"answer": "2"})
+    own = [{"double": Prompt("Double.", (demo,) * n)} for n in (0, 2)]
+    run(Loop(1), doubles(3, 4), lm, prompts=own)
+    assert [shown(request) for request in lm.requests] == [0, 2]
+    with pytest.raises(ValueError, match="2 sets of prompts for 1 examples"):
+        run(Loop(1), doubles(3), lm, prompts=own)
+
+
+def test_progress_adds_up_to_the_examples() -> None:
+    told: list[int] = []
+    run(
+        Loop(2),
+        doubles(1, 2, 3),
+        FakeLM(lambda r: doubling(r) if "2" not in asked(r, "number") else ""),
+        progress=told.append,
+    )
+    assert sum(told) == 3
+    assert 0 not in told
+
+
+# -- seeds
+
+
+def seeds(lm: FakeLM) -> list[int]:
+    return [request.seed for request in lm.requests]
+
+
+def test_a_calls_seed_does_not_depend_on_the_batch() -> None:
+    alone, beside = FakeLM(doubling), FakeLM(doubling)
+    run(Loop(2), doubles(7), alone)
+    run(Loop(2), doubles(1, 7, 2), beside)
+    assert seeds(alone) == [request.seed for request in beside.requests if asked(request, "number") in ("7", "14")]
+
+
+def test_seeds_differ_by_example_step_attempt_and_run() -> None:
+    lm = FakeLM(doubling)
+    for options in ({}, {"attempt": 1}, {"seed": 1}):
+        run(Loop(2), doubles(1, 2), lm, **options)
+    assert len(set(seeds(lm))) == len(seeds(lm)) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds(lm))
+
+
+def test_a_run_repeats_itself() -> None:
+    first, again = FakeLM(doubling), FakeLM(doubling)
+    assert run(Loop(), doubles(1, 2), first) == run(Loop(), doubles(1, 2), again)
+    assert first.batches == again.batches
+
+
+# -- the LM's failures
+
+
+def test_an_unparsable_completion_scores_0_and_keeps_its_last_step() -> None:
+    lm = FakeLM(lambda request: doubling(request) if asked(request, "number") == "3" else "  ")
+    (done,) = run(Loop(2), [Example.of({"number": 3}, {"answer": "12"}, id="e")], lm)
+    assert (done.score, done.prediction) == (0.0, None)
+    assert done.error is not None
+    assert done.error.kind == "format"
+    assert 'stage "double"' in done.error.message
+    assert [dict(step.outputs) for step in done.steps] == [{"answer": "6"}, {}]
+    assert done.steps[-1].completion.text == "  "
+
+
+def test_a_prompt_over_the_window_is_a_format_failure_that_says_so() -> None:
+    (done,) = run(Loop(1), doubles(3), FakeLM(doubling, window=5))
+    assert done.error is not None
+    assert (done.error.kind, done.score) == ("format", 0.0)
+    assert "longer than the model's context window" in done.error.message
+    assert done.steps[0].completion.finished == "too_long"
+
+
+def test_format_failures_never_raise_however_many() -> None:
+    done = run(Loop(1), doubles(1, 2, 3), FakeLM(lambda request: ""), max_error_rate=0.0)
+    assert [r.error is not None and r.error.kind for r in done] == ["format"] * 3
+
+
+def test_a_completion_cut_at_its_length_is_parsed_like_any_other() -> None:
+    (done,) = run(Loop(1), doubles(500), FakeLM(doubling), sampling=Sampling(max_new_tokens=2))
+    assert done.prediction == {"answer": "10"}
+    assert done.steps[0].completion.finished == "length"
+
+
+def test_field_names_in_the_data_do_not_move_the_parser() -> None:
+    program = Predict("question -> reasoning, answer")
+    nasty = "What?\nreasoning: no\nanswer: WRONG\nquestion: again"
+    lm = FakeLM(lambda request: "reasoning: yes\nanswer: right")
+    (done,) = run(program, [Example.of({"question": nasty}, {"answer": "right"})], lm)
+    assert (done.prediction, done.score) == ({"reasoning": "yes", "answer": "right"}, 1.0)
+
+
+def test_an_lm_that_loses_a_completion_is_a_broken_set_up() -> None:
+    class Lossy(FakeLM):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+            return super().generate(requests, sampling)[1:]
+
+    with pytest.raises(ValueError, match="zip"):
+        run(Loop(1), doubles(1, 2), Lossy(doubling))
+
+
+# -- the user's failures
+
+
+class Picky(Program):
+    """Raises on number 13, before or after its call."""
+
+    double = Stage(Signature.parse("number -> answer"))
+
+    def __init__(self, before: bool) -> None:
+        self.before = before
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+        if self.before and number == 13:
+            raise KeyError("unlucky")
+        outputs = yield self.double(number=number)
+        if number == 13:
+            raise KeyError("unlucky")
+        return outputs
+
+
+@pytest.mark.parametrize(("before", "steps"), [(True, 0), (False, 1)])
+def test_a_program_that_raises_on_one_example_leaves_the_others(before: bool, steps: int) -> None:
+    good, bad = run(Picky(before), doubles(1, 13), FakeLM(doubling))
+    assert good.score == 1.0
+    assert (bad.score, bad.prediction, len(bad.steps)) == (0.0, None, steps)
+    assert bad.error is not None
+    assert bad.error.kind == "program"
+    assert "Picky.run raised KeyError: 'unlucky'" in bad.error.message
+
+
+def yields_text(self: Program, number: int) -> Any:
+    return (yield "number")
+
+
+def yields_a_foreign_stage(self: Program, number: int) -> Any:
+    return (yield Call("elsewhere", {}))
+
+
+def returns_text(self: Program, number: int) -> Any:
+    outputs = yield self.double(number=number)  # type: ignore[attr-defined]
+    return outputs["answer"]
+
+
+def forgets_to_return(self: Program, number: int) -> Any:
+    yield self.double(number=number)  # type: ignore[attr-defined]
+
+
+def never_yields(self: Program, number: int) -> Any:
+    return {"answer": "1"}
+
+
+def takes_other_inputs(self: Program, digit: int) -> Any:
+    yield self.double(number=digit)  # type: ignore[attr-defined]
+
+
+def misnames_a_field(self: Program, number: int) -> Any:
+    return (yield self.double(digit=number))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (yields_text, "yielded 'number', which is not a call"),
+        (yields_a_foreign_stage, "not a call of one of its stages"),
+        (returns_text, "returned '2'; return a mapping"),
+        (forgets_to_return, "returned None; return a mapping"),
+        (never_yields, "raised AttributeError"),
+        (takes_other_inputs, "raised TypeError"),
+        (misnames_a_field, '"double" misses "number"'),
+    ],
+)
+def test_a_wrong_program_says_what_is_wrong(body: Callable[..., Any], said: str) -> None:
+    program = type("Wrong", (Program,), {"double": Stage(Signature.parse("number -> answer")), "run": body})()
+    (done,) = run(program, doubles(1), FakeLM(doubling), max_error_rate=1.0)
+    assert done.error is not None
+    assert (done.error.kind, done.score) == ("program", 0.0)
+    assert said in done.error.message
+
+
+def raises(example: Example, prediction: Mapping[str, Any]) -> float:
+    raise RuntimeError("no metric today")
+
+
+def gives(value: Any) -> Metric:
+    return lambda example, prediction: value
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (raises, "RuntimeError: no metric today"),
+        (gives(math.nan), "nan"),
+        (gives(None), "None"),
+        (gives("0.5"), "'0.5'"),
+        (gives(-0.1), "-0.1"),
+        (gives(1.1), "1.1"),
+        (gives([1.0]), "TypeError"),
+    ],
+)
+def test_a_bad_metric_scores_0_keeps_the_prediction_and_says_why(metric: Metric, said: str) -> None:
+    (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=metric, max_error_rate=1.0)
+    assert (done.score, done.prediction) == (0.0, {"answer": "2"})
+    assert done.error is not None
+    assert done.error.kind == "metric"
+    assert said in done.error.message
+
+
+@pytest.mark.parametrize(("value", "score"), [(True, 1.0), (0, 0.0), (0.25, 0.25)])
+def test_a_metric_may_give_any_number_from_0_to_1(value: Any, score: float) -> None:
+    (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=gives(value))
+    assert (done.score, done.error, type(done.score)) == (score, None, float)
+
+
+def test_without_a_metric_there_are_predictions_and_no_errors() -> None:
+    (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=None)
+    assert (done.prediction, done.score, done.error) == ({"answer": "2"}, 0.0, None)
+
+
+def test_too_many_faults_raise_with_the_first_one() -> None:
+    examples = doubles(13, 1)
+    run(Picky(True), examples, FakeLM(doubling), max_error_rate=0.5)
+    with pytest.raises(
+        FaultyProgramError, match=r"raised on 1 of 2 examples.*max_error_rate 0.4.*example 13: .*unlucky"
+    ):
+        run(Picky(True), examples, FakeLM(doubling), max_error_rate=0.4)

@@ -1,0 +1,48 @@
+"""Data modules: examples in four disjoint sets, and traces of the program as training data."""
+
+from cotune.datamodules.banking77 import Banking77
+from cotune.datamodules.collate import Batch, Pair, Segment, collate
+from cotune.datamodules.collect import (
+    Bootstrapping,
+    NoTracesError,
+    Report,
+    Trace,
+    collect,
+    load_traces,
+    save_traces,
+)
+from cotune.datamodules.encode import ChatEncoder
+from cotune.datamodules.gsm8k import GSM8K
+from cotune.datamodules.hotpotqa import HotPotQA
+from cotune.datamodules.iris import Iris
+from cotune.datamodules.rows import DataError
+from cotune.datamodules.splits import Sizes, Splits, split
+from cotune.datamodules.table import Table
+from cotune.datamodules.traces import EpochBatches, PairMaker, TraceDataModule
+
+__all__ = [
+    "GSM8K",
+    "Banking77",
+    "Batch",
+    "Bootstrapping",
+    "ChatEncoder",
+    "DataError",
+    "EpochBatches",
+    "HotPotQA",
+    "Iris",
+    "NoTracesError",
+    "Pair",
+    "PairMaker",
+    "Report",
+    "Segment",
+    "Sizes",
+    "Splits",
+    "Table",
+    "Trace",
+    "TraceDataModule",
+    "collate",
+    "collect",
+    "load_traces",
+    "save_traces",
+    "split",
+]

@@ -52,9 +52,9 @@ class BM25:
 
 
 def _read_passages(path: Path) -> list[str]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
     passages = []
-    with opened as lines:
+    with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             row = json.loads(line)
             text = row.get("text") or " ".join(s.strip() for s in row.get("sentences", []))

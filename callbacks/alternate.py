@@ -1,0 +1,422 @@
+"""Alternate: runs prompt steps and weight steps by turns, and ends with the best program they passed through."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.checkpoint import save_checkpoint
+from cotune.callbacks.progress import StepProgress
+from cotune.callbacks.schedule import parse_schedule, prefix_name
+from cotune.datamodules import NoTracesError, PairMaker, Report, Trace, TraceDataModule, collect, load_traces, save_traces
+from cotune.lightning_modules import ProgramModule, Usage
+from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
+from cotune.prompting import Found, PromptSearch, RandomDemoSearch, SearchTask
+
+
+class Alternate(Callback):
+    """BetterTogether (arXiv 2407.10930) as a callback: prompt steps between training epochs.
+
+    In `on_fit_start` the program is scored on val as it came, and prompt steps that stand first are run. Each weight
+    step is `epochs` epochs of training on traces collected just before. At its end the new weights are scored with the
+    prompts in the training pairs and with the prompts from before, and the better are kept; prompt steps that follow
+    run then. Every prefix of the schedule gets a val score, and the fit ends holding the best prefix's weights and
+    prompts, unless `keep` is "last". Ties keep the earlier.
+
+    Use `Trainer(reload_dataloaders_every_n_epochs=1)`; the number of epochs is set here.
+
+    Args:
+        schedule: e.g. "p -> w -> p": p is a prompt step, w a weight step.
+        search: the prompt optimiser.
+        epochs: of each weight step.
+        weights: whether a second weight step continues with adapter and optimiser, or starts fresh from the base.
+        keep: "best" (by val) or "last" prefix.
+        keep_best_epoch: end a weight step with the adapter of its best epoch by val, not of its last.
+        try_both_prompts: score new weights also with the prompts from before the step (the paper keeps the pairs' own).
+        search_examples: how many train examples a prompt step bootstraps from; null for all.
+        folder: where checkpoints and traces go; null takes the trainer's default_root_dir.
+        seed: of the searches and the trace collections.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "p -> w -> p",
+        search: PromptSearch | None = None,
+        *,
+        epochs: int = 5,
+        weights: Literal["continue", "fresh"] = "continue",
+        keep: Literal["best", "last"] = "best",
+        keep_best_epoch: bool = True,
+        try_both_prompts: bool = True,
+        search_examples: int | None = None,
+        folder: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.steps = parse_schedule(schedule)
+        if epochs < 1:
+            raise ValueError(f"epochs {epochs} is below 1; leave w out of the schedule to train nothing.")
+        if search_examples is not None and search_examples < 1:
+            raise ValueError(f"search_examples {search_examples} is below 1; null takes the whole train set.")
+        self.search = search or RandomDemoSearch()
+        self.epochs, self.weights, self.keep = epochs, weights, keep
+        self.keep_best_epoch, self.try_both_prompts = keep_best_epoch, try_both_prompts
+        self.search_examples, self.folder, self.seed = search_examples, folder, seed
+        self.history: list[dict[str, Any]] = []
+        self.epoch = 0
+        """epochs of the present weight step that are behind"""
+        self._incumbent: Prompts = {}
+        self._best: dict[str, Any] = {}
+        self._best_epoch: dict[str, Any] = {}
+        self._report = Report()
+        self._spent = Usage()
+        self._clock = time.perf_counter()
+        self._elapsed = 0.0
+
+    # What Lightning calls
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        _check_setup(trainer, pl_module)
+        weight_steps = self.steps.count("w")
+        if trainer.max_epochs not in (None, -1, 1000, weight_steps * self.epochs):
+            raise ValueError(
+                f"trainer.max_epochs is {trainer.max_epochs}, but the schedule has {weight_steps} weight steps of "
+                f"alternate.epochs {self.epochs}. Leave trainer.max_epochs out and set alternate.epochs."
+            )
+        trainer.fit_loop.max_epochs = weight_steps * self.epochs
+        if weight_steps and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ValueError(
+                "each epoch has batches of its own: set Trainer(reload_dataloaders_every_n_epochs=1), "
+                f"it is {trainer.reload_dataloaders_every_n_epochs}."
+            )
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module, data = _ours(trainer, pl_module)
+        self._clock = time.perf_counter()
+        if not self.history:
+            self._incumbent = module.prompts
+            self._arrive(trainer, step="", rollouts=self._score(module, data.splits.val, "vanilla"))
+        else:
+            module.lm.usage = Usage(**vars(self._spent))
+        self._until_weights(trainer, resumed=self.epoch > 0)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Dropout and the like draw the same numbers in this epoch whether or not the run was stopped before it.
+        torch.manual_seed(_seed(self.seed, "train", self.position, self.epoch))
+        if self.epoch == 0 and self.weights == "fresh":
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            module, _ = _ours(trainer, pl_module)
+            self._offer_epoch(module, list(module.evaluated))
+
+    @torch.no_grad()
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch += 1
+        _, data = _ours(trainer, pl_module)
+        data.epoch = self.epoch
+        if self.epoch < self.epochs:
+            self._save(trainer)
+            return
+        self._end_weight_step(trainer)
+        self._until_weights(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": list(self.steps),
+            "epochs": self.epochs,
+            "history": self.history,
+            "epoch": self.epoch,
+            "incumbent": prompts_to_dict(self._incumbent),
+            "best": self._best,
+            "best_epoch": self._best_epoch,
+            "report": vars(self._report),
+            "spent": vars(self._spent),
+            "elapsed": self._elapsed,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, mine in (("steps", list(self.steps)), ("epochs", self.epochs)):
+            if state_dict[name] != mine:
+                raise ValueError(
+                    f"the checkpoint was made with alternate.{'schedule' if name == 'steps' else name} "
+                    f"{state_dict[name]}, this run has {mine}. Continue with the same, or start a new run."
+                )
+        self.history, self.epoch = state_dict["history"], state_dict["epoch"]
+        self._incumbent = prompts_from_dict(state_dict["incumbent"])
+        self._best, self._best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self._report, self._spent = Report(**state_dict["report"]), Usage(**state_dict["spent"])
+        self._elapsed = state_dict["elapsed"]
+
+    # What happens at a boundary
+
+    @property
+    def position(self) -> int:
+        """Steps of the schedule that are behind."""
+        return max(len(self.history) - 1, 0)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The record of the prefix that the fit ends with."""
+        return self.history[self._best["index"]]
+
+    def _until_weights(self, trainer: Trainer, *, resumed: bool = False) -> None:
+        """Runs prompt steps up to the next weight step and begins that, or ends the schedule."""
+        while self.position < len(self.steps) and self.steps[self.position] == "p":
+            self._prompt_step(trainer)
+        if self.position < len(self.steps):
+            self._begin_weight_step(trainer, resumed=resumed)
+        else:
+            self._finish(trainer)
+
+    def _prompt_step(self, trainer: Trainer) -> None:
+        module, data = _ours(trainer)
+        with StepProgress(self._title("prompt step")) as progress:
+            task = SearchTask(
+                program=module.program,
+                lm=module.lm,
+                template=module.template,
+                metric=data.metric,
+                sampling=module.sampling,
+                initial=module.initial_prompts,
+                incumbent=module.prompts,
+                train=self._search_examples(data),
+                dev=data.splits.dev,
+                threshold=data.bootstrapping.threshold,
+                seed=_seed(self.seed, "search", self.position),
+                max_error_rate=module.max_error_rate,
+                progress=progress,
+            )
+            with isolate_rng():
+                found = self.search.search(task)
+        module.prompts = found.prompts
+        self._arrive(trainer, step="p", rollouts=self._score(module, data.splits.val, "val"), found=found)
+
+    def _begin_weight_step(self, trainer: Trainer, *, resumed: bool) -> None:
+        module, data = _ours(trainer)
+        folder = self._folder(trainer) / "traces" / f"step-{self.position + 1}"
+        if resumed:
+            traces = data.reuse_traces(module.program) or load_traces(folder, module.program)
+        else:
+            self._incumbent = module.prompts
+            traces = self._collect(module, data, folder)
+            if data.bootstrapping.pairs == "initial":
+                module.prompts = module.initial_prompts
+            if self.weights == "fresh" and "w" in self.steps[: self.position]:
+                module.lm.reset_adapter(seed=_seed(self.seed, "adapter", self.position))
+        maker = PairMaker(
+            module.program,
+            module.template,
+            module.prompts,
+            module.lm.encode,
+            end_id=module.lm.end_ids[0],
+            pad_id=module.lm.pad_id,
+            window=module.lm.window,
+        )
+        left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=self.epoch)
+        if left_out:
+            print(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
+        steps = data.steps_per_epoch
+        module.begin_weight_step(steps=steps * self.epochs, done=steps * self.epoch)
+        if not resumed:
+            self._save(trainer)
+
+    def _collect(self, module: ProgramModule, data: TraceDataModule, folder: Path) -> list[Trace]:
+        reused = data.reuse_traces(module.program)
+        if reused is not None:
+            self._report = Report(examples=len({trace.example for trace in reused}))
+            return reused
+        train = data.splits.train
+        with StepProgress(self._title("traces")) as progress, isolate_rng():
+            progress.start(len(train), "collecting")
+            traces, self._report = collect(
+                train,
+                program=module.program,
+                lm=module.lm,
+                template=module.template,
+                prompts=module.prompts,
+                metric=data.metric,
+                sampling=module.sampling,
+                options=data.bootstrapping,
+                seed=_seed(self.seed, "traces", self.position),
+                max_error_rate=module.max_error_rate,
+                progress=progress.advance,
+            )
+            progress.say(str(self._report))
+        if not traces:
+            raise NoTracesError(_no_traces(self._report, data))
+        save_traces(traces, folder)
+        return traces
+
+    def _offer_epoch(self, module: ProgramModule, done: list[Rollout]) -> None:
+        """Keeps this epoch's adapter if val says it is the best of the weight step so far."""
+        score = mean_score(done)
+        if not self._best_epoch or not self.keep_best_epoch or score > self._best_epoch["score"]:
+            self._best_epoch = {"score": score, "epoch": self.epoch + 1, "adapter": module.lm.adapter_state()}
+
+    def _end_weight_step(self, trainer: Trainer) -> None:
+        module, data = _ours(trainer)
+        if not self._best_epoch:  # validation is switched off, or comes more rarely than weight steps end
+            self._offer_epoch(module, self._score(module, data.splits.val, "val"))
+        module.lm.load_adapter_state(self._best_epoch["adapter"])
+        done = self._score(module, data.splits.val, "pairs' prompts")
+        tried: dict[str, tuple[Prompts, list[Rollout]]] = {self._pairs_name(module): (module.prompts, done)}
+        if self.try_both_prompts and prompts_id(self._incumbent) != prompts_id(module.prompts):
+            other = self._score(module, data.splits.val, "prompts from before", prompts=self._incumbent)
+            tried["current"] = (self._incumbent, other)
+        # The pairs' own prompts come first, so a tie keeps them: these weights were made for them.
+        kept = max(tried, key=lambda name: mean_score(tried[name][1]))
+        module.prompts, done = tried[kept]
+        scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
+        epoch = self._best_epoch["epoch"]
+        self.epoch, self._best_epoch = 0, {}
+        self._arrive(trainer, step="w", rollouts=done, scores=scores, traces=self._report, epoch=epoch)
+
+    def _arrive(
+        self,
+        trainer: Trainer,
+        *,
+        step: str,
+        rollouts: list[Rollout],
+        scores: dict[str, float] | None = None,
+        found: Found | None = None,
+        **more: Any,
+    ) -> None:
+        """Records a boundary, remembers it if it is the best so far, tells the listeners and saves."""
+        module, _ = _ours(trainer)
+        index, score = len(self.history), mean_score(rollouts)
+        boundary = Boundary(
+            index=index,
+            step=step,
+            prefix=prefix_name(self.steps, index),
+            prompts=module.prompts,
+            previous=self._incumbent,
+            val_score=score,
+            scores=scores or {"current": score},
+            rollouts=rollouts,
+            cost=self._cost(module),
+            found=found,
+            notes=found.notes if found else (),
+            **more,
+        )
+        self.history.append(boundary.record())
+        self._incumbent = module.prompts
+        if self.keep == "last" or not self._best or score > self._best["score"]:
+            self._best = {
+                "index": index,
+                "score": score,
+                "prompts": prompts_to_dict(module.prompts),
+                "adapter": module.lm.adapter_state(),
+            }
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BoundaryListener):
+                callback.on_boundary(trainer, module, boundary)
+        self._save(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """The schedule is over: the module becomes the best prefix, and the fit loop has nothing left to do."""
+        module, _ = _ours(trainer)
+        module.prompts = prompts_from_dict(self._best["prompts"])
+        module.lm.load_adapter_state(self._best["adapter"])
+        trainer.limit_train_batches = 0  # with no epoch left, no loader is asked for
+        self._save(trainer)
+
+    # Small parts
+
+    def _score(
+        self, module: ProgramModule, examples: Sequence[Example], what: str, prompts: Prompts | None = None
+    ) -> list[Rollout]:
+        _, data = _ours(module.trainer)
+        with StepProgress(self._title("validation")) as progress, isolate_rng():
+            progress.start(len(examples), what)
+            return module.rollouts(examples, metric=data.metric, prompts=prompts, progress=progress.advance)
+
+    def _search_examples(self, data: TraceDataModule) -> list[Example]:
+        train = list(data.splits.train)
+        if self.search_examples is None or self.search_examples >= len(train):
+            return train
+        return random.Random(_seed(self.seed, "examples", self.position)).sample(train, self.search_examples)
+
+    def _cost(self, module: ProgramModule) -> dict[str, Any]:
+        """What the LM and the clock say has been spent since the last boundary."""
+        usage, now = module.lm.usage, time.perf_counter()
+        spent = usage.since(vars(self._spent))
+        self._spent = Usage(**vars(usage))
+        seconds, self._elapsed, self._clock = self._elapsed + now - self._clock, 0.0, now
+        return {
+            "lm_calls": spent["calls"],
+            "prompt_tokens": spent["prompt_tokens"],
+            "completion_tokens": spent["completion_tokens"],
+            "too_long": spent["too_long"],
+            "generating_seconds": round(spent["seconds"], 3),
+            "seconds": round(seconds, 3),
+        }
+
+    def _save(self, trainer: Trainer) -> None:
+        # In on_fit_start of a resumed run Lightning has not restored optimiser and loops yet: a checkpoint would hold
+        # empty ones. The one that was resumed from still stands.
+        if trainer.ckpt_path and not trainer.fit_loop.epoch_loop.global_step and self._trained():
+            return
+        now = time.perf_counter()
+        self._elapsed, self._clock = self._elapsed + now - self._clock, now
+        save_checkpoint(trainer, self._folder(trainer) / "checkpoints" / "last.ckpt")
+
+    def _trained(self) -> bool:
+        return self.epoch > 0 or "w" in self.steps[: self.position]
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.folder or trainer.default_root_dir)
+
+    def _title(self, what: str) -> str:
+        return f"[{self.position}/{len(self.steps)}] {what}"
+
+    @staticmethod
+    def _pairs_name(module: ProgramModule) -> str:
+        return "initial" if prompts_id(module.prompts) == prompts_id(module.initial_prompts) else "current"
+
+
+def _ours(trainer: Trainer, module: LightningModule | None = None) -> tuple[ProgramModule, TraceDataModule]:
+    return module or trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined, return-value]
+
+
+def _check_setup(trainer: Trainer, module: LightningModule) -> None:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
+        raise TypeError(
+            f"Alternate works with a ProgramModule and a TraceDataModule; this fit has {type(module).__name__} and "
+            f"{type(data).__name__}. Call trainer.fit(module, datamodule=data)."
+        )
+    if trainer.world_size > 1:
+        raise NotImplementedError(
+            f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
+        )
+    for name in ("dev", "val"):
+        if not getattr(data.splits, name):
+            raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+
+
+def _seed(*parts: Any) -> int:
+    """A 31-bit seed from what it is for."""
+    return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+def _no_traces(report: Report, data: TraceDataModule) -> str:
+    options = data.bootstrapping
+    return (
+        f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
+        f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
+        "lower data.bootstrapping.threshold, or put a prompt step first."
+    )

@@ -1,0 +1,79 @@
+"""Boundaries: what Alternate tells others after each step of the schedule, as one record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from cotune.datamodules.collect import Report
+from cotune.programs import Prompts, Rollout, prompts_id
+from cotune.prompting import Found
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The state between two steps of a schedule.
+
+    Attributes:
+        index: steps behind it; 0 is the program as it came.
+        step: the step that led here, "p" or "w"; "" at index 0.
+        prefix: the schedule up to here, e.g. "p -> w"; "vanilla" at index 0.
+        prompts: those kept; `previous` are those before the step.
+        val_score: mean score on val with the kept prompts.
+        scores: val score by prompts tried, by name ("initial", "current").
+        rollouts: on val, with the kept prompts.
+        cost: LM calls, prompt and completion tokens, seconds, of this step alone.
+        found: the search's result, after a prompt step.
+        traces: what collecting gave, after a weight step.
+        epoch: the epoch whose adapter was kept (from 1), after a weight step.
+    """
+
+    index: int
+    step: str
+    prefix: str
+    prompts: Prompts
+    previous: Prompts
+    val_score: float
+    scores: Mapping[str, float]
+    rollouts: Sequence[Rollout]
+    cost: Mapping[str, Any]
+    found: Found | None = None
+    traces: Report | None = None
+    epoch: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def record(self) -> dict[str, Any]:
+        """One line of history.jsonl: plain types only."""
+        failures = Counter(r.error.kind for r in self.rollouts if r.error is not None)
+        record = {
+            "index": self.index,
+            "step": self.step,
+            "prefix": self.prefix,
+            "prompts": prompts_id(self.prompts),
+            "val_score": self.val_score,
+            "scores": dict(self.scores),
+            "failures": dict(failures),
+            **self.cost,
+        }
+        if self.found is not None:
+            record["dev_score"] = self.found.score
+            record["candidates"] = [
+                {"why": c.why, "id": c.id, "score": c.score, "pruned": c.pruned} for c in self.found.candidates
+            ]
+        if self.traces is not None:
+            record["traces"] = {"solved": self.traces.solved, **vars(self.traces)}
+            record["epoch"] = self.epoch
+        if self.notes:
+            record["notes"] = list(self.notes)
+        return record
+
+
+class BoundaryListener:
+    """A callback that also wants to know of boundaries: mix it in, and Alternate calls `on_boundary`."""
+
+    def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
+        """The step before `boundary` is over, and the module holds its prompts and weights."""

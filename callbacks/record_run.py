@@ -1,0 +1,88 @@
+"""RecordRun: what a run did, as files in its folder: history.jsonl and summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from cotune.callbacks.alternate import Alternate
+from cotune.callbacks.boundary import Boundary, BoundaryListener
+
+_LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets")
+
+
+class RecordRun(Callback, BoundaryListener):
+    """Writes history.jsonl at each boundary, and summary.json when the fit ends and when it has been tested.
+
+    Args:
+        folder: the run's folder; null takes the trainer's default_root_dir.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._alternate: Alternate | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            found = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
+            self._alternate = found[0] if found else None
+
+    def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
+        assert self._alternate is not None
+        # All of it, not one line more: after a resume the file must not hold a boundary that was never saved.
+        lines = [json.dumps(record, ensure_ascii=False) for record in self._alternate.history]
+        write_whole(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._alternate is not None and self._alternate.history:
+            self._write(trainer, pl_module, summary(self._alternate, seed=getattr(pl_module, "seed", 0)))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = self._path(trainer, "summary.json")
+        if self._alternate is not None and path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            score = float(trainer.callback_metrics["test/score"])
+            self._write(trainer, pl_module, {**known, "test_score": score})
+
+    def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
+        write_whole(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def _path(self, trainer: Trainer, name: str) -> Path:
+        return Path(self.folder or trainer.default_root_dir) / name
+
+
+def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
+    """The run in one record: scores by prefix on val, the best of them, and what it all cost."""
+    history = alternate.history
+    seconds: dict[str, float] = {"vanilla": 0.0, "p": 0.0, "w": 0.0}
+    for record in history:
+        seconds[record["step"] or "vanilla"] += record["seconds"]
+    return {
+        "schedule": " -> ".join(alternate.steps),
+        "scores": {record["prefix"]: record["val_score"] for record in history},
+        "best": alternate.best["prefix"],
+        "test_score": None,
+        **{name: sum(r[name] for r in history) for name in ("lm_calls", "prompt_tokens", "completion_tokens")},
+        "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(sum(seconds.values()), 1)},
+        "seed": seed,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "command": " ".join(sys.argv),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that a kill leaves the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,41 @@
+"""The command `cotune`: answers --help at once, and imports the heavy libraries only to do something."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_HELP = """\
+usage: cotune COMMAND [options]
+
+Tunes the prompts and the weights of multi-stage LM programs, by turns.
+
+commands:
+  fit        run a schedule of prompt and weight steps:  cotune fit --config configs/iris.yaml
+  validate   score the program on val                    (with --ckpt_path last: a run's program)
+  test       score the program on test
+  predict    answer new inputs:                          cotune predict --export runs/iris/export --data rows.csv
+  preview    show the training pairs of a run, the trained tokens marked:  cotune preview runs/iris
+
+cotune COMMAND --help lists a command's options; --print_config prints a config to start from.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, or 2 for an error that the user can mend."""
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from cotune import __version__
+
+        print(f"cotune {__version__}")
+        return 0
+    from cotune.cli import run
+
+    return run(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""The command line: LightningCLI with the alternation as a group of its own, and a folder for each run."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+from cotune.callbacks import Alternate
+from cotune.callbacks.export_program import ExportProgram
+from cotune.callbacks.log_program import LogProgram
+from cotune.callbacks.record_run import RecordRun
+from cotune.datamodules import TraceDataModule
+from cotune.lightning_modules import ProgramModule
+from cotune.run_folder import RunFolder
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.reload_dataloaders_every_n_epochs": 1,
+    "trainer.enable_checkpointing": False,  # Alternate saves, at boundaries and epochs, what belongs together
+    "trainer.enable_model_summary": False,
+    "trainer.log_every_n_steps": 1,
+    "trainer.devices": 1,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors also name the nearest right option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message + _suggestion(message, self._option_names()), ex)
+
+    def _option_names(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+
+class CotuneCLI(LightningCLI):
+    """`cotune fit | validate | test | predict`."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self.run_folder: RunFolder | None = None
+        super().__init__(
+            model_class=ProgramModule,
+            datamodule_class=TraceDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
+            save_config_kwargs={"overwrite": True},
+            args=args,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # As the base class does, with a parser that suggests.
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="of this run; its files are in <runs_dir>/<name>")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept aside")
+        parser.add_lightning_class_args(Alternate, "alternate")
+        parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
+        parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
+        for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let values saved in the checkpoint override those on the command line, without a word.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self.run_folder = RunFolder(config.runs_dir, config.name)
+        last = config.get("ckpt_path") == "last"
+        if self.subcommand == "fit":
+            checkpoint = self.run_folder.acquire(fresh=config.fresh, resume=last)
+            if last:
+                print(f"continuing {checkpoint}" if checkpoint else "nothing saved yet: starting from the beginning")
+                config.ckpt_path = str(checkpoint) if checkpoint else None
+            config.fresh = False
+        elif last:
+            checkpoint = self.run_folder.path / "checkpoints" / "last.ckpt"
+            if not checkpoint.is_file():
+                raise FileNotFoundError(f"{checkpoint} does not exist; is --name {config.name} the run you mean?")
+            config.ckpt_path = str(checkpoint)
+        config.trainer.default_root_dir = str(self.run_folder.path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        chosen = config.trainer.get("logger")
+        loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
+        if self.subcommand == "fit" and chosen is not False:
+            loggers = [CSVLogger(config.runs_dir, name=config.name, version=""), *loggers]
+        config.trainer["logger"] = loggers or False
+        trainer = super().instantiate_trainer(**kwargs)
+        self._dump_config()
+        trainer.callbacks += [RecordRun(), LogProgram(), ExportProgram(config=self.config_dump["model"])]  # type: ignore[attr-defined]
+        return trainer
+
+    def after_fit(self) -> None:
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        from cotune.closing_table import closing_table
+
+        closing_table(Path(self.trainer.default_root_dir))
+
+
+def run(words: Sequence[str]) -> int:
+    """Runs a command. Errors that the user can mend end with one message and exit code 2.
+
+    Set COTUNE_DEBUG=1 for the traceback of such an error as well.
+    """
+    _quiet()
+    try:
+        if words[0] == "preview":
+            from cotune.preview import main as preview
+
+            preview(words[1:])
+        elif words[0] == "predict" and any(word.split("=")[0] == "--export" for word in words):
+            from cotune.predict import main as predict
+
+            predict(words[1:])
+        else:
+            CotuneCLI(list(words))
+    except KeyboardInterrupt:
+        print("\ncotune: stopped. The same command with --ckpt_path last goes on from the last save.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("COTUNE_DEBUG") or not _is_ours(error):
+            raise
+        print(f"cotune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether cotune itself raised it, with a message for the user; anything else deserves its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    folder = Path(__file__).resolve().parent
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(folder.parent) and not any(
+        part in ("site-packages", "tests") for part in Path(frames[-1].filename).relative_to(folder.parent).parts
+    )
+
+
+def _suggestion(message: str, names: Sequence[str]) -> str:
+    """" Did you mean …?" for the option that an error message quotes."""
+    for quoted in re.findall(r"""["'`]([\w.]+)["'`]|--([\w.]+)""", message):
+        wrong = next(part for part in quoted if part)
+        last = {name.rsplit(".", 1)[-1]: name for name in names}
+        near = difflib.get_close_matches(wrong, names, 1, 0.75) or [
+            last[match] for match in difflib.get_close_matches(wrong.rsplit(".", 1)[-1], list(last), 1, 0.75)
+        ]
+        if near and near[0] != wrong:
+            return f" Did you mean {near[0]}?"
+    return ""
+
+
+def _quiet() -> None:
+    """Silences what libraries say that a user can do nothing about."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for pattern in (".*does not have many workers.*", ".*`is_gradient_checkpointing` is deprecated.*", ".*isinstance.*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=pattern)

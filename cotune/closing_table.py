@@ -1,0 +1,35 @@
+"""The closing table: scores by prefix, what they cost, and where the result is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def closing_table(folder: Path, console: Console | None = None) -> None:
+    """Prints a finished run's table from its files."""
+    console = console or Console()
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    table = Table(title=f"{folder.name}: {summary['schedule']}")
+    for name in ("after", "val score", "format failures", "LM calls", "seconds"):
+        table.add_column(name, justify="left" if name == "after" else "right")
+    for record in map(json.loads, lines):
+        best = record["prefix"] == summary["best"]
+        table.add_row(
+            record["prefix"] + (" *" if best else ""),
+            f"{record['val_score']:.3f}",
+            str(record["failures"].get("format", 0)),
+            f"{record['lm_calls']:,}",
+            f"{record['seconds']:.0f}",
+            style="bold" if best else None,
+        )
+    console.print(table)
+    console.print(
+        f"* kept: the best on val. Test score {summary['test_score']:.3f}, in {summary['seconds']['total']:.0f} s. "
+        f"Export: {folder / 'export'}",
+        highlight=False,
+    )

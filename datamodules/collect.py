@@ -1,0 +1,280 @@
+"""Collecting traces: the program's own successful runs on the train set, each stage call a row to learn from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cotune.programs import (
+    LM,
+    Demo,
+    Example,
+    Metric,
+    Program,
+    Prompts,
+    Rollout,
+    Sampling,
+    Template,
+    draw_demos,
+    hide_own_demos,
+    labelled_demos,
+    prompts_id,
+    rollouts,
+)
+
+
+@dataclass(frozen=True)
+class Bootstrapping:
+    """How traces are collected from the train set, and what training pairs are made of them.
+
+    Attributes:
+        threshold: score from which a run counts as a success (lambda in the paper; 1 for a binary metric).
+        attempts: runs of an example until one succeeds. The first is with the current prompts, as in the paper.
+        temperature: of the attempts after the first.
+        fresh_demos: later attempts show this many freshly drawn demos a stage, never one of the example's own: labelled
+            examples where a stage's inputs and output have labels, and earlier successes. 0 keeps the current prompts.
+        pairs: prompts that stand in the training pairs: "initial" (zero-shot, as in the paper) or "current".
+        demo_share: share of the batches whose pairs carry 1 to `fresh_demos` demos of other rows, so that the tuned
+            weights still know what to do with demos. 0 in the paper.
+    """
+
+    threshold: float = 1.0
+    attempts: int = 10
+    temperature: float = 1.0
+    fresh_demos: int = 3
+    pairs: Literal["initial", "current"] = "initial"
+    demo_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"attempts {self.attempts} is below 1.")
+        if self.fresh_demos < 0:
+            raise ValueError(f"fresh_demos {self.fresh_demos} is below 0.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} is outside (0, 1]; at 0 a failed run would count as a success.")
+        if not 0 <= self.demo_share <= 1:
+            raise ValueError(f"demo_share {self.demo_share} is outside [0, 1].")
+        if self.demo_share and not self.fresh_demos:
+            raise ValueError(f"demo_share {self.demo_share} needs fresh_demos above 0: it draws up to that many.")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One stage call of a successful run.
+
+    `call` is its place among the run's calls; `messages` are those it was generated from, `completion_ids` the very
+    ids that were written, `complete` whether the last of them ends the turn.
+    """
+
+    example: str
+    attempt: int
+    score: float
+    stage: str
+    call: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    messages: Sequence[Mapping[str, str]]
+    completion: str
+    completion_ids: Sequence[int]
+    complete: bool
+    prompts: str
+
+    @property
+    def demo(self) -> Demo:
+        return Demo(self.inputs, self.outputs, self.example)
+
+
+@dataclass
+class Report:
+    """What came of collecting: counts of examples, and of runs by outcome."""
+
+    examples: int = 0
+    solved_at_attempt: list[int] = field(default_factory=list)
+    runs: int = 0
+    wrong: int = 0
+    format: int = 0
+    program: int = 0
+    metric: int = 0
+    cut: int = 0
+    """runs that succeeded with a completion cut at max_new_tokens: not learnt from, or the LM would never end."""
+
+    @property
+    def solved(self) -> int:
+        return sum(self.solved_at_attempt)
+
+    def __str__(self) -> str:
+        why = {"wrong answer": self.wrong, "unreadable": self.format, "cut at max_new_tokens": self.cut}
+        why |= {"program raised": self.program, "metric raised": self.metric}
+        failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
+        return f"{self.solved} of {self.examples} examples solved in {self.runs} runs (failed: {failed})"
+
+
+class NoTracesError(RuntimeError):
+    """A weight step has nothing to learn from."""
+
+
+def collect(
+    examples: Sequence[Example],
+    *,
+    program: Program,
+    lm: LM,
+    template: Template,
+    prompts: Prompts,
+    metric: Metric,
+    sampling: Sampling,
+    options: Bootstrapping,
+    seed: int,
+    max_error_rate: float = 0.5,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[Trace], Report]:
+    """Runs the program on each example until a run succeeds, or the attempts are used up.
+
+    Returns:
+        Every stage call of the first successful run of each example, in the order they were found; and the counts.
+    """
+    report, traces = Report(examples=len(examples)), list[Trace]()
+    pool: dict[str, list[Demo]] = labelled_demos(program, examples)
+    unsolved = list(examples)
+    for attempt in range(options.attempts):
+        # No run may read its own answer off a demo, so an example's own demos are hidden from it.
+        given: list[Prompts] = [hide_own_demos(prompts, example.id) for example in unsolved]
+        drawn = sampling
+        if attempt:
+            drawn = replace(sampling, temperature=options.temperature, top_p=1.0)
+            if options.fresh_demos:
+                rng = random.Random(f"{seed}|{attempt}")
+                given = fresh_prompts(prompts, unsolved, pool, count=options.fresh_demos, rng=rng)
+        done = rollouts(
+            program,
+            unsolved,
+            lm=lm,
+            prompts=given,
+            template=template,
+            metric=metric,
+            sampling=drawn,
+            seed=seed,
+            attempt=attempt,
+            max_error_rate=max_error_rate,
+        )
+        passed = {r.example.id: r for r in done if _outcome(r, options.threshold) == "passed"}
+        _count(report, done, options.threshold)
+        report.solved_at_attempt.append(len(passed))
+        for place, rollout in enumerate(done):
+            if rollout.example.id in passed:
+                found = _traces(rollout, attempt, prompts_id(given[place]))
+                traces += found
+                for trace in found:
+                    pool.setdefault(trace.stage, []).append(trace.demo)
+        unsolved = [example for example in unsolved if example.id not in passed]
+        if progress is not None:
+            progress(len(passed) if attempt + 1 < options.attempts else len(passed) + len(unsolved))
+        if not unsolved:
+            break
+    return traces, report
+
+
+def fresh_prompts(
+    prompts: Prompts, examples: Sequence[Example], pool: Mapping[str, Sequence[Demo]], *, count: int, rng: random.Random
+) -> list[Prompts]:
+    """Prompts with freshly drawn demos for each example, never one of its own.
+
+    Two draws serve all examples: most get the first; those that stand in it get the second, which has none of them.
+    So an attempt runs with two prompts, and what they share is computed twice, not once an example.
+    """
+    first = {stage: draw_demos(pool.get(stage, ()), count, rng) for stage in prompts}
+    shown = {demo.source for demos in first.values() for demo in demos}
+    second = {stage: draw_demos(pool.get(stage, ()), count, rng, exclude_sources=shown) for stage in prompts}
+    of_first, of_second = (
+        {stage: replace(p, demos=tuple(draw[stage]) or p.demos) for stage, p in prompts.items()}
+        for draw in (first, second)
+    )
+    return [of_second if example.id in shown else of_first for example in examples]
+
+
+def save_traces(traces: Sequence[Trace], folder: Path) -> None:
+    """Writes traces as a `datasets` data set, a row a stage call; inputs and outputs as JSON text."""
+    from datasets import Dataset
+
+    rows = [
+        {
+            **vars(trace),
+            "inputs": json.dumps(dict(trace.inputs), ensure_ascii=False),
+            "outputs": json.dumps(dict(trace.outputs), ensure_ascii=False),
+            "messages": [dict(message) for message in trace.messages],
+            "completion_ids": list(trace.completion_ids),
+        }
+        for trace in traces
+    ]
+    Dataset.from_list(rows).save_to_disk(str(folder))
+
+
+def load_traces(folder: str | Path, program: Program) -> list[Trace]:
+    """Reads what `save_traces` wrote, whichever run wrote it.
+
+    Raises:
+        ValueError: the folder holds no traces, or they are those of a program with other stages or fields.
+    """
+    from datasets import load_from_disk
+
+    try:
+        rows = load_from_disk(str(folder)).to_list()
+        traces = [
+            Trace(**{**row, "inputs": json.loads(row["inputs"]), "outputs": json.loads(row["outputs"])}) for row in rows
+        ]
+    except (FileNotFoundError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f'"{folder}" holds no traces; give a folder that a run wrote, e.g. runs/<name>/traces/step-1.'
+        ) from error
+    signatures = {name: stage.signature for name, stage in program.stages.items()}
+    for trace in traces:
+        signature = signatures.get(trace.stage)
+        if signature is None or set(trace.inputs) != set(signature.inputs):
+            raise ValueError(
+                f'traces in "{folder}" are of another program: stage "{trace.stage}" with inputs '
+                f"{', '.join(trace.inputs)}; this program has {_stages(signatures)}."
+            )
+    return traces
+
+
+def _stages(signatures: Mapping[str, Any]) -> str:
+    return "; ".join(f'"{name}" with inputs {", ".join(s.inputs)}' for name, s in signatures.items())
+
+
+def _outcome(rollout: Rollout, threshold: float) -> str:
+    if rollout.error is not None:
+        return rollout.error.kind
+    if rollout.score < threshold:
+        return "wrong"
+    return "cut" if any(step.completion.finished == "length" for step in rollout.steps) else "passed"
+
+
+def _count(report: Report, done: Sequence[Rollout], threshold: float) -> None:
+    outcomes = Counter(_outcome(rollout, threshold) for rollout in done)
+    report.runs += len(done)
+    for name in ("wrong", "format", "program", "metric", "cut"):
+        setattr(report, name, getattr(report, name) + outcomes[name])
+
+
+def _traces(rollout: Rollout, attempt: int, used: str) -> list[Trace]:
+    return [
+        Trace(
+            example=rollout.example.id,
+            attempt=attempt,
+            score=rollout.score,
+            stage=step.stage,
+            call=call,
+            inputs=step.inputs,
+            outputs=step.outputs,
+            messages=step.messages,
+            completion=step.completion.text,
+            completion_ids=step.completion.completion_ids,
+            complete=step.completion.finished == "eos",
+            prompts=used,
+        )
+        for call, step in enumerate(rollout.steps)
+    ]

@@ -1,0 +1,211 @@
+"""TraceDataModule: traces as training batches, examples for validation and test."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from cotune.datamodules.collate import Batch, Pair, collate
+from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
+from cotune.datamodules.splits import Sizes, Splits
+from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match
+
+Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
+
+
+@dataclass(frozen=True)
+class PairMaker:
+    """Makes training pairs of traces: renders a stage's prompt, encodes it, and adds the ids that were written.
+
+    Args:
+        prompts: what stands in the pairs.
+        encode: messages -> prompt ids.
+        end_id: token that ends a turn; appended to a completion that ended at a stop string.
+    """
+
+    program: Program
+    template: Template
+    prompts: Prompts
+    encode: Encode
+    end_id: int
+    pad_id: int
+    window: int
+
+    def pair(self, trace: Trace, demos: Sequence[Demo] | None = None) -> Pair:
+        """The pair of a trace, with these demos instead of the prompt's own where any are given."""
+        signature = self.program.stages[trace.stage].signature
+        prompt = self.prompts[trace.stage]
+        if demos:
+            prompt = replace(prompt, demos=tuple(demos))
+        ids = self.encode(self.template.render(signature, prompt, trace.inputs))
+        return Pair(ids, [*trace.completion_ids, *([] if trace.complete else [self.end_id])])
+
+    def fits(self, pair: Pair) -> bool:
+        return len(pair.prompt_ids) + len(pair.completion_ids) <= self.window
+
+
+class EpochBatches(Dataset[Batch]):
+    """The batches of one epoch, planned ahead: a pure function of traces, options, seed and epoch.
+
+    Rows of all stages stand in one set and are shuffled together, as in the paper; within a batch, rows of a stage
+    share their prompt's prefix. Batch sizes differ by one at most, so that no small last batch counts like a full one.
+    """
+
+    def __init__(
+        self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
+    ) -> None:
+        self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
+        order = list(range(len(traces)))
+        random.Random(seed).shuffle(order)
+        count = -(-len(order) // batch_size)
+        self.plan = [order[i::count] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        return collate(list(self.pairs(index).values()), pad_id=self.maker.pad_id)
+
+    def pairs(self, index: int) -> dict[str, list[Pair]]:
+        """Stage -> pairs of batch `index`, demos drawn for it included."""
+        rows = [self.traces[i] for i in self.plan[index]]
+        demos = self._demos(index, rows)
+        pairs: dict[str, list[Pair]] = {}
+        for trace in rows:
+            with_demos = self.maker.pair(trace, demos.get(trace.stage))
+            # Demos that would push a row past the window are left out of that row; the row itself always fits.
+            pair = with_demos if self.maker.fits(with_demos) else self.maker.pair(trace)
+            pairs.setdefault(trace.stage, []).append(pair)
+        return pairs
+
+    def _demos(self, index: int, rows: Sequence[Trace]) -> dict[str, list[Demo]]:
+        rng = random.Random(f"{self.seed}|{index}")
+        if rng.random() >= self.options.demo_share:
+            return {}
+        shown = {trace.example for trace in rows}
+        drawn = {}
+        for stage in sorted({trace.stage for trace in rows}):
+            pool = [trace.demo for trace in self.traces if trace.stage == stage]
+            drawn[stage] = draw_demos(pool, rng.randint(1, self.options.fresh_demos), rng, exclude_sources=shown)
+        return drawn
+
+
+class TraceDataModule(LightningDataModule, ABC):
+    """Four disjoint sets of examples, and batches of the traces collected on the first.
+
+    Subclasses say where the examples come from, in `load`. Traces come from `begin_weight_step`.
+
+    Args:
+        sizes: how many examples each set gets.
+        metric: (example, prediction) -> score in [0, 1].
+        seed: of the split and of the order of training.
+        bootstrapping: how traces are collected and made into training pairs.
+        traces: folder with the traces of another run, to train on instead of collecting.
+        batch_size: pairs an optimiser step.
+        val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
+    """
+
+    def __init__(
+        self,
+        *,
+        sizes: Sizes,
+        metric: Metric = exact_match,
+        seed: int = 0,
+        bootstrapping: Bootstrapping = Bootstrapping(),  # noqa: B008 (frozen)
+        traces: str | None = None,
+        batch_size: int = 8,
+        val_batch_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or val_batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} and val_batch_size {val_batch_size} must be at least 1.")
+        self.sizes, self.metric, self.seed = sizes, metric, seed
+        self.bootstrapping, self.reused_traces = bootstrapping, traces
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.epoch = 0
+        self._splits: Splits | None = None
+        self._weight_step = 0
+        self._traces: list[Trace] = []
+        self._maker: PairMaker | None = None
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """The four sets. Called once; must give the same sets each time."""
+
+    @property
+    def splits(self) -> Splits:
+        if self._splits is None:
+            self._splits = self.load()
+        return self._splits
+
+    def setup(self, stage: str) -> None:
+        _ = self.splits  # bad data is found before the model is loaded
+
+    def reuse_traces(self, program: Program) -> list[Trace] | None:
+        """The traces of another run, if `traces` names some."""
+        return load_traces(Path(self.reused_traces), program) if self.reused_traces else None
+
+    def begin_weight_step(self, traces: Sequence[Trace], maker: PairMaker, *, step: int, epoch: int = 0) -> int:
+        """Takes the traces that the next epochs train on.
+
+        Args:
+            step: place in the schedule; with seed and epoch it decides the order of the rows.
+            epoch: epochs of this weight step that are already behind.
+
+        Returns:
+            How many traces were left out because they do not fit the model's window.
+
+        Raises:
+            NoTracesError: none is left.
+        """
+        fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
+        if not fitting:
+            said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
+            raise NoTracesError(f"weight step: no traces to train on: {said}.")
+        self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
+        return len(traces) - len(fitting)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self._traces) // self.batch_size)
+
+    def epoch_batches(self) -> EpochBatches:
+        """The batches of the current epoch.
+
+        Raises:
+            NoTracesError: no weight step has begun.
+        """
+        if self._maker is None:
+            raise NoTracesError(
+                "there are no traces to train on yet. Train with the Alternate callback, which collects them, "
+                "or give data.traces the traces of another run."
+            )
+        return EpochBatches(
+            self._traces,
+            self._maker,
+            self.bootstrapping,
+            batch_size=self.batch_size,
+            seed=f"{self.seed}|{self._weight_step}|{self.epoch}",
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.epoch_batches(), batch_size=None, shuffle=False)
+
+    def val_dataloader(self) -> Any:
+        return self._examples(self.splits.val)
+
+    def test_dataloader(self) -> Any:
+        return self._examples(self.splits.test)
+
+    def predict_dataloader(self) -> Any:
+        return self._examples(self.splits.test)
+
+    def _examples(self, examples: Sequence[Example]) -> Any:
+        return DataLoader(list(examples), batch_size=self.val_batch_size, collate_fn=list)  # type: ignore[arg-type]

@@ -1,0 +1,311 @@
+"""Generation: many prompts decoded together, what they share computed once, finished rows leaving the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from cotune.datamodules.collate import shared_prefix
+from cotune.programs.lm import Sampling
+
+_GROUP_COST = 48
+"""What another batch costs, in tokens: below this a longer shared prefix is not worth a smaller batch."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt to complete, as ids."""
+
+    ids: Sequence[int]
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Ids written (end-of-turn token included, a stop string not), their text, and why they end."""
+
+    ids: list[int]
+    text: str
+    finished: Literal["eos", "stop", "length", "too_long"]
+
+
+def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts, grouped so that computing each group's shared prefix once costs least.
+
+    A group of n prompts costs its shared prefix once, the rest of each prompt, and a constant for being a batch. The
+    grouping with the lowest sum is found on the radix tree of the prompts. It depends on the prompts alone.
+
+    >>> group_by_prefix([[1] * 100 + [2], [5] * 100 + [6], [1] * 100 + [3]])
+    [[0, 2], [1]]
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (tuple(prompts[i]), i))
+    groups = _cheapest(order, prompts)[1] if prompts else []
+    return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+
+
+def _cheapest(order: list[int], prompts: Sequence[Sequence[int]]) -> tuple[int, list[list[int]]]:
+    """(cost, groups) for indices in the order of their prompts: as one group, or split at the next token."""
+    shared = shared_prefix([prompts[i] for i in order])
+    whole = _GROUP_COST + shared + sum(len(prompts[i]) - shared for i in order)
+    branches: dict[int, list[int]] = {}
+    for i in order:
+        branches.setdefault(prompts[i][shared], []).append(i)
+    if len(branches) == 1 or len(order) == 1:
+        return whole, [order]
+    parts = [_cheapest(branch, prompts) for branch in branches.values()]
+    apart = sum(cost for cost, _ in parts)
+    return (apart, [g for _, groups in parts for g in groups]) if apart < whole else (whole, [order])
+
+
+class Decoder:
+    """Decodes prompts with a causal LM.
+
+    Args:
+        model: a transformers (or PEFT) causal LM, in eval mode.
+        decode: ids -> text.
+        end_ids: ids that end a turn.
+        pad_id: any valid id; padding is masked.
+        window: longest prompt plus completion, in tokens.
+        cache_tokens: keys and values kept at once, in tokens over all rows: the bound on a batch's memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        end_ids: Sequence[int],
+        pad_id: int,
+        window: int,
+        cache_tokens: int,
+    ) -> None:
+        self.model, self.decode = model, decode
+        self.end_ids, self.pad_id = frozenset(end_ids), pad_id
+        self.window, self.cache_tokens = window, cache_tokens
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Generated]:
+        """One result a prompt, in order. The batches follow from the prompts alone, never from timing."""
+        results: list[Generated | None] = [None] * len(prompts)
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt.ids) < self.window]
+        for group in group_by_prefix([prompts[i].ids for i in fitting]):
+            members = [fitting[g] for g in group]
+            shared = shared_prefix([prompts[i].ids for i in members])
+            prefix = self._prefix(prompts[members[0]].ids[:shared])
+            for chunk in self._chunks(members, prompts, shared, sampling):
+                rows = _Rows([prompts[i] for i in chunk], sampling, self)
+                self._run(rows, prefix, shared)
+                for i, result in zip(chunk, rows.results(), strict=True):
+                    results[i] = result
+        return [result or Generated([], "", "too_long") for result in results]
+
+    def _chunks(
+        self, members: list[int], prompts: Sequence[Prompted], shared: int, sampling: Sampling
+    ) -> Iterator[list[int]]:
+        """Cuts a group into batches that fit `cache_tokens`, rows of like length together to pad least."""
+        members = sorted(members, key=lambda i: len(prompts[i].ids))  # stable: equal lengths stay in order
+        chunk: list[int] = []
+        for i in members:
+            width = min(len(prompts[i].ids) + sampling.max_new_tokens, self.window)
+            if chunk and (len(chunk) + 1) * width > self.cache_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(i)
+        yield chunk
+
+    def _prefix(self, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the shared tokens, a pair a layer, each (1, H, P, D); none for no tokens."""
+        if not ids:
+            return []
+        cache = DynamicCache(config=self.model.config)
+        ids_1P = torch.tensor([list(ids)], device=self.model.device)
+        self.model(input_ids=ids_1P, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _run(self, rows: _Rows, prefix: list[tuple[Tensor, Tensor]], shared: int) -> None:
+        """Prefills the rows' own tokens behind the prefix, then decodes until the last row has ended."""
+        device = self.model.device
+        own = [list(row.ids[shared:]) for row in rows.prompts]
+        width = max(len(ids) for ids in own)
+        ids_BS = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in own], device=device)
+        own_mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in own], device=device)
+        mask_BT = torch.cat([own_mask_BS.new_ones(len(own), shared), own_mask_BS], dim=1)
+        cache = growing_cache(prefix, rows=len(own), capacity=shared + width + rows.limit, layers=self._layers())
+        while True:
+            # Padding stands between prefix and own tokens, so positions are counted over real tokens only.
+            positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+            logits_BV = self.model(
+                input_ids=ids_BS,
+                attention_mask=mask_BT,
+                position_ids=positions_BT[:, -ids_BS.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            tokens_B, staying = rows.take(logits_BV)
+            if not staying:
+                return
+            if len(staying) < len(tokens_B):
+                keep = torch.tensor(staying, device=device)
+                cache.batch_select_indices(keep)
+                tokens_B, mask_BT = tokens_B[keep], mask_BT[keep]
+            ids_BS = tokens_B[:, None]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(staying), 1)], dim=1)
+
+    def _layers(self) -> int:
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+
+class _Rows:
+    """The rows of a batch: what each has written, which still run, and their random draws."""
+
+    def __init__(self, prompts: Sequence[Prompted], sampling: Sampling, decoder: Decoder) -> None:
+        self.prompts, self.sampling, self.decoder = prompts, sampling, decoder
+        longest = max(len(prompt.ids) for prompt in prompts)
+        self.limit = min(sampling.max_new_tokens, decoder.window - longest)
+        self.written: list[list[int]] = [[] for _ in prompts]
+        self.done: dict[int, Generated] = {}
+        self.running = list(range(len(prompts)))
+        self.draws_BN = self._draws() if sampling.temperature > 0 else None
+
+    def take(self, logits_BV: Tensor) -> tuple[Tensor, list[int]]:
+        """Adds a token to every running row. Returns the tokens and which of those rows (by place) go on."""
+        tokens_B = self._choose(logits_BV)
+        staying, still = [], []
+        for place, (row, token) in enumerate(zip(self.running, tokens_B.tolist(), strict=True)):
+            self.written[row].append(token)
+            ended = self._ended(row)
+            if ended is None:
+                staying.append(place)
+                still.append(row)
+            else:
+                self.done[row] = ended
+        self.running = still
+        return tokens_B, staying
+
+    def results(self) -> list[Generated]:
+        return [self.done[row] for row in range(len(self.prompts))]
+
+    def _choose(self, logits_BV: Tensor) -> Tensor:
+        if self.draws_BN is None:
+            return logits_BV.argmax(dim=-1)
+        step = len(self.written[self.running[0]])
+        draws_B = self.draws_BN[self.running, step].to(logits_BV.device)
+        return sample(logits_BV, draws_B, temperature=self.sampling.temperature, top_p=self.sampling.top_p)
+
+    def _draws(self) -> Tensor:
+        """(B, N) uniform numbers, a row a request, from its own seed: the batch has no influence on them."""
+        return torch.stack(
+            [
+                torch.rand(self.limit, generator=torch.Generator().manual_seed(prompt.seed), dtype=torch.float64)
+                for prompt in self.prompts
+            ]
+        )
+
+    def _ended(self, row: int) -> Generated | None:
+        ids = self.written[row]
+        if ids[-1] in self.decoder.end_ids:
+            return Generated(ids, self.decoder.decode(ids[:-1]), "eos")
+        stopped = self._stopped(ids, self.prompts[row].stops)
+        if stopped is not None:
+            return stopped
+        if len(ids) >= self.limit:
+            return Generated(ids, self.decoder.decode(ids), "length")
+        return None
+
+    def _stopped(self, ids: list[int], stops: tuple[str, ...]) -> Generated | None:
+        if not stops:
+            return None
+        tail = self.decoder.decode(ids[-2 - max(len(stop) for stop in stops) :])  # a token has a character or more
+        if not any(stop in tail for stop in stops):
+            return None
+        text = self.decoder.decode(ids)
+        cut = min(text.index(stop) for stop in stops if stop in text)
+        count = next(n for n in range(len(ids), -1, -1) if len(self.decoder.decode(ids[:n])) <= cut)
+        return Generated(ids[:count], text[:cut], "stop")
+
+
+def sample(logits_BV: Tensor, draws_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
+    """(B,) token ids drawn by inverse CDF from each row's nucleus (Holtzman et al., 2020).
+
+    Args:
+        logits_BV: unnormalised log-probabilities.
+        draws_B: a uniform number in [0, 1) a row; equal logits and draws give equal tokens.
+        top_p: sample among the fewest likeliest tokens whose probabilities reach this.
+    """
+    probabilities_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
+    if top_p >= 1:
+        return _inverse_cdf(probabilities_BV, draws_B)
+    # Sorting 50k entries a row is slow; the head of the order nearly always holds the nucleus.
+    count = min(256, probabilities_BV.shape[-1])
+    head_BK, order_BK = probabilities_BV.topk(count, dim=-1)
+    if bool((head_BK.sum(dim=-1) < top_p).any()):
+        head_BK, order_BK = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    before_BK = head_BK.cumsum(dim=-1) - head_BK
+    nucleus_BK = head_BK.masked_fill(before_BK >= top_p, 0.0)
+    return order_BK.gather(1, _inverse_cdf(nucleus_BK, draws_B)[:, None])[:, 0]
+
+
+def _inverse_cdf(weights_BK: Tensor, draws_B: Tensor) -> Tensor:
+    cumulative_BK = weights_BK.cumsum(dim=-1)
+    wanted_B1 = draws_B[:, None].to(cumulative_BK.dtype) * cumulative_BK[:, -1:]
+    return torch.searchsorted(cumulative_BK, wanted_B1, right=True)[:, 0].clamp(max=weights_BK.shape[-1] - 1)
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in a buffer that has room for all that will come: no copy at each token."""
+
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: int, capacity: int) -> None:
+        super().__init__()
+        self._prefix, self._rows, self._capacity, self._length = prefix, rows, capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._buffers = [
+            states.new_empty(self._rows, states.shape[1], self._capacity, states.shape[3])
+            for states in (key_states, value_states)
+        ]
+        if self._prefix is not None:
+            self._length = self._prefix[0].shape[2]
+            for buffer, shared in zip(self._buffers, self._prefix, strict=True):
+                buffer[:, :, : self._length] = shared
+            self._prefix = None
+        self.is_initialized = True
+        self._expose()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self._length + key_states.shape[2]
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._length : end] = states
+        self._length = end
+        self._expose()
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        if not self.is_initialized:
+            return 0 if self._prefix is None else int(self._prefix[0].shape[2])
+        return self._length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._buffers = [buffer[indices] for buffer in self._buffers]
+        self._expose()
+
+    def _expose(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+
+
+def growing_cache(
+    prefix: Sequence[tuple[Tensor, Tensor]], *, rows: int, capacity: int, layers: int
+) -> DynamicCache:
+    """A cache whose rows all begin with the prefix's keys and values, with room for `capacity` tokens a row."""
+    cache = DynamicCache()
+    cache.layers = [_GrowingLayer(prefix[i] if prefix else None, rows, capacity) for i in range(layers)]
+    return cache

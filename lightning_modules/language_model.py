@@ -1,0 +1,270 @@
+"""The shared LM: one Hugging Face model with one LoRA adapter behind all stages, in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cotune.datamodules.encode import ChatEncoder
+from cotune.lightning_modules.generation import Decoder, Prompted
+from cotune.lightning_modules.lora import LoRA, MergedCopy, adapter_state, attach, fingerprint, load_adapter_state, reset
+from cotune.programs import Completion, Request, Sampling
+
+EMBEDDED = "embedded"
+"""The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
+
+Quantization = Literal["nf4", "fp4", "int8"]
+
+
+class ModelNotFoundError(ValueError):
+    """No model can be loaded under the given name."""
+
+
+@dataclass
+class Usage:
+    """What an LM has been asked so far. `seconds` is wall time spent generating."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    too_long: int = 0
+    seconds: float = 0.0
+
+    def since(self, earlier: Mapping[str, float]) -> dict[str, Any]:
+        return {name: value - earlier[name] for name, value in asdict(self).items()}
+
+
+class LanguageModel(nn.Module):
+    """A causal LM with a chat template, a LoRA adapter, and batched generation.
+
+    The constructor only keeps its arguments; `load` reads the weights.
+
+    Args:
+        model: "embedded" (SmolLM2-135M-Instruct), a Hub id, a local folder, or a .gguf file.
+        gguf_file: name of the GGUF file inside `model`, where that is a Hub id or a folder.
+        adapter: folder of a PEFT adapter to begin from, instead of a fresh one.
+        quantization: bitsandbytes format of the base: nf4, fp4 or int8. The adapter stays in full precision.
+        double_quantization: quantise the 4-bit scales as well.
+        dtype: of the weights (of the computation, where quantised). float32 reproduces bit by bit on a CPU.
+        device: where to load; None takes CUDA when there is one. Lightning moves the model afterwards anyway.
+        lora: shape of the adapter.
+        cache_tokens: bound on keys and values held while generating, in tokens over all rows.
+        merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
+            and saves about a third of the time.
+        trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
+    """
+
+    def __init__(
+        self,
+        model: str = EMBEDDED,
+        *,
+        gguf_file: str | None = None,
+        adapter: str | None = None,
+        quantization: Quantization | None = None,
+        double_quantization: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        device: str | None = None,
+        lora: LoRA = LoRA(),  # noqa: B008 (frozen)
+        cache_tokens: int = 16384,
+        merge_while_generating: bool = True,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.gguf_file, self.adapter = model, gguf_file, adapter
+        self.quantization, self.double_quantization = quantization, double_quantization
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.device_name, self.lora, self.cache_tokens = device, lora, cache_tokens
+        self.merge_while_generating, self.trust_remote_code = merge_while_generating, bool(trust_remote_code)
+        self.usage = Usage()
+        self.model: Any = None
+        self.encode: Callable[[Sequence[Mapping[str, str]]], list[int]]
+        self._merged = MergedCopy()
+
+    def load(self, *, seed: int = 0) -> None:
+        """Reads tokenizer and weights and attaches the adapter, drawn from the seed. Does nothing when loaded.
+
+        Raises:
+            ModelNotFoundError: there is no such model here, or the Hub has none or cannot be reached.
+            ValueError: no chat template, or LoRA targets that fit no layer.
+        """
+        if self.model is not None:
+            return
+        from transformers import AutoTokenizer
+
+        source = self._source()
+        with _explained(self.name):
+            self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
+            base = self._base(source)
+        self.encode = ChatEncoder(self.tokenizer)
+        self.model = self._with_adapter(base, seed)
+        self._decoder = self._make_decoder()
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0])
+
+    @property
+    def window(self) -> int:
+        """Longest prompt plus completion, in tokens."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end the assistant's turn. The first is the one that training teaches."""
+        configured = self.model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *ids) if i is not None))
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
+        started = time.perf_counter()
+        prompts = [Prompted(self.encode(r.messages), r.stops, r.seed) for r in requests]
+        with _evaluating(self.model), self._fast_adapter():
+            results = self._decoder.generate(prompts, sampling)
+        self.usage.calls += len(prompts)
+        self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
+        self.usage.completion_tokens += sum(len(r.ids) for r in results)
+        self.usage.too_long += sum(r.finished == "too_long" for r in results)
+        self.usage.seconds += time.perf_counter() - started
+        return [
+            Completion(result.text, tuple(prompt.ids), tuple(result.ids), result.finished)
+            for prompt, result in zip(prompts, results, strict=True)
+        ]
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        return adapter_state(self.model)
+
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
+        load_adapter_state(self.model, state)
+
+    def reset_adapter(self, *, seed: int) -> None:
+        reset(self.model, seed=seed)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as PEFT does, for `peft.PeftModel.from_pretrained` and for servers that read it."""
+        # The embedding layers are never trained; asking PEFT whether they were would ask the Hub.
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def _source(self) -> str:
+        """What transformers loads from: a folder, or a Hub id. GGUF is converted once, into the user's cache."""
+        path = Path(self.name).expanduser()
+        if path.is_dir() and not self.gguf_file:
+            return str(path)
+        from cotune.lightning_modules.embedded import convert_gguf, embedded_model
+
+        if self.name == EMBEDDED:
+            return str(embedded_model())
+        if path.suffix == ".gguf" and path.is_file():
+            return str(convert_gguf(path.parent, path.name))
+        if path.is_dir():
+            return str(convert_gguf(path, self.gguf_file or ""))
+        if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
+            raise ModelNotFoundError(
+                f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}'
+            )
+        if self.gguf_file:
+            from huggingface_hub import hf_hub_download
+
+            with _explained(self.name):
+                file = Path(hf_hub_download(self.name, self.gguf_file))
+            return str(convert_gguf(file.parent, file.name))
+        return self.name
+
+    def _base(self, source: str) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        device = self.device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.quantization:
+            options |= {"quantization_config": self._quantization_config(), "device_map": {"": device}}
+        base = AutoModelForCausalLM.from_pretrained(source, **options)
+        if not self.quantization and not getattr(base, "is_quantized", False):
+            base.to(device)
+        keep_four_bit_trainable(base)
+        base.requires_grad_(False)
+        return base
+
+    def _quantization_config(self) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        if self.quantization == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quantization,
+            bnb_4bit_compute_dtype=self.dtype,
+            bnb_4bit_use_double_quant=self.double_quantization,
+        )
+
+    def _with_adapter(self, base: Any, seed: int) -> Any:
+        if self.adapter is None:
+            return attach(base, self.lora, seed=seed)
+        if not (Path(self.adapter) / "adapter_config.json").is_file():
+            raise ModelNotFoundError(f'adapter "{self.adapter}" is not a folder that holds an adapter_config.json.')
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+
+    def _make_decoder(self) -> Decoder:
+        return Decoder(
+            self.model,
+            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            end_ids=self.end_ids,
+            pad_id=self.pad_id,
+            window=self.window,
+            cache_tokens=self.cache_tokens,
+        )
+
+    def _fast_adapter(self) -> Any:
+        return self._merged.swapped(self.model) if self.merge_while_generating else nullcontext()
+
+
+_KINDS = (
+    'Give "embedded" (SmolLM2-135M-Instruct, needs no network), a local folder with config.json and weights, '
+    "a .gguf file, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
+)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Library errors about a missing model as one message that says what can be given instead."""
+    try:
+        yield
+    except OSError as error:  # transformers and the Hub client raise subclasses of it, offline or not
+        first = str(error).strip().splitlines()[0]
+        raise ModelNotFoundError(
+            f'model "{name}" is no local folder, and the Hub gave none by that name ({first}). {_KINDS}'
+        ) from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module has the mode it had, or dropout would stay off in training."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def keep_four_bit_trainable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for fast CPU inference.
+
+    On CPUs with AVX512-BF16 the first generation would repack each layer in place, and the training steps after it
+    would bypass autograd: gradients of the adapter go missing without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,171 @@
+"""The adapter: one LoRA (Hu et al., 2021) that all stages share, its state, and a merged copy for generating."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Shape of the adapter.
+
+    Attributes:
+        r: rank of the update.
+        alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
+        dropout: on the adapter's input, while training. Above 0 the shared prefix of a batch sees one draw for all rows.
+        targets: names of the linear layers to adapt, or "all-linear" (every one but the output head).
+        rslora: rank-stabilised scaling (Kalajdzievski, 2023).
+    """
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"LoRA rank r {self.r} is below 1.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout {self.dropout} is outside [0, 1).")
+
+
+def attach(base: Any, lora: LoRA, *, seed: int) -> Any:
+    """The base wrapped by PEFT, its adapter initialised from the seed; only the adapter requires gradients.
+
+    Raises:
+        ValueError: no layer of the model carries a target's name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        use_rslora=lora.rslora,
+        bias="none",
+    )
+    with seeded(seed):
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:
+            linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+            raise ValueError(
+                f"LoRA targets {lora.targets} fit no layer of this model; its linear layers are {', '.join(linear)}."
+            ) from error
+
+
+def reset(model: nn.Module, *, seed: int) -> None:
+    """Puts the adapter back to what `attach` made: A drawn anew from the seed, B zero."""
+    with seeded(seed):
+        for _, layer in lora_layers(model):
+            for adapter in layer.active_adapters:
+                layer.reset_lora_parameters(adapter, True)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's tensors, on the CPU, by parameter name."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies tensors into the adapter.
+
+    Raises:
+        ValueError: names or shapes are not those of this model's adapter; nothing is changed then.
+    """
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = sorted(set(own) ^ set(state)) or [n for n, p in own.items() if p.shape != state[n].shape]
+    if wrong:
+        raise ValueError(
+            f"the adapter to load does not fit: {len(wrong)} tensors differ, the first is {wrong[0]}. "
+            "It was made with another base model or other LoRA settings (r, targets)."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the adapter's tensors, by name: equal adapters have equal fingerprints."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapter_state(model).items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of every layer that the adapter changes."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+class MergedCopy:
+    """W + BA in a second copy, so that decoding pays nothing for the adapter.
+
+    The live base is never written: merging and unmerging it in place would make a bf16 base drift. Inside `swapped`
+    each layer's weight pointer leads to the copy; afterwards to the very same base tensor as before. Quantised layers
+    have no weight to add to: they keep running base and adapter side by side.
+
+    The copy is made anew only when a parameter of the adapter has been written since.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._made_from: tuple[int, ...] = ()
+
+    @contextmanager
+    def swapped(self, model: nn.Module) -> Iterator[None]:
+        layers = [(name, layer) for name, layer in lora_layers(model) if _can_merge(layer)]
+        self._refresh(model, layers)
+        originals = [layer.get_base_layer().weight.data for _, layer in layers]
+        try:
+            for name, layer in layers:
+                layer.get_base_layer().weight.data = self._copies[name]
+                layer._disable_adapters = True  # the public switch would also turn the adapter's gradients off
+            yield
+        finally:
+            for (_, layer), original in zip(layers, originals, strict=True):
+                layer.get_base_layer().weight.data = original
+                layer._disable_adapters = False
+
+    def _refresh(self, model: nn.Module, layers: list[tuple[str, Any]]) -> None:
+        versions = tuple(p._version for p in model.parameters() if p.requires_grad)
+        if versions == self._made_from and len(self._copies) == len(layers):
+            return
+        with torch.no_grad():
+            for name, layer in layers:
+                weight = layer.get_base_layer().weight
+                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
+                if name not in self._copies:
+                    self._copies[name] = torch.empty_like(weight)
+                torch.add(weight, delta.to(weight.dtype), out=self._copies[name])
+        self._made_from = versions
+
+    def free(self) -> None:
+        """Gives the copy's memory back."""
+        self._copies.clear()
+
+
+def _can_merge(layer: Any) -> bool:
+    base = layer.get_base_layer()
+    return type(base) is nn.Linear and base.weight.is_floating_point() and not any(layer.use_dora.values())
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's generators seeded inside, and as they were afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

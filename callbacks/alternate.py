@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.checkpoint import save_checkpoint
 from cotune.callbacks.progress import StepProgress
 from cotune.callbacks.schedule import parse_schedule, prefix_name
-from cotune.datamodules import NoTracesError, PairMaker, Report, Trace, TraceDataModule, collect, load_traces, save_traces
+from cotune.datamodules import (
+    NoTracesError,
+    PairMaker,
+    Report,
+    Trace,
+    TraceDataModule,
+    collect,
+    load_traces,
+    save_traces,
+)
 from cotune.lightning_modules import ProgramModule, Usage
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, RandomDemoSearch, SearchTask
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class Alternate(Callback):

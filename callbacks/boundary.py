@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from cotune.datamodules.collect import Report
 from cotune.programs import Prompts, Rollout, prompts_id
 from cotune.prompting import Found
+from lightning.pytorch import LightningModule, Trainer
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def save_checkpoint(trainer: Trainer, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    trainer.save_checkpoint(partial)
+    trainer.save_checkpoint(partial, weights_only=False)
     with partial.open("rb") as written:
         os.fsync(written.fileno())
     os.replace(partial, path)

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from cotune.callbacks.record_run import write_whole
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import prompts_to_dict
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ExportProgram(Callback):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from cotune.callbacks.boundary import Boundary, BoundaryListener
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class LogProgram(Callback, BoundaryListener):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
+from cotune.prompting import Candidate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from cotune.prompting import Candidate
 
 
 class StepProgress:

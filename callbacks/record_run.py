@@ -10,10 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets")
 

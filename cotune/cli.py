@@ -40,7 +40,9 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors also name the nearest right option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message + _suggestion(message, self._option_names()), ex)
+        # The base class would print a page of usage first, and the message would be lost behind it.
+        print(f"cotune: error: {message}{_suggestion(message, self._option_names())}", file=sys.stderr)
+        sys.exit(2)
 
     def _option_names(self) -> list[str]:
         return [action.dest for action in self._actions]
@@ -149,13 +151,17 @@ def _is_ours(error: BaseException) -> bool:
     """Whether cotune itself raised it, with a message for the user; anything else deserves its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     folder = Path(__file__).resolve().parent
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(folder.parent) and not any(
-        part in ("site-packages", "tests") for part in Path(frames[-1].filename).relative_to(folder.parent).parts
+    return (
+        bool(frames)
+        and Path(frames[-1].filename).resolve().is_relative_to(folder.parent)
+        and not any(
+            part in ("site-packages", "tests") for part in Path(frames[-1].filename).relative_to(folder.parent).parts
+        )
     )
 
 
 def _suggestion(message: str, names: Sequence[str]) -> str:
-    """" Did you mean …?" for the option that an error message quotes."""
+    """ " Did you mean …?" for the option that an error message quotes."""
     for quoted in re.findall(r"""["'`]([\w.]+)["'`]|--([\w.]+)""", message):
         wrong = next(part for part in quoted if part)
         last = {name.rsplit(".", 1)[-1]: name for name in names}
@@ -175,5 +181,12 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for pattern in (".*does not have many workers.*", ".*`is_gradient_checkpointing` is deprecated.*", ".*isinstance.*LeafSpec.*"):
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*isinstance.*LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*args parameter is intended to run from within Python.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+    ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -56,7 +56,9 @@ class Bootstrapping:
         if self.fresh_demos < 0:
             raise ValueError(f"fresh_demos {self.fresh_demos} is below 0.")
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold {self.threshold} is outside (0, 1]; at 0 a failed run would count as a success.")
+            raise ValueError(
+                f"threshold {self.threshold} is outside (0, 1]; at 0 a failed run would count as a success."
+            )
         if not 0 <= self.demo_share <= 1:
             raise ValueError(f"demo_share {self.demo_share} is outside [0, 1].")
         if self.demo_share and not self.fresh_demos:
@@ -198,7 +200,7 @@ def fresh_prompts(
 
 def save_traces(traces: Sequence[Trace], folder: Path) -> None:
     """Writes traces as a `datasets` data set, a row a stage call; inputs and outputs as JSON text."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
     rows = [
         {
@@ -210,7 +212,13 @@ def save_traces(traces: Sequence[Trace], folder: Path) -> None:
         }
         for trace in traces
     ]
-    Dataset.from_list(rows).save_to_disk(str(folder))
+    shown = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        Dataset.from_list(rows).save_to_disk(str(folder))
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def load_traces(folder: str | Path, program: Program) -> list[Trace]:

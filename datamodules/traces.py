@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
-
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
 from cotune.datamodules.splits import Sizes, Splits
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
-
 from cotune.datamodules.collate import shared_prefix
 from cotune.programs.lm import Sampling
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 _GROUP_COST = 48
 """What another batch costs, in tokens: below this a longer shared prefix is not worth a smaller batch."""
@@ -302,9 +301,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
 
 
-def growing_cache(
-    prefix: Sequence[tuple[Tensor, Tensor]], *, rows: int, capacity: int, layers: int
-) -> DynamicCache:
+def growing_cache(prefix: Sequence[tuple[Tensor, Tensor]], *, rows: int, capacity: int, layers: int) -> DynamicCache:
     """A cache whose rows all begin with the prefix's keys and values, with room for `capacity` tokens a row."""
     cache = DynamicCache()
     cache.layers = [_GrowingLayer(prefix[i] if prefix else None, rows, capacity) for i in range(layers)]

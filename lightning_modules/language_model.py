@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-
 from cotune.datamodules.encode import ChatEncoder
 from cotune.lightning_modules.generation import Decoder, Prompted
-from cotune.lightning_modules.lora import LoRA, MergedCopy, adapter_state, attach, fingerprint, load_adapter_state, reset
+from cotune.lightning_modules.lora import (
+    LoRA,
+    MergedCopy,
+    adapter_state,
+    attach,
+    fingerprint,
+    load_adapter_state,
+    reset,
+)
 from cotune.programs import Completion, Request, Sampling
+from torch import Tensor, nn
 
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
@@ -104,6 +111,7 @@ class LanguageModel(nn.Module):
             base = self._base(source)
         self.encode = ChatEncoder(self.tokenizer)
         self.model = self._with_adapter(base, seed)
+        self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
         self._decoder = self._make_decoder()
 
     @property
@@ -169,9 +177,7 @@ class LanguageModel(nn.Module):
         if path.is_dir():
             return str(convert_gguf(path, self.gguf_file or ""))
         if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
-            raise ModelNotFoundError(
-                f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}'
-            )
+            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}')
         if self.gguf_file:
             from huggingface_hub import hf_hub_download
 

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
+from cotune.datamodules.collate import IGNORED, Batch, Segment
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
-
-from cotune.datamodules.collate import IGNORED, Batch, Segment
 
 
 def completion_loss(model: Any, batch: Batch) -> Tensor:
@@ -39,6 +38,4 @@ def _summed(model: Any, segment: Segment) -> Tensor:
         use_cache=cache is not None,
         logits_to_keep=labels_BC.shape[1] + 1,
     ).logits[:, :-1]
-    return F.cross_entropy(
-        logits_BCV.flatten(0, 1).float(), labels_BC.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return F.cross_entropy(logits_BCV.flatten(0, 1).float(), labels_BC.flatten(), ignore_index=IGNORED, reduction="sum")

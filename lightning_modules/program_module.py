@@ -8,10 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
-
 from cotune.datamodules.collate import Batch, Segment
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.loss import completion_loss
@@ -29,6 +25,9 @@ from cotune.programs import (
     prompts_to_dict,
     rollouts,
 )
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class ProgramModule(LightningModule):
         template: Template | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
-        learning_rate: LearningRate = LearningRate(),  # noqa: B008 (frozen)
+        learning_rate: LearningRate = LearningRate(),
         seed: int = 0,
         max_error_rate: float = 0.5,
     ) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from cotune.programs.example import Example
 
-
-class Metric(Protocol):
-    def __call__(self, example: Example, prediction: Mapping[str, Any], /) -> float: ...
+Metric = Callable[[Example, Mapping[str, Any]], float]
+"""(example, prediction) -> score in [0, 1]. A function, or an object with __call__ where it needs settings."""
 
 
 def exact_match(example: Example, prediction: Mapping[str, Any]) -> float:

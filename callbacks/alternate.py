@@ -102,10 +102,10 @@ class Alternate(Callback):
                 f"alternate.epochs {self.epochs}. Leave trainer.max_epochs out and set alternate.epochs."
             )
         trainer.fit_loop.max_epochs = weight_steps * self.epochs
-        if weight_steps and trainer.reload_dataloaders_every_n_epochs != 1:
+        reload: int = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+        if weight_steps and reload != 1:
             raise ValueError(
-                "each epoch has batches of its own: set Trainer(reload_dataloaders_every_n_epochs=1), "
-                f"it is {trainer.reload_dataloaders_every_n_epochs}."
+                f"each epoch has batches of its own: set Trainer(reload_dataloaders_every_n_epochs=1), it is {reload}."
             )
 
     @torch.no_grad()
@@ -179,7 +179,8 @@ class Alternate(Callback):
     @property
     def best(self) -> dict[str, Any]:
         """The record of the prefix that the fit ends with."""
-        return self.history[self._best["index"]]
+        record: dict[str, Any] = self.history[self._best["index"]]
+        return record
 
     def _until_weights(self, trainer: Trainer, *, resumed: bool = False) -> None:
         """Runs prompt steps up to the next weight step and begins that, or ends the schedule."""

@@ -60,7 +60,8 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2]])
     (2, 1)
     """
-    low, high = min(prompts), max(prompts)  # what the extremes of the order share, all share
+    ordered = [tuple(prompt) for prompt in prompts]
+    low, high = min(ordered), max(ordered)  # what the extremes of the order share, all share
     limit = min(len(prompt) for prompt in prompts) - 1
     length = 0
     while length < limit and low[length] == high[length]:

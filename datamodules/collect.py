@@ -27,6 +27,9 @@ from cotune.programs import (
     rollouts,
 )
 
+_DRAW_SHARED_BY = 8
+"""Examples that share one draw of demos: sharing saves prefill, more draws find more traces."""
+
 
 @dataclass(frozen=True)
 class Bootstrapping:
@@ -181,21 +184,30 @@ def collect(
 
 
 def fresh_prompts(
-    prompts: Prompts, examples: Sequence[Example], pool: Mapping[str, Sequence[Demo]], *, count: int, rng: random.Random
+    prompts: Prompts,
+    examples: Sequence[Example],
+    pool: Mapping[str, Sequence[Demo]],
+    *,
+    count: int,
+    rng: random.Random,
 ) -> list[Prompts]:
     """Prompts with freshly drawn demos for each example, never one of its own.
 
-    Two draws serve all examples: most get the first; those that stand in it get the second, which has none of them.
-    So an attempt runs with two prompts, and what they share is computed twice, not once an example.
+    Examples are put into groups at random, and a group has one draw, from outside it: what its examples share is
+    computed once, while an attempt still sees many draws.
     """
-    first = {stage: draw_demos(pool.get(stage, ()), count, rng) for stage in prompts}
-    shown = {demo.source for demos in first.values() for demo in demos}
-    second = {stage: draw_demos(pool.get(stage, ()), count, rng, exclude_sources=shown) for stage in prompts}
-    of_first, of_second = (
-        {stage: replace(p, demos=tuple(draw[stage]) or p.demos) for stage, p in prompts.items()}
-        for draw in (first, second)
-    )
-    return [of_second if example.id in shown else of_first for example in examples]
+    order = list(range(len(examples)))
+    rng.shuffle(order)
+    given: dict[int, Prompts] = {}
+    for start in range(0, len(order), _DRAW_SHARED_BY):
+        group = order[start : start + _DRAW_SHARED_BY]
+        own = {examples[i].id for i in group}
+        drawn = {stage: draw_demos(pool.get(stage, ()), count, rng, exclude_sources=own) for stage in prompts}
+        shown = {stage: replace(p, demos=tuple(drawn[stage]) or p.demos) for stage, p in prompts.items()}
+        for i in group:
+            # Where there was nothing to draw a stage keeps the demos it had, and those may be the example's own.
+            given[i] = hide_own_demos(shown, examples[i].id)
+    return [given[i] for i in range(len(examples))]
 
 
 def save_traces(traces: Sequence[Trace], folder: Path) -> None:

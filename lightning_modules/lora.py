@@ -19,7 +19,7 @@ class LoRA:
     Attributes:
         r: rank of the update.
         alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
-        dropout: on the adapter's input, while training. Above 0 the shared prefix of a batch sees one draw for all rows.
+        dropout: on the adapter's input, while training. A batch's shared prefix sees one draw for all its rows.
         targets: names of the linear layers to adapt, or "all-linear" (every one but the output head).
         rslora: rank-stabilised scaling (Kalajdzievski, 2023).
     """

@@ -170,7 +170,7 @@ class ProgramModule(LightningModule):
             return Batch(tuple(Segment(*(tensor.to(device) for tensor in segment)) for segment in batch.segments))
         return batch
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter only."""
         return dict(self.lm.adapter_state())
 

@@ -85,7 +85,10 @@ class Alternate(Callback):
         self._best: dict[str, Any] = {}
         self._best_epoch: dict[str, Any] = {}
         self._report = Report()
-        self._spent = Usage()
+        self._collected = False  # the traces of the present weight step are there, and its pairs' prompts are set
+        self._usage = Usage()  # the LM's own, so that a checkpoint made at any time holds its count
+        self._spent = Usage()  # as it was at the last boundary
+        self._unsaved = False
         self._clock = time.perf_counter()
         self._elapsed = 0.0
 
@@ -113,18 +116,30 @@ class Alternate(Callback):
         module, data = _ours(trainer, pl_module)
         self._clock = time.perf_counter()
         if not self.history:
+            self._usage, self._spent = module.lm.usage, Usage(**vars(module.lm.usage))
             self._incumbent = module.prompts
             self._arrive(trainer, step="", rollouts=self._score(module, data.splits.val, "vanilla"))
         else:
-            module.lm.usage = Usage(**vars(self._spent))
-        self._until_weights(trainer, resumed=self.epoch > 0)
+            module.lm.usage = self._usage
+        self._until_weights(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._unsaved:
+            self._save(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._unsaved:  # a resumed run that had no training left
+            self._save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Dropout and the like draw the same numbers in this epoch whether or not the run was stopped before it.
-        torch.manual_seed(_seed(self.seed, "train", self.position, self.epoch))
         if self.epoch == 0 and self.weights == "fresh":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Dropout draws the same numbers whether or not the run was stopped before. At the epoch's start would be too
+        # early: loaders draw a seed when they are made, which happens before it in a run and after it in a resumed one.
+        torch.manual_seed(_seed(self.seed, "train", self.position, self.epoch, batch_idx))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -152,6 +167,8 @@ class Alternate(Callback):
             "best": self._best,
             "best_epoch": self._best_epoch,
             "report": vars(self._report),
+            "collected": self._collected,
+            "usage": vars(self._usage),
             "spent": vars(self._spent),
             "elapsed": self._elapsed,
         }
@@ -166,7 +183,8 @@ class Alternate(Callback):
         self.history, self.epoch = state_dict["history"], state_dict["epoch"]
         self._incumbent = prompts_from_dict(state_dict["incumbent"])
         self._best, self._best_epoch = state_dict["best"], state_dict["best_epoch"]
-        self._report, self._spent = Report(**state_dict["report"]), Usage(**state_dict["spent"])
+        self._report, self._collected = Report(**state_dict["report"]), state_dict["collected"]
+        self._usage, self._spent = Usage(**state_dict["usage"]), Usage(**state_dict["spent"])
         self._elapsed = state_dict["elapsed"]
 
     # What happens at a boundary
@@ -182,12 +200,12 @@ class Alternate(Callback):
         record: dict[str, Any] = self.history[self._best["index"]]
         return record
 
-    def _until_weights(self, trainer: Trainer, *, resumed: bool = False) -> None:
+    def _until_weights(self, trainer: Trainer) -> None:
         """Runs prompt steps up to the next weight step and begins that, or ends the schedule."""
         while self.position < len(self.steps) and self.steps[self.position] == "p":
             self._prompt_step(trainer)
         if self.position < len(self.steps):
-            self._begin_weight_step(trainer, resumed=resumed)
+            self._begin_weight_step(trainer)
         else:
             self._finish(trainer)
 
@@ -214,13 +232,13 @@ class Alternate(Callback):
         module.prompts = found.prompts
         self._arrive(trainer, step="p", rollouts=self._score(module, data.splits.val, "val"), found=found)
 
-    def _begin_weight_step(self, trainer: Trainer, *, resumed: bool) -> None:
+    def _begin_weight_step(self, trainer: Trainer) -> None:
         module, data = _ours(trainer)
         folder = self._folder(trainer) / "traces" / f"step-{self.position + 1}"
+        resumed = self._collected
         if resumed:
             traces = data.reuse_traces(module.program) or load_traces(folder, module.program)
         else:
-            self._incumbent = module.prompts
             traces = self._collect(module, data, folder)
             if data.bootstrapping.pairs == "initial":
                 module.prompts = module.initial_prompts
@@ -241,6 +259,7 @@ class Alternate(Callback):
         steps = data.steps_per_epoch
         module.begin_weight_step(steps=steps * self.epochs, done=steps * self.epoch)
         if not resumed:
+            self._collected = True
             self._save(trainer)
 
     def _collect(self, module: ProgramModule, data: TraceDataModule, folder: Path) -> list[Trace]:
@@ -291,7 +310,7 @@ class Alternate(Callback):
         module.prompts, done = tried[kept]
         scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
         epoch = self._best_epoch["epoch"]
-        self.epoch, self._best_epoch = 0, {}
+        self.epoch, self._best_epoch, self._collected = 0, {}, False
         self._arrive(trainer, step="w", rollouts=done, scores=scores, traces=self._report, epoch=epoch)
 
     def _arrive(
@@ -376,8 +395,9 @@ class Alternate(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         # In on_fit_start of a resumed run Lightning has not restored optimiser and loops yet: a checkpoint would hold
-        # empty ones. The one that was resumed from still stands.
-        if trainer.ckpt_path and not trainer.fit_loop.epoch_loop.global_step and self._trained():
+        # empty ones. The one that was resumed from still stands, and the next hook saves.
+        self._unsaved = bool(trainer.ckpt_path and not trainer.fit_loop.epoch_loop.global_step and self._trained())
+        if self._unsaved:
             return
         now = time.perf_counter()
         self._elapsed, self._clock = self._elapsed + now - self._clock, now

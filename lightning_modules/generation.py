@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -37,29 +38,87 @@ class Generated:
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of the prompts, grouped so that computing each group's shared prefix once costs least.
 
-    A group of n prompts costs its shared prefix once, the rest of each prompt, and a constant for being a batch. The
-    grouping with the lowest sum is found on the radix tree of the prompts. It depends on the prompts alone.
+    A group of n prompts costs its shared prefix once, the rest of each prompt, and a constant for being a batch. No
+    grouping whatever has a lower sum. It depends on the prompts alone.
 
     >>> group_by_prefix([[1] * 100 + [2], [5] * 100 + [6], [1] * 100 + [3]])
     [[0, 2], [1]]
     """
-    order = sorted(range(len(prompts)), key=lambda i: (tuple(prompts[i]), i))
-    groups = _cheapest(order, prompts)[1] if prompts else []
+    nodes = _radix_tree(prompts)
+    closes_below = _groups_pay(nodes)
+    groups: list[list[int]] = []
+    for node, below in zip(nodes, closes_below, strict=True):  # a prompt joins the nearest group above it
+        above = node.parent.home if node.parent else None
+        node.home = node if (above.level + 1 if above else 0) < below else above
+        if node.home is None:
+            groups += [[i] for i in node.members]
+        else:
+            node.home.group += node.members
+    groups += [node.group for node in nodes if node.group]
     return sorted((sorted(group) for group in groups), key=lambda group: group[0])
 
 
-def _cheapest(order: list[int], prompts: Sequence[Sequence[int]]) -> tuple[int, list[list[int]]]:
-    """(cost, groups) for indices in the order of their prompts: as one group, or split at the next token."""
-    shared = shared_prefix([prompts[i] for i in order])
-    whole = _GROUP_COST + shared + sum(len(prompts[i]) - shared for i in order)
-    branches: dict[int, list[int]] = {}
-    for i in order:
-        branches.setdefault(prompts[i][shared], []).append(i)
-    if len(branches) == 1 or len(order) == 1:
-        return whole, [order]
-    parts = [_cheapest(branch, prompts) for branch in branches.values()]
-    apart = sum(cost for cost, _ in parts)
-    return (apart, [g for _, groups in parts for g in groups]) if apart < whole else (whole, [order])
+@dataclass(eq=False)
+class _Node:
+    """A prefix of `depth` tokens at which prompts part: `members` share no more than it with any other prompt."""
+
+    depth: int
+    parent: _Node | None = None
+    level: int = 0
+    members: list[int] = field(default_factory=list)
+    home: _Node | None = None  # itself or the node above whose group its members join
+    group: list[int] = field(default_factory=list)
+
+
+def _radix_tree(prompts: Sequence[Sequence[int]]) -> list[_Node]:
+    """The radix tree of the prompts, parents first. A prompt's last token is its own, so it does not count."""
+    order = sorted(range(len(prompts)), key=lambda i: (tuple(prompts[i][:-1]), i))
+    shared = [shared_prefix([prompts[i], prompts[j]]) for i, j in pairwise(order)]
+    path = [_Node(0)]  # from the root to where the last prompt hangs
+    nodes = path[:]
+    for i, before, after in zip(order, [0, *shared], [*shared, 0], strict=False):
+        below = None
+        while path[-1].depth > before:
+            below = path.pop()
+        for depth in (before, after):
+            if depth > path[-1].depth:
+                path.append(_Node(depth, path[-1]))
+                nodes.append(path[-1])
+                if below is not None:
+                    below.parent, below = path[-1], None
+        path[-1].members.append(i)
+    nodes.sort(key=lambda node: node.depth)
+    for node in nodes[1:]:
+        assert node.parent is not None
+        node.level = node.parent.level + 1
+    return nodes
+
+
+def _groups_pay(nodes: Sequence[_Node]) -> list[int]:
+    """For each node: below which level of the nearest group above it (counted from 1; 0 is none) it should be a group.
+
+    Compared with computing each prompt for itself, a group of n prompts with a prefix of P tokens saves
+    (n - 1) P - _GROUP_COST: each prompt P, the group less P and the constant. So what a node's prompts save hangs on
+    one thing above it, the depth of the group they would join, and is best found from the leaves up.
+    """
+    saved: dict[_Node, list[int]] = {}
+    closes_below = []
+    for node in reversed(nodes):
+        above, at = [node.depth], node.parent
+        while at is not None:
+            above.append(at.depth)
+            at = at.parent
+        own = len(node.members)
+        best = [own * gain for gain in (-_GROUP_COST, *reversed(above))]  # by the group above: none, the root's, ...
+        if node in saved:
+            best = [a + b for a, b in zip(best, saved.pop(node), strict=True)]
+        as_group = best.pop() - node.depth - _GROUP_COST
+        closes_below.append(sum(as_group >= joining for joining in best))
+        if node.parent is not None:
+            best = [max(as_group, joining) for joining in best]
+            so_far = saved.get(node.parent)
+            saved[node.parent] = best if so_far is None else [a + b for a, b in zip(so_far, best, strict=True)]
+    return closes_below[::-1]
 
 
 class Decoder:
@@ -135,7 +194,7 @@ class Decoder:
         ids_BS = torch.tensor([[self.pad_id] * (width - len(ids)) + ids for ids in own], device=device)
         own_mask_BS = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in own], device=device)
         mask_BT = torch.cat([own_mask_BS.new_ones(len(own), shared), own_mask_BS], dim=1)
-        cache = growing_cache(prefix, rows=len(own), capacity=shared + width + rows.limit, layers=self._layers())
+        cache = growing_cache(prefix, rows=len(own), capacity=shared + width + max(rows.limits), layers=self._layers())
         while True:
             # Padding stands between prefix and own tokens, so positions are counted over real tokens only.
             positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
@@ -166,8 +225,8 @@ class _Rows:
 
     def __init__(self, prompts: Sequence[Prompted], sampling: Sampling, decoder: Decoder) -> None:
         self.prompts, self.sampling, self.decoder = prompts, sampling, decoder
-        longest = max(len(prompt.ids) for prompt in prompts)
-        self.limit = min(sampling.max_new_tokens, decoder.window - longest)
+        # Each row's own room: a longer neighbour must not cut it short.
+        self.limits = [min(sampling.max_new_tokens, decoder.window - len(prompt.ids)) for prompt in prompts]
         self.written: list[list[int]] = [[] for _ in prompts]
         self.done: dict[int, Generated] = {}
         self.running = list(range(len(prompts)))
@@ -202,7 +261,7 @@ class _Rows:
         """(B, N) uniform numbers, a row a request, from its own seed: the batch has no influence on them."""
         return torch.stack(
             [
-                torch.rand(self.limit, generator=torch.Generator().manual_seed(prompt.seed), dtype=torch.float64)
+                torch.rand(max(self.limits), generator=torch.Generator().manual_seed(prompt.seed), dtype=torch.float64)
                 for prompt in self.prompts
             ]
         )
@@ -214,14 +273,14 @@ class _Rows:
         stopped = self._stopped(ids, self.prompts[row].stops)
         if stopped is not None:
             return stopped
-        if len(ids) >= self.limit:
+        if len(ids) >= self.limits[row]:
             return Generated(ids, self.decoder.decode(ids), "length")
         return None
 
     def _stopped(self, ids: list[int], stops: tuple[str, ...]) -> Generated | None:
         if not stops:
             return None
-        tail = self.decoder.decode(ids[-2 - max(len(stop) for stop in stops) :])  # a token has a character or more
+        tail = self.decoder.decode(ids[-2 - max(len(stop.encode()) for stop in stops) :])  # a token has a byte or more
         if not any(stop in tail for stop in stops):
             return None
         text = self.decoder.decode(ids)
@@ -244,8 +303,16 @@ def sample(logits_BV: Tensor, draws_B: Tensor, *, temperature: float, top_p: flo
     # Sorting 50k entries a row is slow; the head of the order nearly always holds the nucleus.
     count = min(256, probabilities_BV.shape[-1])
     head_BK, order_BK = probabilities_BV.topk(count, dim=-1)
-    if bool((head_BK.sum(dim=-1) < top_p).any()):
-        head_BK, order_BK = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    tokens_B = _from_nucleus(head_BK, order_BK, draws_B, top_p)
+    wide_B = head_BK.sum(dim=-1) < top_p
+    if bool(wide_B.any()):
+        # Only these rows: among equal probabilities the two orders differ, and a neighbour must not choose the order.
+        whole_BV, order_BV = probabilities_BV[wide_B].sort(dim=-1, descending=True, stable=True)
+        tokens_B[wide_B] = _from_nucleus(whole_BV, order_BV, draws_B[wide_B], top_p)
+    return tokens_B
+
+
+def _from_nucleus(head_BK: Tensor, order_BK: Tensor, draws_B: Tensor, top_p: float) -> Tensor:
     before_BK = head_BK.cumsum(dim=-1) - head_BK
     nucleus_BK = head_BK.masked_fill(before_BK >= top_p, 0.0)
     return order_BK.gather(1, _inverse_cdf(nucleus_BK, draws_B)[:, None])[:, 0]

@@ -19,6 +19,7 @@ from cotune.lightning_modules.lora import (
     attach,
     fingerprint,
     load_adapter_state,
+    peft_of_today,
     reset,
 )
 from cotune.programs import Completion, Request, Sampling
@@ -103,16 +104,28 @@ class LanguageModel(nn.Module):
         """
         if self.model is not None:
             return
-        from transformers import AutoTokenizer
-
-        source = self._source()
+        self.load_tokenizer()
         with _explained(self.name):
-            self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=self.trust_remote_code)
-            base = self._base(source)
-        self.encode = ChatEncoder(self.tokenizer)
+            base = self._base(self._source())
+        self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
         self._decoder = self._make_decoder()
+
+    def load_tokenizer(self) -> None:
+        """Reads the tokenizer and the model's settings: enough for `encode`, `window`, `pad_id` and `end_ids`.
+
+        Raises:
+            ModelNotFoundError, ValueError: as `load`.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        source, trust = self._source(), {"trust_remote_code": self.trust_remote_code}
+        with _explained(self.name):
+            self.tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+            self.config = AutoConfig.from_pretrained(source, **trust)
+        self.generation_config = _generation_config(source, self.config)
+        self.encode = ChatEncoder(self.tokenizer)
 
     @property
     def pad_id(self) -> int:
@@ -121,12 +134,12 @@ class LanguageModel(nn.Module):
     @property
     def window(self) -> int:
         """Longest prompt plus completion, in tokens."""
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 1 << 20))
 
     @property
     def end_ids(self) -> list[int]:
         """Ids that end the assistant's turn. The first is the one that training teaches."""
-        configured = self.model.generation_config.eos_token_id
+        configured = self.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
         return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *ids) if i is not None))
 
@@ -219,7 +232,8 @@ class LanguageModel(nn.Module):
             raise ModelNotFoundError(f'adapter "{self.adapter}" is not a folder that holds an adapter_config.json.')
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+        with peft_of_today():
+            return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
 
     def _make_decoder(self) -> Decoder:
         return Decoder(
@@ -239,6 +253,16 @@ _KINDS = (
     'Give "embedded" (SmolLM2-135M-Instruct, needs no network), a local folder with config.json and weights, '
     "a .gguf file, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
 )
+
+
+def _generation_config(source: str, config: Any) -> Any:
+    """What a model says of its end tokens, as loading it would find it: in its own file, or else in its config."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 @contextmanager

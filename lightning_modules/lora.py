@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,14 +55,16 @@ def attach(base: Any, lora: LoRA, *, seed: int) -> Any:
         use_rslora=lora.rslora,
         bias="none",
     )
-    with seeded(seed):
+    with seeded(seed), peft_of_today():
         try:
-            return get_peft_model(base, config)
+            model = get_peft_model(base, config)
         except ValueError as error:
             linear = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
             raise ValueError(
                 f"LoRA targets {lora.targets} fit no layer of this model; its linear layers are {', '.join(linear)}."
             ) from error
+    reset(model, seed=seed)
+    return model
 
 
 def reset(model: nn.Module, *, seed: int) -> None:
@@ -123,7 +126,7 @@ class MergedCopy:
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
-        self._made_from: tuple[int, ...] = ()
+        self._made_from: list[tuple[int, int]] = []
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -141,17 +144,21 @@ class MergedCopy:
                 layer._disable_adapters = False
 
     def _refresh(self, model: nn.Module, layers: list[tuple[str, Any]]) -> None:
-        versions = tuple(p._version for p in model.parameters() if p.requires_grad)
-        if versions == self._made_from and len(self._copies) == len(layers):
+        # Writing in place counts the version up; moving or casting gives other memory.
+        weights = [layer.get_base_layer().weight for _, layer in layers]
+        adapter = [p for p in model.parameters() if p.requires_grad]
+        state = [(p._version, p.data_ptr()) for p in adapter] + [(0, weight.data_ptr()) for weight in weights]
+        if state == self._made_from and len(self._copies) == len(layers):
             return
-        with torch.no_grad():
-            for name, layer in layers:
-                weight = layer.get_base_layer().weight
+        # Validation runs in inference mode, and a copy made there could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            for (name, layer), weight in zip(layers, weights, strict=True):
                 delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                if name not in self._copies:
+                copy = self._copies.get(name)
+                if copy is None or (copy.dtype, copy.device) != (weight.dtype, weight.device):
                     self._copies[name] = torch.empty_like(weight)
                 torch.add(weight, delta.to(weight.dtype), out=self._copies[name])
-        self._made_from = versions
+        self._made_from = state
 
     def free(self) -> None:
         """Gives the copy's memory back."""
@@ -161,6 +168,14 @@ class MergedCopy:
 def _can_merge(layer: Any) -> bool:
     base = layer.get_base_layer()
     return type(base) is nn.Linear and base.weight.is_floating_point() and not any(layer.use_dora.values())
+
+
+@contextmanager
+def peft_of_today() -> Iterator[None]:
+    """Hides that PEFT reads an attribute which transformers has renamed: nothing a user can do about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 @contextmanager

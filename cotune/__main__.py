@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ cotune COMMAND --help lists a command's options; --print_config prints a config 
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, or 2 for an error that the user can mend."""
+    """Runs a command line; returns the exit code: 0, 1 when `predict` could answer no row, 2 for an error that the user
+    can mend, 130 when stopped by Ctrl-C."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")
@@ -32,9 +34,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(f"cotune {__version__}")
         return 0
+    if words[0] in ("predict", "preview"):
+        return _run_small(words[0], words[1:])
     from cotune.cli import run
 
     return run(words)
+
+
+def _run_small(name: str, words: Sequence[str]) -> int:
+    """A command with a parser of its own: --help and typos are answered before the heavy imports."""
+    command = importlib.import_module(f"cotune.{name}")
+    options = command.parser().parse_args(words)
+    from cotune.cli import guarded
+
+    return guarded(lambda: command.main(options))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +21,7 @@ from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.record_run import RecordRun
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
+from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
@@ -36,16 +35,27 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+_ROOMS = ("programs", "prompting", "datamodules", "lightning_modules", "callbacks")
+
+
 class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors also name the nearest right option."""
+    """Lightning's parser, whose errors are one line and name the nearest right option."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The base class would print a page of usage first, and the message would be lost behind it.
-        print(f"cotune: error: {message}{_suggestion(message, self._option_names())}", file=sys.stderr)
+        print(f"cotune: error: {explain(message, self._options())}", file=sys.stderr)
         sys.exit(2)
 
-    def _option_names(self) -> list[str]:
-        return [action.dest for action in self._actions]
+    def _options(self) -> dict[str, Any]:
+        """Options and their types, the subcommands' included."""
+        found: dict[str, Any] = {}
+        for action in self._actions:
+            if isinstance(action.choices, dict):  # the subcommands
+                for parser in action.choices.values():
+                    found |= parser._options()
+            else:
+                found[action.dest] = getattr(action, "_typehint", None)
+        return found
 
 
 class CotuneCLI(LightningCLI):
@@ -120,57 +130,50 @@ class CotuneCLI(LightningCLI):
 
 
 def run(words: Sequence[str]) -> int:
+    """Runs fit, validate or test."""
+
+    def start() -> int:
+        CotuneCLI(list(words))
+        return 0
+
+    return guarded(start)
+
+
+def guarded(command: Callable[[], int]) -> int:
     """Runs a command. Errors that the user can mend end with one message and exit code 2.
 
     Set COTUNE_DEBUG=1 for the traceback of such an error as well.
     """
     _quiet()
+    _find_own_modules()
     try:
-        if words[0] == "preview":
-            from cotune.preview import main as preview
-
-            preview(words[1:])
-        elif words[0] == "predict" and any(word.split("=")[0] == "--export" for word in words):
-            from cotune.predict import main as predict
-
-            predict(words[1:])
-        else:
-            CotuneCLI(list(words))
+        return command()
     except KeyboardInterrupt:
         print("\ncotune: stopped. The same command with --ckpt_path last goes on from the last save.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if os.environ.get("COTUNE_DEBUG") or not _is_ours(error):
             raise
         print(f"cotune: error: {error}", file=sys.stderr)
         return 2
-    return 0
+
+
+def _find_own_modules() -> None:
+    """Makes the user's modules in the working folder importable, behind all that is installed."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether cotune itself raised it, with a message for the user; anything else deserves its traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    folder = Path(__file__).resolve().parent
-    return (
-        bool(frames)
-        and Path(frames[-1].filename).resolve().is_relative_to(folder.parent)
-        and not any(
-            part in ("site-packages", "tests") for part in Path(frames[-1].filename).relative_to(folder.parent).parts
-        )
-    )
-
-
-def _suggestion(message: str, names: Sequence[str]) -> str:
-    """ " Did you mean …?" for the option that an error message quotes."""
-    for quoted in re.findall(r"""["'`]([\w.]+)["'`]|--([\w.]+)""", message):
-        wrong = next(part for part in quoted if part)
-        last = {name.rsplit(".", 1)[-1]: name for name in names}
-        near = difflib.get_close_matches(wrong, names, 1, 0.75) or [
-            last[match] for match in difflib.get_close_matches(wrong.rsplit(".", 1)[-1], list(last), 1, 0.75)
-        ]
-        if near and near[0] != wrong:
-            return f" Did you mean {near[0]}?"
-    return ""
+    """Whether cotune raised it on purpose, with a message for the user; anything else deserves its traceback."""
+    package = Path(__file__).resolve().parent
+    house = [package, *(package.parent / room for room in _ROOMS)]  # editable: rooms beside cotune/; installed: in it
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(last.filename).resolve()
+    return any(file.is_relative_to(folder) for folder in house) and (last.line or "").startswith("raise ")
 
 
 def _quiet() -> None:

@@ -1,0 +1,199 @@
+"""cotune preview: the training pairs of a run as they are trained on, the trained tokens marked."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.datamodules import EpochBatches, PairMaker, Trace, TraceDataModule
+    from cotune.lightning_modules import LanguageModel, ProgramModule
+
+_MOST_VALUES = 12
+"""Outputs with more different values than this are text, and are not counted by value."""
+
+
+class PreviewError(ValueError):
+    """There is nothing to show. The message says what is missing."""
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """One row of a training batch: all its ids, and how many of the last bear loss."""
+
+    trace: Trace
+    batch: int
+    ids: Sequence[int]
+    trained: int
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        "cotune preview",
+        description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
+        "the tokens that bear loss, in colour in a terminal and between ⟦ and ⟧ elsewhere.",
+    )
+    made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
+    made.add_argument("--step", type=int, help="which step of the schedule, from 1; the last weight step without it")
+    made.add_argument("--epoch", type=int, default=0, help="of the weight step, from 0; demos are drawn anew in each")
+    made.add_argument("--rows", type=int, default=4, help="how many pairs to show")
+    return made
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        PreviewError: the folder is no run, or it has no traces of that step.
+    """
+    batches, lm = load_batches(Path(options.run), step=options.step, epoch=options.epoch)
+    console = Console(highlight=False, soft_wrap=True)
+    for line in summary(batches):
+        console.print(line, markup=False)
+    for shown, row in enumerate(trained_rows(batches)):
+        if shown == options.rows:
+            break
+        console.print()
+        console.print(_heading(row, len(row.ids)), style="bold", markup=False)
+        console.print(marked(row, lm, colour=console.is_terminal))
+    return 0
+
+
+def load_batches(folder: Path, *, step: int | None = None, epoch: int = 0) -> tuple[EpochBatches, LanguageModel]:
+    """The batches of one epoch of a run's weight step, and its LM with the tokenizer alone loaded."""
+    from cotune.datamodules import load_traces
+
+    module, data = _read_config(folder)
+    step, traces = _traces_folder(folder, step, data)
+    module.lm.load_tokenizer()
+    maker = _pair_maker(module, folder / "traces" / f"step-{step}", data)
+    data.begin_weight_step(load_traces(traces, module.program), maker, step=step - 1, epoch=epoch)
+    return data.epoch_batches(), module.lm
+
+
+def trained_rows(batches: EpochBatches) -> Iterator[TrainedRow]:
+    """The rows in the order of training, read back from the tensors that the loss sees."""
+    from cotune.datamodules.collate import IGNORED
+
+    for index in range(len(batches)):
+        by_stage: dict[str, list[Trace]] = {}
+        for place in batches.plan[index]:
+            by_stage.setdefault(batches.traces[place].stage, []).append(batches.traces[place])
+        # `pairs` groups the batch's rows by stage in this order, and `collate` keeps it.
+        for traces, segment in zip(by_stage.values(), batches[index].segments, strict=True):
+            for row, trace in enumerate(traces):
+                own = segment.ids[row][segment.mask[row] == 1].tolist()
+                trained = int((segment.labels[row] != IGNORED).sum())
+                yield TrainedRow(trace, index, [*segment.prefix.tolist(), *own], trained)
+
+
+def summary(batches: EpochBatches) -> list[str]:
+    """What the pairs are made of: stages, tokens, and the values of each output that is a label rather than text."""
+    rows = list(trained_rows(batches))
+    examples = len({row.trace.example for row in rows})
+    sizes = sorted({len(plan) for plan in batches.plan})
+    of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} or {sizes[-1]}"
+    lines = [f"{len(rows)} pairs of {examples} examples, in {len(batches)} batches of {of}"]
+    for stage in dict.fromkeys(row.trace.stage for row in rows):
+        own = [row for row in rows if row.trace.stage == stage]
+        prompt = sum(len(row.ids) - row.trained for row in own) / len(own)
+        trained = sum(row.trained for row in own) / len(own)
+        lines.append(
+            f"{stage}: {len(own)} pairs; on average {prompt:.0f} prompt tokens and {trained:.1f} trained tokens"
+        )
+        lines += [f"  {line}" for line in _by_value([row.trace for row in own])]
+    return lines
+
+
+def marked(row: TrainedRow, lm: LanguageModel, *, colour: bool) -> Text:
+    """A row's text with its trained tokens marked."""
+    cut = len(row.ids) - row.trained
+    prompt, trained = lm.tokenizer.decode(list(row.ids[:cut])), lm.tokenizer.decode(list(row.ids[cut:]))
+    return Text.assemble(prompt, (trained, "black on green")) if colour else Text(f"{prompt}⟦{trained}⟧")
+
+
+def _heading(row: TrainedRow, tokens: int) -> str:
+    trace = row.trace
+    return (
+        f"── batch {row.batch + 1} · stage {trace.stage} · example {trace.example} · attempt {trace.attempt + 1} · "
+        f"{tokens - row.trained} prompt and {row.trained} trained tokens"
+    )
+
+
+def _by_value(traces: Sequence[Trace]) -> Iterator[str]:
+    for name in traces[0].outputs:
+        counts = Counter(trace.outputs.get(name, "") for trace in traces)
+        if len(counts) <= _MOST_VALUES:
+            yield f"{name}: " + ", ".join(f"{value} {count}" for value, count in counts.most_common())
+
+
+def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule]:
+    from cotune.build import build_data, build_module
+
+    if not (folder / "config.yaml").is_file():
+        runs = ", ".join(sorted(str(path.parent) for path in folder.glob("*/config.yaml"))[:5])
+        hint = f" Did you mean one of {runs}?" if runs else " Give the folder of a run, e.g. runs/iris."
+        raise PreviewError(f'"{folder}" is no run: it has no config.yaml.{hint}')
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    module = build_module(config["model"], where=str(path))
+    data = build_data(config["data"], where=str(path))
+    # The seed stands once in the file, and the command line hands it on, as here.
+    data.seed = int(config["seed_everything"])
+    return module, data
+
+
+def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tuple[int, Path]:
+    """(step of the schedule, folder of the traces it trained on)."""
+    if data.reused_traces is not None:
+        return step or 1, Path(data.reused_traces)
+    found = re.compile(r"step-(\d+)")
+    there = sorted(int(m[1]) for path in folder.glob("traces/step-*") if (m := found.fullmatch(path.name)))
+    if not there:
+        raise PreviewError(
+            f'"{folder}" has no traces: its weight steps have not begun, or its schedule has none (no "w").'
+        )
+    if step is not None and step not in there:
+        raise PreviewError(
+            f'"{folder}" has no traces of step {step}; there are some of step {", ".join(map(str, there))}.'
+        )
+    step = step or there[-1]
+    return step, folder / "traces" / f"step-{step}"
+
+
+def _pair_maker(module: ProgramModule, traces: Path, data: TraceDataModule) -> PairMaker:
+    from cotune.datamodules import PairMaker
+
+    return PairMaker(
+        module.program,
+        module.template,
+        _pair_prompts(module, traces, data),
+        module.lm.encode,
+        end_id=module.lm.end_ids[0],
+        pad_id=module.lm.pad_id,
+        window=module.lm.window,
+    )
+
+
+def _pair_prompts(module: ProgramModule, traces: Path, data: TraceDataModule) -> Any:
+    """The prompts in the pairs: the zero-shot ones, or those that the weight step recorded."""
+    import json
+
+    from cotune.programs import prompts_from_dict
+
+    if data.bootstrapping.pairs == "initial":
+        return module.initial_prompts
+    path = traces / "prompts.json"
+    if not path.is_file():
+        raise PreviewError(f'"{path}" is missing: it holds the prompts that stood in the training pairs.')
+    return prompts_from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,150 @@
+"""The tuned program: loaded from an export, ready to answer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cotune.build import build_module
+from cotune.lightning_modules import ProgramModule
+from cotune.programs import Example, Program, Rollout, prompts_from_dict
+
+
+class ExportError(ValueError):
+    """A folder is no export that can be loaded. The message says why, and what to do."""
+
+
+class PredictionError(RuntimeError):
+    """The program gave no prediction for these inputs: a completion did not parse, or its code raised."""
+
+
+class Tuned:
+    """A tuned program: call it with the program's inputs, and it gives the prediction.
+
+    Attributes:
+        module: program, prompts and LM together; its weights are loaded and in eval mode.
+    """
+
+    def __init__(self, module: ProgramModule) -> None:
+        self.module = module
+
+    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
+        """The prediction: what `Program.run` returns, a mapping of named values.
+
+        Raises:
+            PredictionError: a completion did not parse, or the program raised.
+        """
+        (rollout,) = self.rollouts([Example.of(inputs, {})])
+        if rollout.error is not None:
+            raise PredictionError(rollout.error.message)
+        assert rollout.prediction is not None
+        return rollout.prediction
+
+    def rollouts(self, examples: Sequence[Example]) -> list[Rollout]:
+        """Runs many examples together, in few LM batches. Scores are 0; a failure is in `Rollout.error`."""
+        return self.module.rollouts(examples, metric=None)
+
+
+def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remote_code: bool = False) -> Tuned:
+    """Loads what a run exported.
+
+    An export names classes (the program's, the template's), and loading imports them: load exports that you trust.
+
+    Args:
+        folder: e.g. runs/iris/export.
+        module: the program and LM that the export belongs to, for a fit from Python; the command line's exports know
+            theirs. Its LM must not be loaded yet; it becomes the tuned one.
+        trust_remote_code: run code that comes with the base model. Off even where the run had it on.
+
+    Raises:
+        ExportError: no export, one that does not say how to build its program, or one of a program with other stages.
+        BuildError: a class that it names cannot be imported or takes other arguments now.
+        ModelNotFoundError: the base model is not there.
+
+    For example: `cotune.load("runs/iris/export")(petal_length="1.4", petal_width="0.2", …)["answer"]`.
+    """
+    folder = Path(folder)
+    described = read_export(folder)
+    module = module or _build(folder, described["model"], trust_remote_code)
+    _check_stages(folder, described["stages"], module.program)
+    if module.lm.model is not None:
+        raise ExportError(
+            "the LM of the given module is loaded already; give a module that is not, or use it as it is."
+        )
+    module.lm.adapter = str(folder / "adapter")
+    module.configure_model()
+    module.prompts = prompts_from_dict(_json(folder / "prompts.json"))
+    module.max_error_rate = 1.0  # no error ends a batch of predictions: each is in its own rollout
+    return Tuned(module.eval())
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """program.json of an export.
+
+    Raises:
+        ExportError: a file of the export is missing.
+    """
+    for name in ("program.json", "prompts.json", "adapter/adapter_config.json"):
+        if not (folder / name).is_file():
+            near = folder / "export"
+            fix = (
+                f'Did you mean "{near}"?' if near.is_dir() else "Give the folder that a run wrote, runs/<name>/export."
+            )
+            raise ExportError(f'"{folder}" is no export: it has no {name}. {fix}')
+    return dict(_json(folder / "program.json"))
+
+
+def program_inputs(program: Program) -> tuple[list[str], list[str]]:
+    """(required, optional) inputs of a program: the arguments of its `run`.
+
+    A `run(**inputs)` takes what its first stage reads.
+    """
+    parameters = list(inspect.signature(program.run).parameters.values())
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [p.name for p in named if p.default is p.empty]
+    optional = [p.name for p in named if p.default is not p.empty]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        first = next(iter(program.stages.values()))
+        required += [name for name in first.signature.inputs if name not in (*required, *optional)]
+    return required, optional
+
+
+def _build(folder: Path, config: Mapping[str, Any] | None, trust_remote_code: bool) -> ProgramModule:
+    if config is None:
+        raise ExportError(
+            f'"{folder}" was exported from Python, so it does not say how to build its program: '
+            "give it, load(folder, module=ProgramModule(program, lm))."
+        )
+    config = {**config, "lm": _trusted(config["lm"], trust_remote_code)}
+    return build_module(config, where=str(folder / "program.json"))
+
+
+def _trusted(lm: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """The LM's settings, with the reader's own word on running the model's code."""
+    return {**lm, "init_args": {**lm.get("init_args", {}), "trust_remote_code": trust_remote_code}}
+
+
+def _check_stages(folder: Path, exported: Mapping[str, Mapping[str, Sequence[str]]], program: Program) -> None:
+    mine = {name: _fields(s.signature.inputs, s.signature.outputs) for name, s in program.stages.items()}
+    theirs = {name: _fields(stage["inputs"], stage["outputs"]) for name, stage in exported.items()}
+    wrong = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+    if wrong:
+        raise ExportError(
+            f'"{folder}" is of a program with other stages: stage "{wrong[0]}" is {theirs.get(wrong[0], "absent")} in '
+            f"the export and {mine.get(wrong[0], 'absent')} in {type(program).__name__}. "
+            "Load it with the program as it was, or tune the new one."
+        )
+
+
+def _fields(inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    return f'"{", ".join(inputs)} -> {", ".join(outputs)}"'
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f'"{path}" is not JSON: {error}.') from error

@@ -242,7 +242,7 @@ def _text(path: Path) -> str:
         raise DataError(f'"{path}" cannot be read: {error}.') from error
 
 
-def _jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
+def jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
     lines = [line for line in text.split("\n") if line.strip()]
     rows, faults = [], []
@@ -309,7 +309,7 @@ def _tsv_rows(text: str, where: str) -> list[dict[str, Any]]:
     return _csv_rows(text, where, delimiter="\t")
 
 
-_TEXT_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
+_TEXT_READERS = {".jsonl": jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
 
 
 def _check_header(header: Sequence[str], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -244,6 +245,7 @@ class Alternate(Callback):
                 module.prompts = module.initial_prompts
             if self.weights == "fresh" and "w" in self.steps[: self.position]:
                 module.lm.reset_adapter(seed=_seed(self.seed, "adapter", self.position))
+            _record_prompts(module.prompts, folder / "prompts.json")
         maker = PairMaker(
             module.program,
             module.template,
@@ -440,6 +442,12 @@ def _check_setup(trainer: Trainer, module: LightningModule) -> None:
 def _seed(*parts: Any) -> int:
     """A 31-bit seed from what it is for."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
+
+
+def _record_prompts(prompts: Prompts, path: Path) -> None:
+    """Writes the prompts that stand in the training pairs, for `cotune preview`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _no_traces(report: Report, data: TraceDataModule) -> str:

@@ -155,8 +155,6 @@ def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule]:
 
 def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tuple[int, Path]:
     """(step of the schedule, folder of the traces it trained on)."""
-    if data.reused_traces is not None:
-        return step or 1, Path(data.reused_traces)
     found = re.compile(r"step-(\d+)")
     there = sorted(int(m[1]) for path in folder.glob("traces/step-*") if (m := found.fullmatch(path.name)))
     if not there:
@@ -168,7 +166,7 @@ def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tup
             f'"{folder}" has no traces of step {step}; there are some of step {", ".join(map(str, there))}.'
         )
     step = step or there[-1]
-    return step, folder / "traces" / f"step-{step}"
+    return step, Path(data.reused_traces or folder / "traces" / f"step-{step}")
 
 
 def _pair_maker(module: ProgramModule, traces: Path, data: TraceDataModule) -> PairMaker:

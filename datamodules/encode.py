@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_FIRST_SENTINEL = 0xE000  # Unicode's private use area: no text that means anything holds these
+_FIRST_SENTINEL = 0xF0000  # the private use planes: text as good as never holds these, and is hidden itself if it does
+_PRIVATE = f"[{chr(_FIRST_SENTINEL)}-{chr(0x10FFFF)}]"
 
 
 class ChatEncoder:
@@ -29,12 +31,13 @@ class ChatEncoder:
                 "Take an instruct model, or put a chat_template.jinja beside its tokenizer."
             )
         self._tokenizer = tokenizer
-        self._special = sorted({text for text in tokenizer.get_added_vocab() if text}, key=len, reverse=True)
+        special = sorted((text for text in tokenizer.get_added_vocab() if text), key=len, reverse=True)
+        self._hidden = re.compile("|".join([*map(re.escape, special), _PRIVATE]))
         self._has_system_role = self._renders_system()
 
     def __call__(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the prompt, up to where the assistant's completion begins."""
-        hidden: list[str] = []
+        hidden: dict[str, str] = {}
         safe = [{"role": m["role"], "content": self._hide(m["content"], hidden)} for m in self._with_roles(messages)]
         text: str = self._tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
         return self._tokenise(text, hidden)
@@ -47,24 +50,31 @@ class ChatEncoder:
         system, first, *rest = messages
         return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def _hide(self, content: str, hidden: list[str]) -> str:
-        """Content with each special token's text replaced by a sentinel; the texts are appended to `hidden`."""
-        content = "".join(c for c in content if not 0xE000 <= ord(c) <= 0xF8FF)
-        for special in self._special:
-            while special in content:
-                content = content.replace(special, chr(_FIRST_SENTINEL + len(hidden)), 1)
-                hidden.append(special)
-        return content
+    def _hide(self, content: str, hidden: dict[str, str]) -> str:
+        """Content with a sentinel, a single character, for each special token's text; `hidden` learns what it hides."""
+        by_text = {text: sentinel for sentinel, text in hidden.items()}
 
-    def _tokenise(self, text: str, hidden: Sequence[str]) -> list[int]:
+        def sentinel(match: re.Match[str]) -> str:
+            found = by_text.setdefault(match[0], chr(_FIRST_SENTINEL + len(by_text)))
+            hidden[found] = match[0]
+            return found
+
+        return self._hidden.sub(sentinel, content)
+
+    def _tokenise(self, text: str, hidden: Mapping[str, str]) -> list[int]:
+        if not hidden:
+            return self._ids(text)
         ids: list[int] = []
-        start = 0
-        for position, char in enumerate(text) if hidden else ():
-            number = ord(char) - _FIRST_SENTINEL
-            if 0 <= number < len(hidden):
-                ids += self._ids(text[start:position]) + self._ids(hidden[number], split_special_tokens=True)
-                start = position + 1
-        return ids + self._ids(text[start:])
+        for piece in re.split(f"({_PRIVATE})", text):
+            ids += self._literal(hidden[piece]) if piece in hidden else self._ids(piece)
+        return ids
+
+    def _literal(self, text: str) -> list[int]:
+        """Ids of a special token's characters. The option serves tokens marked special; parting serves the others."""
+        whole = self._ids(text, split_special_tokens=True)
+        if len(whole) > 1 or len(text) == 1:
+            return whole
+        return self._ids(text[:1]) + self._ids(text[1:], split_special_tokens=True)
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         if not text:

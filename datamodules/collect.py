@@ -48,7 +48,7 @@ class Bootstrapping:
 
     threshold: float = 1.0
     attempts: int = 10
-    temperature: float = 1.0
+    temperature: float = 0.7
     fresh_demos: int = 3
     pairs: Literal["initial", "current"] = "initial"
     demo_share: float = 0.0
@@ -164,7 +164,8 @@ def collect(
             sampling=drawn,
             seed=seed,
             attempt=attempt,
-            max_error_rate=max_error_rate,
+            # Later attempts see only the unsolved, among which faults may well be the most without being many.
+            max_error_rate=max_error_rate if attempt == 0 else 1.0,
         )
         passed = {r.example.id: r for r in done if _outcome(r, options.threshold) == "passed"}
         _count(report, done, options.threshold)
@@ -244,7 +245,15 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
     try:
         rows = load_from_disk(str(folder)).to_list()
         traces = [
-            Trace(**{**row, "inputs": json.loads(row["inputs"]), "outputs": json.loads(row["outputs"])}) for row in rows
+            Trace(
+                **{
+                    **row,
+                    "inputs": json.loads(row["inputs"]),
+                    "outputs": json.loads(row["outputs"]),
+                    "completion_ids": tuple(row["completion_ids"]),
+                }
+            )
+            for row in rows
         ]
     except (FileNotFoundError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -253,16 +262,19 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
     signatures = {name: stage.signature for name, stage in program.stages.items()}
     for trace in traces:
         signature = signatures.get(trace.stage)
-        if signature is None or set(trace.inputs) != set(signature.inputs):
+        if signature is None or (set(trace.inputs), set(trace.outputs)) != (
+            set(signature.inputs),
+            set(signature.outputs),
+        ):
             raise ValueError(
-                f'traces in "{folder}" are of another program: stage "{trace.stage}" with inputs '
-                f"{', '.join(trace.inputs)}; this program has {_stages(signatures)}."
+                f'traces in "{folder}" are of another program: stage "{trace.stage}" '
+                f"({', '.join(trace.inputs)} -> {', '.join(trace.outputs)}); this program has {_stages(signatures)}."
             )
     return traces
 
 
 def _stages(signatures: Mapping[str, Any]) -> str:
-    return "; ".join(f'"{name}" with inputs {", ".join(s.inputs)}' for name, s in signatures.items())
+    return "; ".join(f'"{name}" ({", ".join(s.inputs)} -> {", ".join(s.outputs)})' for name, s in signatures.items())
 
 
 def _outcome(rollout: Rollout, threshold: float) -> str:

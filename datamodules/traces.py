@@ -12,7 +12,7 @@ from typing import Any
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
 from cotune.datamodules.splits import Sizes, Splits
-from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match
+from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,9 +38,12 @@ class PairMaker:
     window: int
 
     def pair(self, trace: Trace, demos: Sequence[Demo] | None = None) -> Pair:
-        """The pair of a trace, with these demos instead of the prompt's own where any are given."""
+        """The pair of a trace, with these demos instead of the prompt's own where any are given.
+
+        Never with a demo of the trace's own example: it would teach to copy the answer.
+        """
         signature = self.program.stages[trace.stage].signature
-        prompt = self.prompts[trace.stage]
+        prompt = hide_own_demos(self.prompts, trace.example)[trace.stage]
         if demos:
             prompt = replace(prompt, demos=tuple(demos))
         ids = self.encode(self.template.render(signature, prompt, trace.inputs))

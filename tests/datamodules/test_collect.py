@@ -1,0 +1,332 @@
+"""Collecting traces: which runs are made, which succeed, what is kept of them, and what is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cotune.datamodules import Bootstrapping, Report, Trace, collect, load_traces, save_traces
+from cotune.programs import (
+    ChatTemplate,
+    Completion,
+    Demo,
+    Example,
+    FaultyProgramError,
+    Predict,
+    Program,
+    Prompt,
+    Request,
+    Sampling,
+    Signature,
+    Stage,
+    exact_match,
+    prompts_id,
+)
+from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
+
+
+def run(
+    lm: FakeLM, examples: list[Example], program: Program | None = None, *, attempts: int = 1, **changes: Any
+) -> tuple[list[Trace], Report]:
+    options = {name: changes.pop(name) for name in ("threshold", "fresh_demos", "temperature") if name in changes}
+    program = program or Loop(1)
+    given: dict[str, Any] = {
+        "program": program,
+        "lm": lm,
+        "template": ChatTemplate(),
+        "prompts": program.initial_prompts(),
+        "metric": exact_match,
+        "sampling": Sampling(),
+        "options": Bootstrapping(attempts=attempts, **options),
+        "seed": 0,
+        **changes,
+    }
+    return collect(examples, **given)
+
+
+def numbers(lm: FakeLM) -> list[list[str]]:
+    """The numbers asked, batch by batch."""
+    return [[asked(request, "number") for request in batch] for batch in lm.batches]
+
+
+def demo_inputs(request: Request) -> list[str]:
+    """The numbers that the request's demos show."""
+    users = [message["content"] for message in request.messages if message["role"] == "user"]
+    return [content.removeprefix("number: ") for content in users[:-1]]
+
+
+def with_demos(*sources: str) -> dict[str, Prompt]:
+    demos = tuple(Demo({"number": n}, {"answer": str(2 * int(n))}, source=n) for n in sources)
+    return {"double": Prompt("Double.", demos)}
+
+
+def succeeds_at(attempts: Mapping[str, int]) -> FakeLM:
+    """Right from an example's attempt of that number on."""
+    tries: Counter[str] = Counter()
+
+    def answer(request: Request) -> str:
+        number = asked(request, "number")
+        tries[number] += 1
+        return doubling(request) if tries[number] > attempts[number] else "no"
+
+    return FakeLM(answer)
+
+
+# Which runs are made
+
+
+def test_the_first_attempt_uses_the_current_prompts_and_sampling() -> None:
+    lm = FakeLM(doubling)
+    cool = Sampling(temperature=0.2, top_p=0.5, max_new_tokens=7)
+    run(lm, doubles(1, 2), prompts=with_demos("8", "9"), sampling=cool, attempts=3)
+    assert [demo_inputs(request) for request in lm.requests] == [["8", "9"]] * 2
+    assert lm.samplings == [cool]
+
+
+def test_later_attempts_draw_fresh_demos_and_warmer() -> None:
+    lm = FakeLM(lambda request: "no")
+    run(
+        lm,
+        doubles(*range(30)),
+        prompts=with_demos("88", "99"),
+        attempts=3,
+        fresh_demos=3,
+        temperature=0.7,
+        sampling=Sampling(max_new_tokens=9),
+    )
+    later = [request for batch in lm.batches[1:] for request in batch]
+    assert all(shown(request) == 3 for request in later)
+    assert not {"88", "99"} & {n for request in later for n in demo_inputs(request)}
+    draws = [{tuple(demo_inputs(request)) for request in batch} for batch in lm.batches[1:]]
+    assert draws[0] != draws[1]
+    assert lm.samplings[1:] == [Sampling(temperature=0.7, top_p=1.0, max_new_tokens=9)] * 2
+
+
+def test_without_fresh_demos_later_attempts_keep_the_prompts_and_draw_anew() -> None:
+    lm = FakeLM(lambda request: "no")
+    run(lm, doubles(1), prompts=with_demos("8"), attempts=3, fresh_demos=0)
+    assert [demo_inputs(request) for request in lm.requests] == [["8"]] * 3
+    assert len({request.seed for request in lm.requests}) == 3
+
+
+@pytest.mark.parametrize("attempts", [1, 4])
+@pytest.mark.parametrize("fresh_demos", [0, 1, 3])
+def test_no_run_sees_a_demo_of_its_own_example(attempts: int, fresh_demos: int) -> None:
+    lm = FakeLM(lambda request: "no" if int(asked(request, "number")) % 3 else doubling(request))
+    rows = doubles(*range(20))
+    run(lm, rows, prompts=with_demos(*map(str, range(20))), attempts=attempts, fresh_demos=fresh_demos)
+    assert sum(map(shown, lm.requests)) > 0
+    assert not any(asked(request, "number") in demo_inputs(request) for request in lm.requests)
+
+
+def test_a_stage_with_nothing_to_draw_keeps_its_demos_but_not_the_examples_own() -> None:
+    rows = [Example.of({"number": n}, {"other": "x"}, id=str(n)) for n in (1, 2)]  # no label that fits the stage
+    lm = FakeLM(lambda request: "no")
+    run(lm, rows, prompts=with_demos("1", "2", "3"), attempts=2, metric=lambda e, p: 0.0)
+    assert [demo_inputs(request) for request in lm.requests] == [["2", "3"], ["1", "3"]] * 2
+
+
+def test_only_the_unsolved_run_again_and_only_until_all_are_solved() -> None:
+    lm = succeeds_at({"3": 2, "1": 0, "2": 1})
+    traces, report = run(lm, doubles(3, 1, 2), attempts=9)
+    assert numbers(lm) == [["3", "1", "2"], ["3", "2"], ["3"]]
+    assert [(trace.example, trace.attempt) for trace in traces] == [("1", 0), ("2", 1), ("3", 2)]
+    assert report == Report(examples=3, solved_at_attempt=[1, 1, 1], runs=6, wrong=3)
+
+
+def test_attempts_end() -> None:
+    lm = FakeLM(lambda request: "no")
+    traces, report = run(lm, doubles(1, 2), attempts=3)
+    assert (traces, lm.calls, report.solved) == ([], 6, 0)
+
+
+def test_the_seed_decides_everything() -> None:
+    def requests(seed: int) -> list[tuple[Any, int]]:
+        lm = FakeLM(lambda request: "no")
+        run(lm, doubles(*range(9)), attempts=3, seed=seed)
+        return [(request.messages, request.seed) for request in lm.requests]
+
+    assert requests(1) == requests(1)
+    assert requests(1) != requests(2)
+
+
+def test_successes_serve_as_demos_of_later_attempts() -> None:
+    class Guess(Predict):
+        """Its output has no label, so that demos can come from successes alone."""
+
+    lm = FakeLM(lambda request: "7" if asked(request, "number") == "7" or shown(request) else "no")
+    rows = [Example.of({"number": n}, {"sum": "7"}, id=str(n)) for n in (7, 8)]
+    said = Guess("number -> guess")
+    _, report = run(lm, rows, said, attempts=2, metric=lambda e, p: float(p["guess"] == "7"))
+    assert report.solved_at_attempt == [1, 1]
+    assert demo_inputs(lm.requests[-1]) == ["7"]
+
+
+# What is a success
+
+
+def test_a_parse_failure_is_never_a_success() -> None:
+    traces, report = run(FakeLM(lambda request: ""), doubles(1, 2), metric=lambda e, p: 1.0, threshold=1e-9)
+    assert (traces, report.format, report.solved) == ([], 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "solved"), [(0.05, 1.0, 0), (0.99, 1.0, 0), (0.5, 0.5, 1), (1.0, 1.0, 1)]
+)
+def test_a_soft_score_succeeds_from_the_threshold_on(score: float, threshold: float, solved: int) -> None:
+    traces, report = run(FakeLM(doubling), doubles(1), metric=lambda e, p: score, threshold=threshold)
+    assert len(traces) == report.solved == solved
+    assert report.wrong == 1 - solved
+
+
+def test_a_success_with_any_call_cut_at_max_new_tokens_is_not_learnt_from() -> None:
+    def answer(request: Request) -> str | Completion:
+        text = doubling(request)
+        return Completion(text, (1,), tuple(text.encode()), "length") if asked(request, "number") == "3" else text
+
+    rows = [Example.of({"number": n}, {"answer": str(4 * n)}, id=str(n)) for n in (3, 5)]
+    traces, report = run(FakeLM(answer), rows, Loop(2))
+    assert {trace.example for trace in traces} == {"5"}
+    assert (report.cut, report.solved, report.runs) == (1, 1, 2)
+
+
+def faulty(example: Example, prediction: Mapping[str, Any]) -> float:
+    if example.id == "13":
+        raise RuntimeError("unlucky")
+    return exact_match(example, prediction)
+
+
+def test_faults_among_the_unsolved_are_not_taken_for_a_faulty_program() -> None:
+    # Of train one in three faults; of what the second attempt runs, all.
+    traces, report = run(FakeLM(doubling), doubles(1, 13, 2), attempts=3, metric=faulty)
+    assert [trace.example for trace in traces] == ["1", "2"]
+    assert (report.metric, report.runs) == (3, 5)
+
+
+def test_a_faulty_program_stops_the_run() -> None:
+    with pytest.raises(FaultyProgramError, match="unlucky"):
+        run(FakeLM(doubling), doubles(13), metric=faulty)
+
+
+def test_the_counts_add_up() -> None:
+    answers = {"1": "2", "2": "", "3": "no", "13": "26", "20": "40"}
+
+    def answer(request: Request) -> str | Completion:
+        text = answers[asked(request, "number")]
+        cut = asked(request, "number") == "20"
+        return Completion(text, (1,), (2,), "length") if cut else text
+
+    _, report = run(FakeLM(answer), doubles(1, 2, 3, 13, 20), attempts=3, metric=faulty)
+    assert report == Report(5, [1, 0, 0], runs=5 + 4 + 4, wrong=3, format=3, metric=3, cut=3)
+    assert report.solved + report.wrong + report.format + report.program + report.metric + report.cut == report.runs
+    assert str(report) == (
+        "1 of 5 examples solved in 13 runs "
+        "(failed: 3 wrong answer, 3 unreadable, 3 cut at max_new_tokens, 3 metric raised)"
+    )
+
+
+def test_progress_is_told_of_every_example_once() -> None:
+    told: list[int] = []
+    run(succeeds_at({"1": 0, "2": 1, "3": 9}), doubles(1, 2, 3), attempts=3, progress=told.append)
+    assert told == [1, 1, 1]
+
+
+# What is kept
+
+
+def test_every_stage_call_of_a_passing_run_is_kept_in_order() -> None:
+    rows = [Example.of({"number": 3}, {"answer": "12"}, id="e")]
+    traces, _ = run(FakeLM(doubling), rows, Loop(2))
+    assert [(t.stage, t.call, t.inputs, t.outputs) for t in traces] == [
+        ("double", 0, {"number": "3"}, {"answer": "6"}),
+        ("double", 1, {"number": "6"}, {"answer": "12"}),
+    ]
+    assert [(t.completion, t.completion_ids, t.complete) for t in traces] == [
+        ("6", (*b"6", EOS), True),
+        ("12", (*b"12", EOS), True),
+    ]
+
+
+def test_stages_that_were_not_called_leave_no_trace() -> None:
+    rows = [Example.of({"number": 3}, {"answer": "6"}, id="odd"), Example.of({"number": 4}, {"answer": "2"}, id="even")]
+    halved = FakeLM(lambda request: "2" if asked(request, "number") == "4" else "6")
+    traces, _ = run(halved, rows, Branch())
+    assert [(t.example, t.stage) for t in traces] == [("odd", "double"), ("even", "halve")]
+
+
+def test_a_completion_that_ended_by_a_stop_string_is_not_complete() -> None:
+    (trace,), _ = run(FakeLM(lambda request: doubling(request) + "\nnumber: 9"), doubles(4))
+    assert (trace.completion, trace.completion_ids, trace.complete) == ("8", tuple(b"8"), False)
+
+
+def test_a_trace_names_the_prompts_and_holds_the_messages_it_was_generated_from() -> None:
+    lm, prompts = FakeLM(doubling), with_demos("8")
+    (trace,), _ = run(lm, doubles(1), prompts=prompts)
+    assert trace.prompts == prompts_id(prompts)
+    assert trace.messages == lm.requests[0].messages
+    assert trace.demo == Demo({"number": "1"}, {"answer": "2"}, "1")
+
+
+# On disk
+
+
+def some_traces() -> list[Trace]:
+    lm = FakeLM(lambda request: doubling(request) + ("\nnumber:" if asked(request, "number") == "2" else " "))
+    rows = [Example.of({"number": n}, {"answer": str(4 * n)}, id=str(n)) for n in (1, 2, 30)]
+    return run(lm, rows, Loop(2))[0]
+
+
+def test_traces_come_back_from_disk_as_they_went(tmp_path: Path) -> None:
+    traces = some_traces()
+    assert len(traces) == 6
+    save_traces(traces, tmp_path / "traces")
+    assert load_traces(tmp_path / "traces", Loop(2)) == traces
+
+
+def test_traces_of_a_program_without_their_stage_are_refused(tmp_path: Path) -> None:
+    save_traces(some_traces(), tmp_path / "traces")
+    said = r'another program: stage "double" \(number -> answer\); this program has "predict" \(question -> answer\)'
+    with pytest.raises(ValueError, match=said):
+        load_traces(tmp_path / "traces", Predict("question -> answer"))
+
+
+def test_traces_fit_another_program_with_the_same_stage(tmp_path: Path) -> None:
+    save_traces(some_traces(), tmp_path / "traces")
+    assert load_traces(tmp_path / "traces", Branch()) == some_traces()
+
+
+@pytest.mark.parametrize("signature", ["number, hint -> answer", "number -> reasoning, answer", "number -> result"])
+def test_traces_of_a_stage_with_other_fields_are_refused(tmp_path: Path, signature: str) -> None:
+    class Other(Program):
+        double = Stage(Signature.parse(signature))
+
+        def run(self, **inputs: Any) -> Any:
+            return (yield self.double(**inputs))
+
+    save_traces(some_traces(), tmp_path / "traces")
+    with pytest.raises(ValueError, match="are of another program"):
+        load_traces(tmp_path / "traces", Other())
+
+
+def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no traces; give a folder that a run wrote"):
+        load_traces(tmp_path / "none", Loop(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attempts": 0}, "attempts 0"),
+        ({"fresh_demos": -1}, "fresh_demos -1"),
+        ({"threshold": 0.0}, "failed run would count"),
+        ({"threshold": 1.5}, "threshold 1.5"),
+        ({"demo_share": 1.5}, "demo_share 1.5"),
+        ({"demo_share": 0.5, "fresh_demos": 0}, "needs fresh_demos"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Bootstrapping(**settings)

@@ -1,0 +1,276 @@
+"""Traces as batches: what a training pair holds, and which pairs an epoch's batches hold."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cotune.datamodules import (
+    Bootstrapping,
+    EpochBatches,
+    NoTracesError,
+    Pair,
+    PairMaker,
+    Sizes,
+    Splits,
+    Trace,
+    TraceDataModule,
+    save_traces,
+    split,
+)
+from cotune.programs import ChatTemplate, Demo, Prompt
+from fakes import EOS, Loop, doubles
+
+PAD = 0
+WINDOW = 400
+
+
+def encode(messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Bytes, so that tests can read what a pair holds."""
+    return list("\n".join(f"{m['role']}: {m['content']}" for m in messages).encode())
+
+
+def trace(number: int, *, call: int = 0, complete: bool = True, stage: str = "double") -> Trace:
+    answer = str(2 * number)
+    ids = (*answer.encode(), EOS) if complete else tuple(answer.encode())
+    return Trace(
+        example=f"e{number}",
+        attempt=0,
+        score=1.0,
+        stage=stage,
+        call=call,
+        inputs={"number": str(number)},
+        outputs={"answer": answer},
+        messages=[],
+        completion=answer,
+        completion_ids=ids,
+        complete=complete,
+        prompts="",
+    )
+
+
+def maker(*, window: int = WINDOW, demos: Sequence[Demo] = ()) -> PairMaker:
+    prompts = {"double": Prompt("Double.", tuple(demos))}
+    return PairMaker(Loop(1), ChatTemplate(), prompts, encode, end_id=EOS, pad_id=PAD, window=window)
+
+
+def batches(
+    count: int, *, batch_size: int = 4, seed: str = "0", made: PairMaker | None = None, **options: Any
+) -> EpochBatches:
+    traces = [trace(n) for n in range(count)]
+    return EpochBatches(traces, made or maker(), Bootstrapping(**options), batch_size=batch_size, seed=seed)
+
+
+def text(pair: Pair) -> str:
+    return bytes(pair.prompt_ids).decode()
+
+
+def asked(pair: Pair) -> str:
+    """The number that the pair's own call asks."""
+    return text(pair).rpartition("number: ")[2]
+
+
+def demos_in(pair: Pair) -> list[str]:
+    return [line.removeprefix("user: number: ") for line in text(pair).splitlines() if line.startswith("user: ")][:-1]
+
+
+def all_pairs(epoch: EpochBatches) -> list[list[Pair]]:
+    return [[pair for pairs in epoch.pairs(i).values() for pair in pairs] for i in range(len(epoch))]
+
+
+# A pair
+
+
+def test_a_pair_is_the_prompt_and_the_very_ids_that_were_written() -> None:
+    pair = maker().pair(trace(21))
+    expected = ChatTemplate().render(Loop(1).double.signature, Prompt("Double."), {"number": "21"})
+    assert list(pair.prompt_ids) == encode(expected)
+    assert pair.completion_ids == [*b"42", EOS]
+
+
+def test_a_completion_that_ended_by_a_stop_string_gets_its_end_of_turn() -> None:
+    assert maker().pair(trace(21, complete=False)).completion_ids == [*b"42", EOS]
+
+
+def test_pairs_carry_the_prompts_of_the_maker_whatever_the_trace_was_generated_from() -> None:
+    shown = maker(demos=[Demo({"number": "7"}, {"answer": "14"}, "e7")])
+    assert demos_in(shown.pair(trace(3))) == ["7"]
+    assert demos_in(maker().pair(trace(3))) == []
+
+
+def test_a_pair_never_shows_its_own_example_as_a_demo() -> None:
+    demos = [Demo({"number": str(n)}, {"answer": str(2 * n)}, f"e{n}") for n in (3, 7)]
+    assert demos_in(maker(demos=demos).pair(trace(3))) == ["7"]
+
+
+def test_given_demos_stand_instead_of_the_prompts_own() -> None:
+    own = maker(demos=[Demo({"number": "7"}, {"answer": "14"}, "e7")])
+    assert demos_in(own.pair(trace(3), [Demo({"number": "9"}, {"answer": "18"}, "e9")])) == ["9"]
+
+
+# An epoch
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (4, 4), (5, 4), (9, 4), (31, 8), (3, 1), (7, 100)])
+def test_each_row_comes_once_an_epoch_in_batches_of_like_size(rows: int, batch_size: int) -> None:
+    epoch = batches(rows, batch_size=batch_size)
+    seen = all_pairs(epoch)
+    assert sorted(int(asked(pair)) for batch in seen for pair in batch) == list(range(rows))
+    sizes = {len(batch) for batch in seen}
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert len(epoch) == -(-rows // batch_size)
+
+
+def test_batches_depend_on_the_seed_alone_and_not_on_what_was_asked_before() -> None:
+    first, second = (batches(20, demo_share=0.5, seed="a") for _ in range(2))
+    backwards = [first.pairs(i) for i in reversed(range(len(first)))][::-1]
+    assert backwards == [second.pairs(i) for i in range(len(second))]
+    assert all_pairs(batches(20, demo_share=0.5, seed="b")) != all_pairs(second)
+
+
+def test_the_rows_are_shuffled() -> None:
+    assert batches(20).plan != batches(20, seed="1").plan
+    assert [i for part in batches(20).plan for i in part] != list(range(20))
+
+
+def test_a_batch_is_its_pairs_collated() -> None:
+    epoch = batches(8)
+    batch, pairs = epoch[0], epoch.pairs(0)["double"]
+    assert batch.tokens == sum(len(pair.completion_ids) for pair in pairs)
+    (segment,) = batch.segments
+    assert segment.prefix.tolist() == list(pairs[0].prompt_ids[: len(segment.prefix)])
+    assert bytes(segment.prefix.tolist()).decode().startswith("system: Double.")
+
+
+def test_a_stage_called_twice_in_a_rollout_trains_twice() -> None:
+    twice = [trace(3), trace(6, call=1)]
+    epoch = EpochBatches(twice, maker(), Bootstrapping(), batch_size=8, seed="0")
+    assert sorted(asked(pair) for pair in epoch.pairs(0)["double"]) == ["3", "6"]
+
+
+# Demos of a batch
+
+
+def test_no_demo_is_of_a_row_of_its_batch() -> None:
+    for seed in range(20):
+        for batch in all_pairs(batches(9, demo_share=1.0, seed=str(seed))):
+            rows = {asked(pair) for pair in batch}
+            assert all(demos_in(pair) for pair in batch)
+            assert not rows & {number for pair in batch for number in demos_in(pair)}
+
+
+def test_a_batch_has_one_draw_of_one_to_fresh_demos_demos() -> None:
+    counts: Counter[int] = Counter()
+    for seed in range(40):
+        for batch in all_pairs(batches(12, demo_share=1.0, fresh_demos=3, seed=str(seed))):
+            assert len({tuple(demos_in(pair)) for pair in batch}) == 1
+            counts[len(demos_in(batch[0]))] += 1
+    assert set(counts) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (1.0, 200, 200), (0.5, 75, 125)])
+def test_the_share_of_batches_with_demos_is_the_one_asked_for(share: float, low: int, high: int) -> None:
+    with_demos = 0
+    for seed in range(50):
+        with_demos += sum(
+            bool(demos_in(batch[0])) for batch in all_pairs(batches(16, demo_share=share, seed=str(seed)))
+        )
+    assert low <= with_demos <= high
+
+
+def test_where_no_other_row_is_left_to_show_no_demo_is_shown() -> None:
+    assert [demos_in(pair) for pair in all_pairs(batches(2, demo_share=1.0))[0]] == [[], []]
+
+
+def test_a_row_that_fits_only_without_demos_goes_without() -> None:
+    room = len(maker().pair(trace(10)).prompt_ids) + len(trace(10).completion_ids)
+    epoch = batches(20, demo_share=1.0, made=maker(window=room))
+    pairs = [pair for batch in all_pairs(epoch) for pair in batch]
+    assert len(pairs) == 20
+    assert all(demos_in(pair) == [] for pair in pairs)
+
+
+# The data module
+
+
+class Doubling(TraceDataModule):
+    def load(self) -> Splits:
+        return split(doubles(*range(20)), self.sizes, seed=self.seed)
+
+
+def module(**settings: Any) -> Doubling:
+    return Doubling(sizes=Sizes(8, 4, 5, 3), **settings)
+
+
+def plans(data: TraceDataModule) -> list[list[int]]:
+    return data.epoch_batches().plan
+
+
+def test_traces_too_long_for_the_window_are_counted_and_left_out() -> None:
+    data = module(batch_size=2)
+    room = len(maker().pair(trace(9)).prompt_ids) + len(trace(9).completion_ids) - 1
+    long, fits = [trace(n) for n in (9, 10)], [trace(n) for n in (1, 2, 3)]
+    assert data.begin_weight_step([*long, *fits], maker(window=room), step=0) == 2
+    assert data.steps_per_epoch == 2
+    shown = sorted(asked(pair) for batch in all_pairs(data.epoch_batches()) for pair in batch)
+    assert shown == ["1", "2", "3"]
+
+
+def test_nothing_to_train_on_is_an_error_that_says_why() -> None:
+    data = module()
+    with pytest.raises(NoTracesError, match="no traces to train on yet"):
+        data.train_dataloader()
+    with pytest.raises(NoTracesError, match="none was given"):
+        data.begin_weight_step([], maker(), step=0)
+    with pytest.raises(NoTracesError, match="none of 1 fits the window of 5 tokens"):
+        data.begin_weight_step([trace(1)], maker(window=5), step=0)
+
+
+def test_each_epoch_and_each_weight_step_has_its_own_order_and_can_be_asked_again() -> None:
+    data, traces = module(batch_size=3), [trace(n) for n in range(12)]
+    seen = []
+    for step in (0, 1):
+        for epoch in (0, 1, 2):
+            data.begin_weight_step(traces, maker(), step=step, epoch=epoch)
+            seen.append(plans(data))
+            assert plans(data) == seen[-1]
+    assert len({str(plan) for plan in seen}) == 6
+    other = module(batch_size=3, seed=1)
+    other.begin_weight_step(traces, maker(), step=0)
+    assert plans(other) != seen[0]
+
+
+def test_the_loader_gives_the_batches_in_their_order() -> None:
+    data = module(batch_size=3)
+    data.begin_weight_step([trace(n) for n in range(7)], maker(), step=0)
+    loaded, epoch = list(data.train_dataloader()), data.epoch_batches()
+    assert len(loaded) == data.steps_per_epoch == 3
+    for batch, index in zip(loaded, range(3), strict=True):
+        for segment, expected in zip(batch.segments, epoch[index].segments, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(segment, expected, strict=True))
+
+
+def test_examples_come_as_lists_in_the_order_of_their_set() -> None:
+    data = module(val_batch_size=2)
+    data.setup("fit")
+    val = list(data.val_dataloader())
+    assert [len(batch) for batch in val] == [2, 2, 1]
+    assert [example for batch in val for example in batch] == list(data.splits.val)
+    assert [example for batch in data.test_dataloader() for example in batch] == list(data.splits.test)
+
+
+def test_traces_of_another_run_are_read_when_named(tmp_path: Path) -> None:
+    assert module().reuse_traces(Loop(1)) is None
+    save_traces([trace(1)], tmp_path / "t")
+    assert module(traces=str(tmp_path / "t")).reuse_traces(Loop(1)) == [trace(1)]
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"val_batch_size": 0}])
+def test_batches_of_nothing_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be at least 1"):
+        module(**sizes)

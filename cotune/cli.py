@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.log_program import LogProgram
+from cotune.callbacks.metrics_file import MetricsFile
 from cotune.callbacks.record_run import RecordRun
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
@@ -59,19 +59,28 @@ class Parser(LightningArgumentParser):
 
 
 class CotuneCLI(LightningCLI):
-    """`cotune fit | validate | test | predict`."""
+    """`cotune fit | validate | test`."""
 
     def __init__(self, args: ArgsType = None) -> None:
         self.run_folder: RunFolder | None = None
-        super().__init__(
-            model_class=ProgramModule,
-            datamodule_class=TraceDataModule,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
-            save_config_kwargs={"overwrite": True},
-            args=args,
-        )
+        try:
+            super().__init__(
+                model_class=ProgramModule,
+                datamodule_class=TraceDataModule,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
+                save_config_kwargs={"overwrite": True},
+                args=args,
+            )
+        finally:
+            if self.run_folder is not None:
+                self.run_folder.release()
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # Lightning's predict would run over the test set; `cotune predict` answers new rows from an export.
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate", "test")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # As the base class does, with a parser that suggests.
@@ -115,7 +124,7 @@ class CotuneCLI(LightningCLI):
         chosen = config.trainer.get("logger")
         loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
         if self.subcommand == "fit" and chosen is not False:
-            loggers = [CSVLogger(config.runs_dir, name=config.name, version=""), *loggers]
+            loggers = [MetricsFile(self.run_folder.path, keep=bool(config.get("ckpt_path"))), *loggers]
         config.trainer["logger"] = loggers or False
         trainer = super().instantiate_trainer(**kwargs)
         self._dump_config()
@@ -183,6 +192,7 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",
@@ -190,6 +200,5 @@ def _quiet() -> None:
         ".*isinstance.*LeafSpec.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*args parameter is intended to run from within Python.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
             return
         self.load_tokenizer()
         with _explained(self.name):
-            base = self._base(self._source())
+            base = self._base(self._found)
         self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
@@ -120,7 +120,9 @@ class LanguageModel(nn.Module):
         """
         from transformers import AutoConfig, AutoTokenizer
 
-        source, trust = self._source(), {"trust_remote_code": self.trust_remote_code}
+        # Looked for once: it may convert a GGUF file, or at least read all of it to know it.
+        source = self._found = self._source()
+        trust = {"trust_remote_code": self.trust_remote_code}
         with _explained(self.name):
             self.tokenizer = AutoTokenizer.from_pretrained(source, **trust)
             self.config = AutoConfig.from_pretrained(source, **trust)
@@ -178,13 +180,18 @@ class LanguageModel(nn.Module):
 
     def _source(self) -> str:
         """What transformers loads from: a folder, or a Hub id. GGUF is converted once, into the user's cache."""
-        path = Path(self.name).expanduser()
-        if path.is_dir() and not self.gguf_file:
-            return str(path)
         from cotune.lightning_modules.embedded import convert_gguf, embedded_model
 
         if self.name == EMBEDDED:
             return str(embedded_model())
+        path = Path(self.name).expanduser()
+        if path.is_dir() and not self.gguf_file:
+            if not (path / "config.json").is_file():
+                raise ModelNotFoundError(
+                    f'model "{self.name}": the folder holds no config.json; name a GGUF file in it by `gguf_file`. '
+                    f"{_KINDS}"
+                )
+            return str(path)
         if path.suffix == ".gguf" and path.is_file():
             return str(convert_gguf(path.parent, path.name))
         if path.is_dir():
@@ -271,10 +278,10 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # transformers and the Hub client raise subclasses of it, offline or not
-        first = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(
-            f'model "{name}" is no local folder, and the Hub gave none by that name ({first}). {_KINDS}'
-        ) from error
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        folder = Path(name).expanduser().is_dir()
+        why = "is a folder that lacks something" if folder else "is no local folder, and the Hub gave none by that name"
+        raise ModelNotFoundError(f'model "{name}" {why} ({first}). {_KINDS}') from error
 
 
 @contextmanager

@@ -140,8 +140,16 @@ class ProgramModule(LightningModule):
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
         self._evaluate(batch)
 
-    def predict_step(self, batch: list[Example], batch_idx: int) -> list[Rollout]:
-        return self.rollouts(batch, metric=None)
+    def predict_step(self, batch: list[Example], batch_idx: int) -> list[dict[str, Any]]:
+        """A plain dict an example, because Lightning moves what it returns and stops at frozen dataclasses."""
+        return [
+            {
+                "id": rollout.example.id,
+                "prediction": None if rollout.prediction is None else dict(rollout.prediction),
+                "error": None if rollout.error is None else rollout.error.message,
+            }
+            for rollout in self.rollouts(batch, metric=None)
+        ]
 
     def on_validation_epoch_start(self) -> None:
         self.evaluated = []

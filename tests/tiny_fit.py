@@ -24,12 +24,12 @@ class BrokenOffError(Exception):
 class BreakInTraining(Callback):
     """Breaks the run off just before a batch of training, counted over all epochs and runs from 0."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
+    def __init__(self, batch: int, error: type[BaseException] = BrokenOffError) -> None:
+        self.batch, self.error = batch, error
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.batch:
-            raise BrokenOffError
+            raise self.error
 
 
 class CurtLM(LanguageModel):

@@ -1,0 +1,339 @@
+"""Claims about the command line: what it takes, and that what is wrong is said in one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import ROOT, Said, cotune, fit, tiny
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+IRIS = str(ROOT / "configs" / "iris.yaml")
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *words: cotune(words, capsys)
+
+
+def one_error(said: Said) -> str:
+    """The message of a command that ended with exactly one, and no traceback."""
+    assert said.code == 2, said.err
+    assert "Traceback" not in said.err
+    (line,) = [line for line in said.err.splitlines() if line]
+    assert line.startswith("cotune: error: ")
+    return line.removeprefix("cotune: error: ")
+
+
+# Help and configs
+
+
+@pytest.mark.parametrize("words", [["--help"], [], ["--version"], ["predict", "--help"], ["preview", "--help"]])
+def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
+    script = (
+        "import sys\nfrom cotune.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "cotune" in done.stdout
+    assert time.perf_counter() - began < 10, "about half a second on an idle machine"
+
+
+def test_the_package_offers_its_names_without_importing_them() -> None:
+    script = (
+        "import sys, cotune\nassert 'torch' not in sys.modules\nfrom cotune import Program, Stage, Signature\n"
+        "assert 'torch' not in sys.modules\nassert set(cotune.__all__) <= set(dir(cotune))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_every_public_name_is_there() -> None:
+    import cotune
+
+    assert all(getattr(cotune, name) is not None for name in cotune.__all__)
+    assert callable(cotune.load)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = cotune.lod
+
+
+def test_a_printed_config_is_read_back_as_the_same(run: Run) -> None:
+    first = run("fit", "--config", IRIS, "--print_config")
+    assert first.code == 0, first.err
+    Path("printed.yaml").write_text(first.out)
+    assert yaml.safe_load(first.out)["alternate"]["schedule"] == "p -> w -> p"
+    assert run("fit", "--config", "printed.yaml", "--print_config").out == first.out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(run: Run, path: Path) -> None:
+    said = run("fit", "--config", str(path), "--print_config")
+    assert said.code == 0, said.err
+    assert path.read_text().startswith("#"), "the first line says hardware, time and score"
+
+
+def test_classes_go_by_their_short_names(run: Run) -> None:
+    words = ("--data", "Iris", "--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "2")
+    said = run("fit", "--config", IRIS, *words, "--trainer.logger", "WandbLogger", "--print_config")
+    assert said.code == 0, said.err
+    config = yaml.safe_load(said.out)
+    assert config["alternate"]["search"]["init_args"]["num_candidates"] == 2
+    assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.WandbLogger"
+
+
+# Typos
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--alternate.shedule", "p -> w"], "unknown option --alternate.shedule. Did you mean --alternate.schedule?"),
+        (["--modle.lm.model", "x"], "unknown option --modle.lm.model. Did you mean --model.lm.model?"),
+        (["--alternate.search.num_candidats", "3"], 'unknown option "num_candidats". Did you mean num_candidates?'),
+        (["--model.lm.lora.alfa", "3"], 'unknown option "lora.alfa". Did you mean lora.alpha?'),
+        (["stray"], '"stray" is no option; options begin with --'),
+        (["--alternate.keep", "bst"], "alternate.keep: 'bst' is not allowed; allowed is best or last."),
+        (["--alternate.epochs", "many"], "alternate.epochs: 'many' is not allowed; allowed is a whole number."),
+        (["--model.lm.quantization", "nf5"], "'nf5' is not allowed; allowed is nf4 or fp4 or int8 or null."),
+        (
+            ["--alternate.search", "RandomDemoSerch"],
+            'alternate.search: there is no class "RandomDemoSerch"; known are RandomDemoSearch',
+        ),
+        (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77, GSM8K, HotPotQA, Iris, Table'),
+        (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
+        (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
+    ],
+)
+def test_a_typo_on_the_command_line_is_named_with_the_nearest_right(run: Run, words: list[str], named: str) -> None:
+    assert named in one_error(run("fit", "--config", IRIS, *words))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "named"),
+    [
+        ("schedule:", "shedule:", 'unknown option "alternate.shedule". Did you mean alternate.schedule?'),
+        ("max_new_tokens:", "max_new_token:", "Did you mean model.sampling.max_new_tokens?"),
+        ("signature:", "signatur:", "Did you mean"),
+        ("alternate:", "alternat:", "Did you mean alternate"),
+        ("cotune.programs.Predict", "cotune.programs.Predct", "Did you mean Predict?"),
+        ("cotune.programs.Predict", "my_program.Mine", "module.Class"),
+        ("epochs: 16", "epochs: [1", "line"),
+        ("class_path: cotune.datamodules.Iris", "class_pth: Iris", "name the class in class_path, one of Banking77"),
+    ],
+)
+def test_a_typo_in_a_config_is_named_with_the_nearest_right(run: Run, right: str, wrong: str, named: str) -> None:
+    text = Path(IRIS).read_text()
+    assert right in text
+    Path("typo.yaml").write_text(text.replace(right, wrong))
+    assert named in one_error(run("fit", "--config", "typo.yaml"))
+
+
+def test_an_unknown_command_is_named(run: Run) -> None:
+    assert 'unknown command "fti"; commands are fit, validate, test, predict, preview.' in one_error(run("fti"))
+
+
+def test_a_config_that_is_missing_is_named(run: Run) -> None:
+    assert "nowhere.yaml" in one_error(run("fit", "--config", "nowhere.yaml"))
+    assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
+
+
+# What only shows when a run starts
+
+
+def test_an_unknown_step_is_named_before_anything_is_loaded(run: Run, tiny_model: Path) -> None:
+    message = one_error(run(*fit(tiny_model, schedule="p -> x")))
+    assert message == (
+        'schedule "p -> x": unknown step "x". Steps are "p" (prompts) and "w" (weights), e.g. "p -> w -> p".'
+    )
+
+
+def test_a_model_that_is_not_there_is_named(run: Run, tiny_model: Path) -> None:
+    message = one_error(run(*fit(tiny_model, "--model.lm.model", "./models/mine")))
+    assert message.startswith('model "./models/mine": there is no such folder or .gguf file. Give "embedded"')
+
+
+TABLE = """
+model:
+  program: {class_path: Predict, init_args: {signature: question -> answer}}
+data:
+  class_path: Table
+  init_args: {path: rows.csv, inputs: [question], labels: [answer], sizes: {train: 1, dev: 1, val: 1, test: 0}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ("question\n1\n2\n3\n", "rows.csv, row 1: field 'answer' is missing; the row has 'question'. (3 of 3 rows"),
+        ("question,answer\n1,2\n2,\n3,4\n", "rows.csv, row 2: field 'answer' is empty; a label is what the metric"),
+        ("question,answer\n1,2\n2\n3,4\n", "rows.csv, row 2: it has 1 cells, the header 2"),
+        ("question,answer\n1,2\n", "too few examples: 1 exist"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_field(run: Run, tiny_model: Path, rows: str, named: str) -> None:
+    Path("rows.csv").write_text(rows)
+    Path("table.yaml").write_text(TABLE)
+    assert named in one_error(run("fit", "--config", "table.yaml", *tiny(tiny_model)))
+
+
+def own_metrics() -> None:
+    Path("own_metrics.py").write_text(
+        "def never(example, prediction):\n    return 0.0\n\n\n"
+        "def broken(example, prediction):\n    return prediction['answr'] == example.labels['answer']\n"
+    )
+
+
+def test_a_metric_that_raises_ends_the_run_with_what_it_raised(run: Run, tiny_model: Path) -> None:
+    own_metrics()
+    message = one_error(run(*fit(tiny_model, "--data.metric", "own_metrics.broken")))
+    assert "the metric raised on 8 of 8 examples, more than max_error_rate 0.5 allows." in message
+    assert "KeyError: 'answr'" in message
+
+
+def test_a_program_that_never_succeeds_is_told_what_to_change(run: Run, tiny_model: Path) -> None:
+    own_metrics()
+    message = one_error(run(*fit(tiny_model, "--data.metric", "own_metrics.never", schedule="w")))
+    assert message.startswith("weight step: no run reached a score of 1, so there is nothing to train on: 0 of 12")
+    assert "Raise data.bootstrapping.attempts (now 2)" in message
+
+
+def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("cotune.cli.RunFolder.acquire", broken)
+    with pytest.raises(KeyError):
+        run(*fit(tiny_model))
+
+
+# Run folders
+
+
+def test_a_folder_in_use_is_refused_and_says_by_whom(run: Run, tiny_model: Path) -> None:
+    hold = (
+        "import sys; from cotune.run_folder import RunFolder\n"
+        "folder = RunFolder('runs', 'tiny'); folder.acquire(fresh=False, resume=False); print('held', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        for more in ([], ["--fresh"], ["--ckpt_path", "last"]):
+            message = one_error(run(*fit(tiny_model, *more)))
+            assert message.startswith(f"runs/tiny is in use by process {holder.pid} on ")
+            assert message.endswith("Wait for it, or give another --name.")
+        holder.communicate("")
+    assert not list(Path("runs").glob("*.old-*"))
+
+
+def test_a_finished_run_is_never_overwritten(run: Run, tiny_model: Path) -> None:
+    words = fit(tiny_model, schedule="p")
+    assert run(*words).code == 0
+    before = Path("runs/tiny/history.jsonl").read_text()
+    message = one_error(run(*words))
+    assert message.startswith("runs/tiny already holds a run. Continue it with --ckpt_path last, start over with --fre")
+    assert run(*words, "--fresh").code == 0
+    assert Path("runs/tiny.old-1/history.jsonl").read_text() == before
+    assert Path("runs/tiny/export/program.json").is_file()
+
+
+def test_ckpt_path_last_goes_on_from_the_last_save(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
+) -> None:
+    from cotune.callbacks import Alternate
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StoppedError
+
+    words = fit(tiny_model, "--alternate.keep", "last", "--data.bootstrapping.demo_share", "0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(Alternate, "_end_weight_step", stop)
+        with pytest.raises(StoppedError):
+            run(*words)
+    said = run(*words, "--ckpt_path", "last")
+    assert said.code == 0, said.err
+    assert "continuing runs/tiny/checkpoints/last.ckpt" in said.out
+    kept = ("prefix", "val_score", "prompts", "lm_calls")
+    assert history(Path("runs/tiny"), kept) == history(finished.folder, kept)
+
+
+def history(folder: Path, kept: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    records = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
+    return [tuple(record[name] for name in kept) for record in records]
+
+
+def test_nothing_saved_yet_starts_from_the_beginning(run: Run, tiny_model: Path) -> None:
+    said = run(*fit(tiny_model, "--ckpt_path", "last", schedule="p"))
+    assert said.code == 0, said.err
+    assert "nothing saved yet: starting from the beginning" in said.out
+
+
+def test_a_run_is_tested_again_from_its_last_save(run: Run, finished: Any, tiny_model: Path) -> None:
+    words = [word for word in fit(tiny_model) if word not in ("fit",)]
+    alone = words[: words.index("--alternate.schedule")]
+    said = run("test", *alone, "--runs_dir", str(finished.folder.parent), "--ckpt_path", "last")
+    assert said.code == 0, said.err
+    assert "test/score" in said.out
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "", "a b", ".hidden"])
+def test_a_run_name_is_a_folder_name(run: Run, tiny_model: Path, name: str) -> None:
+    assert f'run name "{name}" is not usable' in one_error(run(*fit(tiny_model, name=name)))
+
+
+# Seeds, loggers, secrets
+
+
+def test_one_seed_reaches_model_data_and_alternate(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cotune.cli import CotuneCLI
+
+    monkeypatch.setattr(CotuneCLI, "_run_subcommand", lambda self, name: made.append(self))
+    made: list[CotuneCLI] = []
+    assert run(*fit(tiny_model, "--seed_everything", "3")).code == 0
+    (cli,) = made
+    (alternate,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "Alternate"]
+    assert (cli.model.seed, cli.datamodule.seed, alternate.seed) == (3, 3, 3)
+
+
+def test_the_key_of_a_logger_is_in_no_file_of_the_run(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary-123")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    said = run(*fit(tiny_model, "--trainer.logger", "WandbLogger", schedule="w"))
+    assert said.code == 0, said.err
+    files = [path for path in Path().rglob("*") if path.is_file()]
+    assert Path("runs/tiny/config.yaml") in files
+    assert not [path for path in files if b"canary-123" in path.read_bytes()]
+
+
+def test_own_modules_are_found_in_the_working_folder(tiny_model: Path) -> None:
+    Path("own_metrics.py").write_text("def metric(example, prediction):\n    return 1.0\n")
+    words = fit(tiny_model, "--model.lm", "cotune.lightning_modules.LanguageModel", "--model.lm.model", str(tiny_model))
+    command = [str(Path(sys.executable).with_name("cotune")), *words, "--data.metric", "own_metrics.metric"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # tests/ is not on its path, as it is on ours: tiny_fit.CurtLM is not there for it.
+    command = [
+        w
+        for i, w in enumerate(command)
+        if not (w == "tiny_fit.CurtLM" or command[i + 1 : i + 2] == ["tiny_fit.CurtLM"])
+    ]
+    done = subprocess.run([*command, "--print_config"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "metric: own_metrics.metric" in done.stdout

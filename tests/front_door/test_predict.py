@@ -1,0 +1,109 @@
+"""Claims about `cotune predict`: a line a row, in order, failures among them."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Said, cotune
+from cotune.datamodules.iris import iris_examples
+
+ROWS = [dict(example.inputs) for example in iris_examples()[::30]]
+TOO_LONG = dict.fromkeys(ROWS[0], "1" * 1000)
+
+
+@pytest.fixture
+def predict(finished: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str) -> Said:
+        return cotune(["predict", "--export", str(finished.export), *words], capsys)
+
+    return run
+
+
+def jsonl(*rows: Mapping[str, Any], path: str = "rows.jsonl") -> str:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_row_gets_a_line_in_order(predict: Any, finished: Any) -> None:
+    said = predict("--data", jsonl(*ROWS))
+    assert said.code == 0, said.err
+    answers = [
+        r.prediction and r.prediction["answer"] for r in finished.module.rollouts(iris_examples()[::30], metric=None)
+    ]
+    assert [line["row"] for line in lines(said.out)] == [1, 2, 3, 4, 5]
+    assert [line.get("answer") for line in lines(said.out)] == answers
+
+
+def test_a_row_that_fails_says_why_and_the_others_are_answered(predict: Any, finished: Any) -> None:
+    # What a random model says to a flower is luck; these two it answers.
+    one, other = [r.example.inputs for r in finished.module.rollouts(iris_examples(), metric=None) if not r.error][:2]
+    said = predict("--data", jsonl(one, TOO_LONG, other))
+    first, second, third = lines(said.out)
+    assert second == {"row": 2, "error": 'stage "predict": the prompt is longer than the model\'s context window'}
+    assert first["error"] is None
+    assert third["error"] is None
+    assert said.code == 0
+    assert "2 of 3 rows answered; 1 failed (1 format)" in said.err
+
+
+def test_when_all_rows_fail_so_does_the_command(predict: Any) -> None:
+    assert predict("--data", jsonl(TOO_LONG)).code == 1
+
+
+def test_csv_and_standard_input_give_the_same_lines(predict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = ",".join(ROWS[0])
+    Path("rows.csv").write_text("\n".join([header, *(",".join(row.values()) for row in ROWS)]))
+    from_csv = predict("--data", "rows.csv")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(jsonl(*ROWS)).read_bytes())))
+    assert predict("--data", "-").out == from_csv.out != ""
+
+
+def test_lines_go_to_a_file(predict: Any) -> None:
+    said = predict("--data", jsonl(*ROWS), "--output", "made/out.jsonl")
+    assert said.out == ""
+    assert len(lines(Path("made/out.jsonl").read_text())) == len(ROWS)
+
+
+def test_a_column_of_another_name_is_named(predict: Any) -> None:
+    renamed = [{("length" if name == "petal_length" else name): value for name, value in row.items()} for row in ROWS]
+    assert predict("--data", jsonl(*renamed), "--column", "petal_length=length").code == 0
+    said = predict("--data", jsonl(*renamed), "--column", "petal=length")
+    assert said.code == 2
+    assert "the program's inputs are petal_length, petal_width" in said.err
+
+
+def test_a_row_without_an_input_is_named(predict: Any) -> None:
+    said = predict("--data", jsonl(ROWS[0], {**ROWS[1], "petal_width": None}))
+    assert (said.code, said.out) == (2, "")
+    assert "rows.jsonl, row 2: field 'petal_width' is empty (null)" in said.err
+    without = {name: value for name, value in ROWS[1].items() if name != "petal_width"}
+    said = predict("--data", jsonl(ROWS[0], without))
+    assert "rows.jsonl, row 2: field 'petal_width' is missing" in said.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [("", "holds no rows"), ("{", "row 1: it is not JSON"), (None, "there is no file")]
+)
+def test_data_that_is_none_says_so(predict: Any, rows: str | None, message: str) -> None:
+    if rows is not None:
+        Path("rows.jsonl").write_text(rows)
+    said = predict("--data", "rows.jsonl")
+    assert said.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_without_an_export_the_options_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    said = cotune(["predict", "--data", "rows.jsonl"], capsys)
+    assert said.code == 2
+    assert "--export" in said.err

@@ -1,0 +1,108 @@
+"""Claims about `cotune preview`: it shows what the loss saw, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Said, cotune, fit
+from cotune.datamodules import load_traces
+from cotune.datamodules.collate import IGNORED
+
+from cotune.preview import load_batches, trained_rows
+
+
+def preview(capsys: pytest.CaptureFixture[str], *words: str) -> Said:
+    return cotune(["preview", *words], capsys)
+
+
+def test_the_rows_are_those_of_the_batches(finished: Any) -> None:
+    batches, lm = load_batches(finished.folder)
+    rows = list(trained_rows(batches))
+    assert len(rows) == len(batches.traces) > 0
+    labels = [label for i in range(len(batches)) for s in batches[i].segments for label in s.labels.flatten().tolist()]
+    assert [id_ for row in rows for id_ in row.ids[len(row.ids) - row.trained :]] == [i for i in labels if i != IGNORED]
+    for row in rows:
+        written = list(row.trace.completion_ids) + ([] if row.trace.complete else [lm.end_ids[0]])
+        assert list(row.ids[-row.trained :]) == written
+
+
+def test_the_batches_are_those_of_the_training(finished: Any) -> None:
+    """The run drew its batches by itself: the same traces, options and seed must give the same plan."""
+    batches, _ = load_batches(finished.folder, epoch=1)
+    data = finished.module.trainer.datamodule
+    data.epoch = 1
+    trained = data.epoch_batches()
+    assert batches.plan == trained.plan
+    assert [batches.pairs(i) for i in range(len(batches))] == [trained.pairs(i) for i in range(len(batches))]
+
+
+def test_no_weights_are_loaded(finished: Any) -> None:
+    _, lm = load_batches(finished.folder)
+    assert lm.model is None
+    assert (lm.window, lm.pad_id, lm.end_ids) == tuple(
+        getattr(finished.module.lm, name) for name in ("window", "pad_id", "end_ids")
+    )
+
+
+def test_trained_tokens_stand_between_marks(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    said = preview(capsys, str(finished.folder), "--rows", "100")
+    assert said.code == 0, said.err
+    shown = re.findall(r"⟦(.*?)⟧", said.out, re.DOTALL)
+    batches, lm = load_batches(finished.folder)
+    assert shown == [lm.tokenizer.decode(row.ids[-row.trained :]) for row in trained_rows(batches)]
+    assert "stage predict · example iris-" in said.out
+    assert f"{len(shown)} pairs of " in said.out
+
+
+def test_demos_show_in_the_prompts_that_have_them(finished: Any) -> None:
+    epochs = [load_batches(finished.folder, epoch=epoch) for epoch in range(4)]
+    turns = {lm.tokenizer.decode(row.ids).count("<|im_start|>assistant") for b, lm in epochs for row in trained_rows(b)}
+    assert min(turns) == 1
+    assert max(turns) > 1
+
+
+def test_current_prompts_are_the_recorded_ones(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], finished: Any
+) -> None:
+    words = fit(tiny_model, "--data.bootstrapping.pairs", "current", schedule="p -> w")
+    assert cotune(words, capsys).code == 0
+    batches, _ = load_batches(Path("runs/tiny"))
+    recorded = json.loads(Path("runs/tiny/traces/step-2/prompts.json").read_text())
+    assert {stage: prompt.to_dict() for stage, prompt in batches.maker.prompts.items()} == recorded
+
+
+def test_the_traces_of_the_step_are_read(finished: Any) -> None:
+    batches, _ = load_batches(finished.folder, step=2)
+    assert batches.traces == load_traces(finished.folder / "traces" / "step-2", finished.module.program)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], '"nowhere" is no run: it has no config.yaml. Give the folder of a run'),
+        (["RUN", "--step", "1"], "has no traces of step 1; there are some of step 2."),
+        (["RUNS"], "is no run: it has no config.yaml. Did you mean one of"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    finished: Any, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    there = {"RUN": str(finished.folder), "RUNS": str(finished.folder.parent)}
+    said = preview(capsys, *(there.get(word, word) for word in words))
+    assert said.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_run_without_weight_steps_has_no_pairs(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((finished.folder / "config.yaml").read_text())
+    said = preview(capsys, "run")
+    assert said.code == 2
+    assert '"run" has no traces' in said.err

@@ -1,0 +1,132 @@
+"""Claims about exports: what `cotune.load` gives is what the run ended with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cotune.callbacks.export_program import export_program
+from cotune.datamodules.iris import iris_examples
+from cotune.programs import Rollout
+from tiny_fit import CurtLM
+
+import cotune
+from cotune import Predict, ProgramModule
+from cotune.build import BuildError
+from cotune.tuned import ExportError, PredictionError, Tuned, program_inputs
+
+SIGNATURE = "petal_length, petal_width, sepal_length, sepal_width -> answer"
+FLOWERS = iris_examples()[::15]
+
+
+@pytest.fixture(scope="module")
+def tuned(finished: Any) -> Tuned:
+    return cotune.load(finished.export)
+
+
+def ids(rollouts: list[Rollout]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(step.completion.prompt_ids, step.completion.completion_ids) for r in rollouts for step in r.steps]
+
+
+def test_a_loaded_export_reads_and_writes_the_tokens_of_the_run(finished: Any, tuned: Tuned) -> None:
+    assert finished.module.lm.fingerprint() == tuned.module.lm.fingerprint()
+    assert finished.module.prompts == tuned.module.prompts
+    assert ids(tuned.rollouts(FLOWERS)) == ids(finished.module.rollouts(FLOWERS, metric=None))
+
+
+def test_the_run_has_trained_weights(finished: Any, tiny_model: Path) -> None:
+    fresh = CurtLM(str(tiny_model))
+    fresh.load()
+    assert fresh.fingerprint() != finished.module.lm.fingerprint()
+
+
+def test_peft_alone_loads_the_adapter_and_writes_the_same_tokens(finished: Any, tuned: Tuned, tiny_model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, str(finished.export / "adapter")).eval()
+    for prompt, completion in ids(tuned.rollouts(FLOWERS)):
+        written = model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=6,
+            eos_token_id=tuned.module.lm.end_ids,
+            pad_token_id=0,
+        )
+        assert tuple(written[0, len(prompt) :].tolist())[: len(completion)] == completion
+
+
+def test_a_tuned_program_is_called_with_its_inputs(tuned: Tuned) -> None:
+    flower = next(r for r in tuned.rollouts(FLOWERS) if r.error is None)
+    assert tuned(**flower.example.inputs) == flower.prediction
+
+
+def test_a_call_without_a_prediction_raises(tuned: Tuned) -> None:
+    with pytest.raises(PredictionError, match='stage "predict"'):
+        tuned(**dict.fromkeys(FLOWERS[0].inputs, "1" * 2000))
+
+
+def test_an_export_from_python_is_loaded_with_its_program(finished: Any, tiny_model: Path, tmp_path: Path) -> None:
+    export_program(finished.module, tmp_path / "export")
+    with pytest.raises(ExportError, match=r"load\(folder, module=ProgramModule"):
+        cotune.load(tmp_path / "export")
+    module = ProgramModule(Predict(SIGNATURE), CurtLM(str(tiny_model)), sampling=finished.module.sampling)
+    loaded = cotune.load(tmp_path / "export", module=module)
+    # The instructions are the export's, not those of the program at hand.
+    assert loaded.module.prompts == finished.module.prompts
+    assert loaded.module.lm.fingerprint() == finished.module.lm.fingerprint()
+
+
+def test_a_program_with_other_stages_is_refused(finished: Any, tiny_model: Path) -> None:
+    other = ProgramModule(Predict("petal_length -> answer"), CurtLM(str(tiny_model)))
+    with pytest.raises(ExportError, match=r'stage "predict" is "petal_length, .* in the export and "petal_length ->'):
+        cotune.load(finished.export, module=other)
+
+
+def test_a_module_that_is_loaded_is_refused(finished: Any) -> None:
+    with pytest.raises(ExportError, match="loaded already"):
+        cotune.load(finished.export, module=finished.module)
+
+
+def test_a_folder_that_is_no_export_says_so(finished: Any) -> None:
+    with pytest.raises(ExportError, match=r'no program\.json\. Did you mean ".*export"'):
+        cotune.load(finished.folder)
+
+
+def test_an_export_may_not_switch_on_the_code_of_a_model(finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished.export, tmp_path / "export")
+    path = tmp_path / "export" / "program.json"
+    described = json.loads(path.read_text())
+    described["model"]["lm"]["init_args"]["trust_remote_code"] = True
+    path.write_text(json.dumps(described))
+    assert cotune.load(path.parent).module.lm.trust_remote_code is False
+
+
+def test_a_class_that_is_gone_is_named(finished: Any, tmp_path: Path) -> None:
+    shutil.copytree(finished.export, tmp_path / "export")
+    path = tmp_path / "export" / "program.json"
+    path.write_text(path.read_text().replace("cotune.programs.Predict", "my_program.Mine"))
+    with pytest.raises(BuildError, match=r"my_program\.Mine.*start in the folder"):
+        cotune.load(path.parent)
+
+
+def test_an_export_is_replaced_as_a_whole(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").touch()
+    export_program(finished.module, tmp_path / "export")
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["adapter", "program.json", "prompts.json"]
+
+
+def test_the_inputs_of_a_program_are_the_arguments_of_run() -> None:
+    class Own(Predict):
+        def run(self, question: str, hint: str = "none") -> Any:
+            return (yield self.predict(question=question))
+
+    assert program_inputs(Own("question -> answer")) == (["question"], ["hint"])
+    assert program_inputs(Predict("context, question -> answer")) == (["context", "question"], [])

@@ -1,8 +1,8 @@
 """Our generation against Hugging Face `generate` on prompts that share a prefix: one run, both sides interleaved.
 
-Both write the same tokens, or no ratio is printed. Hugging Face runs the plain base model without an adapter, left-padded,
-greedy; ours runs as in a fit, with a LoRA adapter whose weights are not zero merged into a second copy, and Hugging Face is
-given those merged weights, so that both do the same work and neither pays for an adapter while decoding.
+Both write the same tokens, or no ratio is printed. Ours runs as in a fit: a LoRA adapter whose weights are not zero,
+merged into a second copy of the weights. Hugging Face runs a plain model without an adapter that holds the merged
+weights, left-padded and greedy, so that both do the same work and neither pays for an adapter while decoding.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.export_program import ExportProgram
@@ -58,6 +58,14 @@ class Parser(LightningArgumentParser):
         return found
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml for a fit only: it says what the run was made with, also after `cotune test`."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class CotuneCLI(LightningCLI):
     """`cotune fit | validate | test`."""
 
@@ -70,6 +78,7 @@ class CotuneCLI(LightningCLI):
                 subclass_mode_data=True,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
+                save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},
                 args=args,
             )

@@ -14,6 +14,7 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     console = console or Console()
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
     for name in ("after", "val score", "format failures", "LM calls", "seconds"):
         table.add_column(name, justify="left" if name == "after" else "right")
@@ -28,8 +29,9 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
             style="bold" if best else None,
         )
     console.print(table)
+    tested = summary["test_score"]
+    said = "not tested" if tested is None else f"test score {tested:.3f}"
     console.print(
-        f"* kept: the best on val. Test score {summary['test_score']:.3f}, in {summary['seconds']['total']:.0f} s. "
-        f"Export: {folder / 'export'}",
-        highlight=False,
+        f"* the best on val, kept: {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
+    console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)

@@ -47,7 +47,8 @@ def _unknown_key(message: str, options: Options) -> str:
 def _no_class(message: str, options: Options) -> str:
     key = _key(message)
     given = re.search(
-        r"Expected a dot import path string: (\S+)|given class_path '([^']+)'|but (\S+) is abstract", message
+        r"Expected a dot import path string: (\S+)|given class_path '([^']+)'|(is abstract|Not a valid subclass)",
+        message,
     )
     if not key or not given:
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 import yaml
 from commands import ROOT, Said, cotune, fit, tiny
 
@@ -78,9 +80,13 @@ def test_a_printed_config_is_read_back_as_the_same(run: Run) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses(run: Run, path: Path) -> None:
-    said = run("fit", "--config", str(path), "--print_config")
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#"), "the first line says hardware, time and score"
+    # One that is laid over a task says how.
+    files = re.findall(r"--config (\S+)", first) or [f"configs/{path.name}"]
+    assert f"configs/{path.name}" in files
+    said = run("fit", *(word for file in files for word in ("--config", str(ROOT / file))), "--print_config")
     assert said.code == 0, said.err
-    assert path.read_text().startswith("#"), "the first line says hardware, time and score"
 
 
 def test_classes_go_by_their_short_names(run: Run) -> None:
@@ -101,7 +107,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--alternate.shedule", "p -> w"], "unknown option --alternate.shedule. Did you mean --alternate.schedule?"),
         (["--modle.lm.model", "x"], "unknown option --modle.lm.model. Did you mean --model.lm.model?"),
         (["--alternate.search.num_candidats", "3"], 'unknown option "num_candidats". Did you mean num_candidates?'),
-        (["--model.lm.lora.alfa", "3"], 'unknown option "lora.alfa". Did you mean lora.alpha?'),
+        (["--model.lm.lora.alfa", "3"], "unknown option --lora.alfa. Did you mean --lora.alpha?"),
         (["stray"], '"stray" is no option; options begin with --'),
         (["--alternate.keep", "bst"], "alternate.keep: 'bst' is not allowed; allowed is best or last."),
         (["--alternate.epochs", "many"], "alternate.epochs: 'many' is not allowed; allowed is a whole number."),
@@ -209,7 +215,7 @@ def test_a_program_that_never_succeeds_is_told_what_to_change(run: Run, tiny_mod
 
 
 def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr("cotune.cli.RunFolder.acquire", broken)
@@ -284,12 +290,13 @@ def test_nothing_saved_yet_starts_from_the_beginning(run: Run, tiny_model: Path)
     assert "nothing saved yet: starting from the beginning" in said.out
 
 
-def test_a_run_is_tested_again_from_its_last_save(run: Run, finished: Any, tiny_model: Path) -> None:
-    words = [word for word in fit(tiny_model) if word not in ("fit",)]
-    alone = words[: words.index("--alternate.schedule")]
-    said = run("test", *alone, "--runs_dir", str(finished.folder.parent), "--ckpt_path", "last")
+def test_a_run_is_tested_again_from_its_own_config(run: Run, finished: Any) -> None:
+    config = finished.folder / "config.yaml"
+    before = config.read_text()
+    said = run("test", "--config", str(config), "--ckpt_path", "last", "--data.val_batch_size", "3")
     assert said.code == 0, said.err
     assert "test/score" in said.out
+    assert config.read_text() == before, "it still says what the run was made with"
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "", "a b", ".hidden"])
@@ -315,25 +322,21 @@ def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "canary-123")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     said = run(*fit(tiny_model, "--trainer.logger", "WandbLogger", schedule="w"))
+    wandb.teardown()
     assert said.code == 0, said.err
+    assert list(Path("wandb").glob("offline-run-*"))
     files = [path for path in Path().rglob("*") if path.is_file()]
     assert Path("runs/tiny/config.yaml") in files
     assert not [path for path in files if b"canary-123" in path.read_bytes()]
 
 
-def test_own_modules_are_found_in_the_working_folder(tiny_model: Path) -> None:
+def test_own_modules_are_found_in_the_working_folder() -> None:
     Path("own_metrics.py").write_text("def metric(example, prediction):\n    return 1.0\n")
-    words = fit(tiny_model, "--model.lm", "cotune.lightning_modules.LanguageModel", "--model.lm.model", str(tiny_model))
-    command = [str(Path(sys.executable).with_name("cotune")), *words, "--data.metric", "own_metrics.metric"]
+    command = [str(Path(sys.executable).with_name("cotune")), "fit", "--config", IRIS]
+    command += ["--data.metric", "own_metrics.metric", "--print_config"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    # tests/ is not on its path, as it is on ours: tiny_fit.CurtLM is not there for it.
-    command = [
-        w
-        for i, w in enumerate(command)
-        if not (w == "tiny_fit.CurtLM" or command[i + 1 : i + 2] == ["tiny_fit.CurtLM"])
-    ]
-    done = subprocess.run([*command, "--print_config"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "metric: own_metrics.metric" in done.stdout

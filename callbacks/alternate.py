@@ -175,11 +175,15 @@ class Alternate(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, mine in (("steps", list(self.steps)), ("epochs", self.epochs)):
-            if state_dict[name] != mine:
+        saved, mine = (
+            {"schedule": " -> ".join(steps), "epochs": epochs}
+            for steps, epochs in ((state_dict["steps"], state_dict["epochs"]), (self.steps, self.epochs))
+        )
+        for name in mine:
+            if saved[name] != mine[name]:
                 raise ValueError(
-                    f"the checkpoint was made with alternate.{'schedule' if name == 'steps' else name} "
-                    f"{state_dict[name]}, this run has {mine}. Continue with the same, or start a new run."
+                    f"the checkpoint was made with alternate.{name} {saved[name]}, this run has {mine[name]}. "
+                    "Continue with the same, or start a new run."
                 )
         self.history, self.epoch = state_dict["history"], state_dict["epoch"]
         self._incumbent = prompts_from_dict(state_dict["incumbent"])

@@ -32,6 +32,6 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     tested = summary["test_score"]
     said = "not tested" if tested is None else f"test score {tested:.3f}"
     console.print(
-        f"* the best on val, kept: {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
+        f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
     console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)

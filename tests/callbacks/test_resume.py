@@ -118,7 +118,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_model: Path, tmp_path: Path, unin
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"schedule": "p -> w"}, r"alternate.schedule \['p', 'w', 'p'\], this run has \['p', 'w'\]"),
+        ({"schedule": "p -> w"}, "alternate.schedule p -> w -> p, this run has p -> w. Continue with the same"),
         ({"epochs": 3}, "alternate.epochs 2, this run has 3. Continue with the same, or start a new run"),
     ],
 )

@@ -1,0 +1,326 @@
+"""Alternate on a tiny model: a real Trainer, real LoRA and real searches, a second each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cotune.callbacks import Alternate, Boundary, BoundaryListener
+from cotune.datamodules import Bootstrapping, NoTracesError, Sizes
+from cotune.lightning_modules import LoRA
+from cotune.programs import (
+    Completion,
+    FaultyProgramError,
+    Request,
+    Sampling,
+    mean_score,
+    prompts_from_dict,
+    prompts_id,
+)
+from lightning.pytorch import Callback, Trainer
+from tiny_fit import Fit, tiny_fit
+
+
+@pytest.fixture(scope="module")
+def pwp(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """A finished "p -> w -> p"."""
+    return tiny_fit(tiny_model, tmp_path_factory.mktemp("pwp")).run()
+
+
+def test_every_prefix_of_the_schedule_has_a_val_score(pwp: Fit) -> None:
+    assert [record["prefix"] for record in pwp.alternate.history] == ["vanilla", "p", "p -> w", "p -> w -> p"]
+    assert all(0 <= record["val_score"] <= 1 for record in pwp.alternate.history)
+
+
+@pytest.mark.parametrize("schedule", ["p", "w", "p -> p", "w -> p", "w -> w"])
+def test_other_schedules_run_to_their_end(schedule: str, tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, schedule).run()
+    assert fit.alternate.history[-1]["prefix"] == schedule
+    assert len(fit.alternate.history) == 1 + len(fit.alternate.steps)
+    assert fit.trainer.current_epoch == 2 * schedule.count("w")
+
+
+def test_a_schedule_without_weight_steps_trains_nothing_and_asks_for_no_loader(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "p -> p", keep="last")
+    fit.module.configure_model()
+    before = fit.lm.fingerprint()
+    monkeypatch.setattr(fit.data, "train_dataloader", lambda: pytest.fail("a loader was asked for"))
+    fit.run()
+    assert fit.lm.fingerprint() == before
+    assert fit.trainer.global_step == 0
+
+
+@pytest.mark.parametrize("schedule", ["p -> w -> p", "w -> p -> w"])
+def test_the_fit_ends_with_the_best_prefix(schedule: str, tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, schedule, callbacks=[seen := Seen()]).run()
+    scores = [record["val_score"] for record in fit.alternate.history]
+    best = scores.index(max(scores))  # the first of equals
+    assert fit.alternate.best["index"] == best
+    assert fit.lm.fingerprint() == seen.adapters[best]
+    assert fit.module.prompts == seen.boundaries[best].prompts
+    again = fit.module.rollouts(fit.data.splits.val, metric=fit.data.metric)
+    assert mean_score(again) == scores[best]
+
+
+def test_keep_last_ends_with_the_last_prefix(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, keep="last", callbacks=[seen := Seen()]).run()
+    assert fit.alternate.best["prefix"] == "p -> w -> p"
+    assert fit.lm.fingerprint() == seen.adapters[-1]
+    assert fit.module.prompts == seen.boundaries[-1].prompts
+
+
+def test_training_changes_the_adapter_although_rollouts_came_before(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, callbacks=[seen := Seen()]).run()
+    vanilla, prompted, trained, prompted_again = seen.adapters
+    assert vanilla == prompted != trained == prompted_again
+    changed = [n for n, p in fit.module.named_parameters() if p.requires_grad]
+    assert all("lora" in name for name in changed)
+
+
+@pytest.mark.parametrize("better", ["initial", "current"])
+def test_new_weights_are_scored_with_both_prompts_and_keep_the_better(
+    better: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, callbacks=[seen := Seen()])
+    initial = prompts_id(fit.module.initial_prompts)
+    real = Alternate._score
+
+    def score(self: Alternate, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
+        done = real(self, module, examples, what, prompts)
+        used = prompts_id(prompts if prompts is not None else module.prompts)
+        good = what == "val" or ("initial" if used == initial else "current") == better
+        return [_with_score(rollout, float(good)) for rollout in done]
+
+    monkeypatch.setattr(Alternate, "_score", score)
+    fit.run()
+    searched, trained = seen.boundaries[1], seen.boundaries[2]
+    assert prompts_id(searched.prompts) != initial
+    assert trained.scores == {"initial": float(better == "initial"), "current": float(better == "current")}
+    assert trained.prompts == (fit.module.initial_prompts if better == "initial" else searched.prompts)
+    assert trained.val_score == 1
+
+
+def test_the_paper_keeps_the_pairs_own_prompts(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "p -> w", try_both_prompts=False, callbacks=[seen := Seen()]).run()
+    assert seen.boundaries[2].prompts == fit.module.initial_prompts
+    assert set(seen.boundaries[2].scores) == {"initial"}
+
+
+def test_the_last_prompt_step_sees_the_tuned_weights(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, callbacks=[seen := Seen()])
+    searches: list[str] = []
+    real = fit.alternate.search.search
+
+    def search(task: Any) -> Any:
+        searches.append(task.lm.fingerprint())
+        return real(task)
+
+    fit.alternate.search.search = search  # type: ignore[method-assign]
+    fit.run()
+    assert searches == [seen.adapters[0], seen.adapters[2]]
+    assert searches[0] != searches[1]
+
+
+@pytest.mark.parametrize("pairs", ["initial", "current"])
+def test_training_pairs_carry_the_prompts_that_were_asked_for(pairs: Any, tiny_model: Path, tmp_path: Path) -> None:
+    bootstrapping = Bootstrapping(attempts=2, pairs=pairs)
+    fit = tiny_fit(tiny_model, tmp_path, "p -> w", bootstrapping=bootstrapping, callbacks=[seen := Seen()]).run()
+    demos = seen.boundaries[1].prompts["predict"].demos
+    assert demos
+    batches = fit.data.epoch_batches()
+    rows = [pair for index in range(len(batches)) for pair in batches.pairs(index)["predict"]]
+    turns = [fit.lm.tokenizer.decode(pair.prompt_ids).count("<|im_start|>user") for pair in rows]
+    # A row whose own example is the demo does without it.
+    assert set(turns) == {1} if pairs == "initial" else turns.count(1 + len(demos)) > len(turns) // 2
+
+
+@pytest.mark.parametrize(("weights", "same"), [("fresh", True), ("continue", False)])
+def test_a_second_weight_step_continues_or_starts_fresh(
+    weights: Any, same: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "w -> w", weights=weights, callbacks=[starts := Starts()]).run()
+    first, second = starts.of_weight_steps(epochs=2)
+    norm_of_first, norm_of_second = first["B"], second["B"]
+    assert norm_of_first == 0
+    assert (norm_of_second == 0) is same
+    assert (second["moments"] == 0) is same
+    assert fit.alternate.history[-1]["prefix"] == "w -> w"
+
+
+def test_dropout_acts_in_training_and_never_in_rollouts(tiny_model: Path, tmp_path: Path) -> None:
+    modes = Modes()
+    fit = tiny_fit(tiny_model, tmp_path, lora=LoRA(r=4, alpha=8, dropout=0.3), callbacks=[modes])
+    fit.module.configure_model()
+    for name, module in fit.lm.model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda m, *_: modes.while_generating.append(m.training) if modes.rolling else None
+            )
+            modes.names.append(name)
+    real = fit.lm.generate
+
+    def generate(requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        modes.rolling = True
+        try:
+            return real(requests, sampling)
+        finally:
+            modes.rolling = False
+
+    fit.lm.generate = generate  # type: ignore[method-assign]
+    fit.run()
+    assert modes.names
+    assert not any(modes.while_generating)
+    assert modes.while_training
+    assert all(modes.while_training)
+
+
+def test_the_checkpoint_is_plain_small_and_of_one_piece(pwp: Fit) -> None:
+    saved = torch.load(pwp.last, weights_only=True)
+    assert set(saved["state_dict"]) == set(pwp.lm.adapter_state())
+    base = sum(p.numel() for p in pwp.lm.parameters() if not p.requires_grad) * 4
+    adapter = sum(t.numel() for t in pwp.lm.adapter_state().values()) * 4
+    assert sum(t.numel() for t in saved["state_dict"].values()) * 4 == adapter < base
+    best = pwp.alternate.best
+    assert prompts_id(prompts_from_dict(saved["prompts"])) == best["prompts"]
+    assert saved["callbacks"]["Alternate"]["best"]["score"] == best["val_score"]
+    assert all(torch.equal(saved["state_dict"][n], t) for n, t in pwp.lm.adapter_state().items())
+
+
+def test_a_checkpoint_at_a_boundary_holds_the_weights_prompts_and_score_that_belong_together(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, callbacks=[copies := Copies(), seen := Seen()])
+    fit.run()
+    assert set(copies.paths) == {0, 2}
+    for index, path in copies.paths.items():
+        boundary = seen.boundaries[index]
+        saved = torch.load(path, weights_only=True)
+        assert prompts_from_dict(saved["prompts"]) == boundary.prompts
+        assert saved["callbacks"]["Alternate"]["history"][-1]["val_score"] == boundary.val_score
+        again = tiny_fit(tiny_model, tmp_path / "again")
+        again.module.configure_model()
+        again.module.load_state_dict(saved["state_dict"])
+        done = again.module.rollouts(fit.data.splits.val, metric=fit.data.metric, prompts=boundary.prompts)
+        assert mean_score(done) == boundary.val_score
+
+
+def test_the_lm_calls_in_the_history_are_those_the_lm_counted(pwp: Fit) -> None:
+    asked = sum(len(requests) for requests, _ in pwp.lm.seen)
+    assert sum(record["lm_calls"] for record in pwp.alternate.history) == asked
+    assert pwp.lm.usage.calls == asked
+
+
+def test_search_examples_bounds_what_a_prompt_step_bootstraps_from(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "p", search_examples=5).run()
+    assert any("of 5 train examples" in note for note in fit.alternate.history[1]["notes"])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(pwp: Fit, tiny_model: Path, tmp_path: Path) -> None:
+    assert tiny_fit(tiny_model, tmp_path).run().outcome == pwp.outcome
+    other = tiny_fit(tiny_model, tmp_path / "other", seed=1).run()
+    assert other.outcome["history"] != pwp.outcome["history"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"sizes": Sizes(train=12, dev=0, val=10, test=4)}, ValueError, "the dev set is empty.*set data.sizes.dev"),
+        ({"sizes": Sizes(train=12, dev=6, val=0, test=4)}, ValueError, "the val set is empty.*set data.sizes.val"),
+        ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs is 3.*1 weight steps.*alternate.epochs 2"),
+        ({"trainer": {"reload_dataloaders_every_n_epochs": 0}}, ValueError, "reload_dataloaders_every_n_epochs=1"),
+    ],
+)
+def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], error: type[Exception], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, **changes)
+    with pytest.raises(error, match=said):
+        fit.run()
+    assert fit.lm.model is None
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="epochs 0 is below 1"):
+        Alternate(epochs=0)
+    with pytest.raises(ValueError, match="search_examples 0 is below 1"):
+        Alternate(search_examples=0)
+
+
+def test_without_traces_the_run_stops_and_says_what_to_change(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "w", metric=lambda example, prediction: 0.0)
+    with pytest.raises(NoTracesError, match=r"no run reached a score of 1.*0 of 12.*attempts \(now 2\).*threshold"):
+        fit.run()
+
+
+def test_a_metric_that_always_raises_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    def broken(example: Any, prediction: Any) -> float:
+        raise KeyError("label")
+
+    with pytest.raises(FaultyProgramError, match=r"the metric raised on .* of 10 examples.*label"):
+        tiny_fit(tiny_model, tmp_path, metric=broken).run()
+
+
+class Seen(Callback, BoundaryListener):
+    """Keeps every boundary, and the adapter's fingerprint at it."""
+
+    def __init__(self) -> None:
+        self.boundaries: list[Boundary] = []
+        self.adapters: list[str] = []
+
+    def on_boundary(self, trainer: Trainer, module: Any, boundary: Boundary) -> None:
+        self.boundaries.append(boundary)
+        self.adapters.append(module.lm.fingerprint())
+
+
+class Copies(Callback, BoundaryListener):
+    """Copies last.ckpt as a boundary left it, when a prompt step has ended after it; by the boundary's index."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, Path] = {}
+
+    def on_boundary(self, trainer: Trainer, module: Any, boundary: Boundary) -> None:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if boundary.step == "p":
+            copy = last.with_name(f"before-{boundary.index}.ckpt")
+            copy.write_bytes(last.read_bytes())
+            self.paths[boundary.index - 1] = copy
+
+
+class Starts(Callback):
+    """What adapter and optimiser hold at the start of every epoch's first batch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            adapter = pl_module.lm.adapter_state()
+            norm = sum(float(t.abs().sum()) for name, t in adapter.items() if "lora_B" in name)
+            self.epochs.append({"B": norm, "moments": len(trainer.optimizers[0].state)})
+
+    def of_weight_steps(self, *, epochs: int) -> list[dict[str, float]]:
+        return self.epochs[::epochs]
+
+
+class Modes(Callback):
+    """The modes of the dropout layers, in rollouts and in training."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.rolling = False
+        self.while_generating: list[bool] = []
+        self.while_training: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        layers = dict(pl_module.lm.model.named_modules())
+        self.while_training += [layers[name].training for name in self.names]
+
+
+def _with_score(rollout: Any, score: float) -> Any:
+    return replace(rollout, score=score)

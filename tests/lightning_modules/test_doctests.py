@@ -1,0 +1,19 @@
+"""Every example in a docstring of lightning_modules runs and is true."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import cotune.lightning_modules
+import pytest
+
+MODULES = sorted(
+    module.name for module in pkgutil.iter_modules(cotune.lightning_modules.__path__, "cotune.lightning_modules.")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests_are_true(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.checkpoint import save_checkpoint
-from cotune.callbacks.progress import StepProgress
+from cotune.callbacks.progress import StepProgress, say_if_piped, training_bar_paused
 from cotune.callbacks.schedule import parse_schedule, prefix_name
 from cotune.datamodules import (
     NoTracesError,
@@ -146,6 +146,8 @@ class Alternate(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             module, _ = _ours(trainer, pl_module)
             self._offer_epoch(module, list(module.evaluated))
+            score = mean_score(module.evaluated)
+            say_if_piped(f"{self._title('weight step')}: epoch {self.epoch + 1}/{self.epochs}, val score {score:.3f}")
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,8 +157,9 @@ class Alternate(Callback):
         if self.epoch < self.epochs:
             self._save(trainer)
             return
-        self._end_weight_step(trainer)
-        self._until_weights(trainer)
+        with training_bar_paused(trainer):
+            self._end_weight_step(trainer)
+            self._until_weights(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -58,7 +58,7 @@ def _log(logger: Logger, boundary: Boundary, history: list[dict[str, Any]], *, s
     metrics = scalars(boundary)
     if isinstance(logger, WandbLogger):
         # One call, so that the tables stand at the scalars' step.
-        logger.log_metrics({**metrics, **_wandb_tables(boundary, history)}, step=step)  # type: ignore[dict-item]
+        logger.log_metrics({**metrics, **_wandb_tables(boundary, history)}, step=step)
     elif isinstance(logger, TensorBoardLogger):
         logger.log_metrics(metrics, step=boundary.index)
         for stage, prompt in boundary.prompts.items():

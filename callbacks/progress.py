@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from cotune.prompting import Candidate
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 
 class StepProgress:
@@ -19,15 +32,20 @@ class StepProgress:
 
     def __init__(self, title: str) -> None:
         self._title = title
-        self._console = Console(soft_wrap=True)
+        self._console = Console()
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            # A line that is too long for the terminal would be drawn anew below itself at every refresh.
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
+            # Time moves on also while one LM batch is under way, which can be all there is.
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            refresh_per_second=4,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=None, rate="")
@@ -44,19 +62,52 @@ class StepProgress:
 
     def start(self, total: int, what: str) -> None:
         self._started, self._ended = time.perf_counter(), 0
-        head = f"{self._head} {what}".strip()
-        self._bar.reset(self._task, total=total, description=f"{self._title}: {head}", rate="")
+        self._bar.reset(self._task, total=total, description=f"{self._title}: {self._head or what}", rate="")
 
     def advance(self, n: int) -> None:
         self._ended += n
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        self._bar.update(self._task, advance=n, rate=f"{self._ended / seconds:.1f} examples/s")
+        rate = f"{self._ended / seconds:.1f} examples/s" if self._ended else ""
+        self._bar.update(self._task, advance=n, rate=rate)
 
     def candidate(self, index: int, total: int, candidate: Candidate, best: float) -> None:
-        self._head = f"candidate {index + 2}/{total}, best {best:.3f}," if index + 1 < total else ""
+        self._head = f"candidate {index + 2}/{total}, best {best:.3f}" if index + 1 < total else ""
         ended = "pruned at" if candidate.pruned else "score"
         self.say(f"candidate {index + 1}/{total} ({candidate.why}): {ended} {candidate.score:.3f}, best {best:.3f}")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
-        self._console.print(f"{self._title}: {line}", highlight=False, markup=False)
+        self._console.print(f"{self._title}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def say_if_piped(line: str) -> None:
+    """A line of a log file; a terminal shows the same in Lightning's bar."""
+    console = Console()
+    if not console.is_terminal:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def training_bar_paused(trainer: Trainer) -> Iterator[None]:
+    """Takes Lightning's bar off the terminal, so that a bar of ours can stand there; puts it back afterwards."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:
+        # Hidden, not only stopped: a bar that starts again first erases as many lines as it had when it stopped.
+        shown = [task.id for task in bar.progress.tasks if task.visible]
+        _set_visible(bar.progress, shown, False)
+        bar.progress.stop()
+        yield
+        bar.progress.start()
+        _set_visible(bar.progress, shown, True)
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        bar.train_progress_bar.clear()
+        yield
+        bar.train_progress_bar.refresh()
+    else:
+        yield
+
+
+def _set_visible(bar: Progress, tasks: Sequence[TaskID], visible: bool) -> None:
+    for task in tasks:
+        bar.update(task, visible=visible)
+    bar.refresh()

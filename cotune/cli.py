@@ -133,6 +133,7 @@ class CotuneCLI(LightningCLI):
         chosen = config.trainer.get("logger")
         loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
         if self.subcommand == "fit" and chosen is not False:
+            assert self.run_folder is not None
             loggers = [MetricsFile(self.run_folder.path, keep=bool(config.get("ckpt_path"))), *loggers]
         config.trainer["logger"] = loggers or False
         trainer = super().instantiate_trainer(**kwargs)

@@ -1,0 +1,68 @@
+"""Progress: one line that stays inside the terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cotune.callbacks import progress
+from cotune.callbacks.progress import StepProgress, training_bar_paused
+from cotune.prompting import Candidate
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from rich.console import Console
+from tiny_fit import tiny_fit
+
+
+def _drawn(monkeypatch: pytest.MonkeyPatch, *, width: int, terminal: bool) -> StringIO:
+    out = StringIO()
+    monkeypatch.setattr(progress, "Console", lambda: Console(file=out, width=width, force_terminal=terminal))
+    with StepProgress("[1/3] prompt step") as bar:
+        bar.start(20, "incumbent")
+        bar.advance(20)
+        bar.candidate(0, 9, Candidate({}, (0.0, 1.0), why="incumbent"), 0.5)
+        bar.start(20, "random 1")
+        bar.advance(12)
+        bar._bar.refresh()
+    return out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_bar_never_wraps(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _drawn(monkeypatch, width=width, terminal=True).getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if "left" in line]
+    assert lines
+    assert max(map(len, lines)) <= width
+
+
+def test_the_bar_says_candidate_best_examples_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _drawn(monkeypatch, width=140, terminal=True).getvalue())
+    assert re.search(r"candidate 2/9, best 0\.500 .* 12/20 [\d.]+ examples/s 0:00:00 left", text)
+
+
+def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = _drawn(monkeypatch, width=40, terminal=False).getvalue()
+    assert text.strip() == "[1/3] prompt step: candidate 1/9 (incumbent): score 0.500, best 0.500"
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_lightnings_bar_makes_room_and_comes_back(
+    bar: type[Callback], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live: list[tuple[bool, bool]] = []
+    shown: Any = bar()
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if isinstance(shown, RichProgressBar) and shown.progress is not None:
+                with training_bar_paused(trainer):
+                    paused = not shown.progress.live.is_started
+                live.append((paused, shown.progress.live.is_started))
+
+    options = {"enable_progress_bar": True}
+    fit = tiny_fit(tiny_model, tmp_path, "w -> p", callbacks=[Look(), shown], trainer=options).run()
+    assert len(fit.alternate.history) == 3
+    assert live == ([(True, True)] * 2 if bar is RichProgressBar else [])

@@ -83,8 +83,11 @@ class CotuneCLI(LightningCLI):
                 args=args,
             )
         finally:
-            if self.run_folder is not None:
-                self.run_folder.release()
+            self._release_folder()
+
+    def _release_folder(self) -> None:
+        if self.run_folder is not None:
+            self.run_folder.release()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -168,8 +171,12 @@ def guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        print("\ncotune: stopped. The same command with --ckpt_path last goes on from the last save.", file=sys.stderr)
-        return 130
+        return _stopped()
+    except SystemExit as end:
+        # In a fit Lightning turns Ctrl-C into an exit; only what it was handling then tells it from any other.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return _stopped()
+        raise
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -178,6 +185,11 @@ def guarded(command: Callable[[], int]) -> int:
             raise
         print(f"cotune: error: {error}", file=sys.stderr)
         return 2
+
+
+def _stopped() -> int:
+    print("\ncotune: stopped. The same command with --ckpt_path last goes on from the last save.", file=sys.stderr)
+    return 130
 
 
 def _find_own_modules() -> None:

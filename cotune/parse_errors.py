@@ -116,7 +116,8 @@ def _concrete(kind: Any) -> Iterator[type]:
     elif isinstance(kind, type) and kind.__module__.split(".")[0] not in ("builtins", "typing", "types"):
         if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
             yield kind
-        for child in type.__subclasses__(kind):
+        children: list[type] = type.__subclasses__(kind)
+        for child in children:
             yield from _concrete(child)
 
 

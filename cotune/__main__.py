@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,11 +35,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(f"cotune {__version__}")
         return 0
+    _share_cores()
     if words[0] in ("predict", "preview"):
         return _run_small(words[0], words[1:])
     from cotune.cli import run
 
     return run(words)
+
+
+def _share_cores() -> None:
+    """Lets OpenMP's threads sleep soon when they wait, which torch's copy of it reads when it is first imported.
+
+    By default they spin, and beside a busy neighbour on the same cores a step takes ten to twenty times as long
+    (docs/design-notes.md). What the user has set stands.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _run_small(name: str, words: Sequence[str]) -> int:

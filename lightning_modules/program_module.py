@@ -36,11 +36,12 @@ class LearningRate:
 
     Attributes:
         warmup: optimiser steps to the full rate.
-        decay: "cosine" or "linear" to zero at the weight step's end, or "constant".
+        decay: "cosine" or "linear" to zero at the weight step's end; "late": constant, then linear to zero over the last
+            third (warm-up, stable, decay); or "constant".
     """
 
     warmup: int = 10
-    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "late", "constant"] = "cosine"
 
     def factor(self, step: int, total: int) -> float:
         """What the rate is multiplied by at optimiser step `step` (from 0) of `total`.
@@ -51,7 +52,13 @@ class LearningRate:
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
-        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.decay]
+        courses = {
+            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+            "linear": 1 - done,
+            "late": min(1.0, 3 * (1 - done)),
+            "constant": 1.0,
+        }
+        return courses[self.decay]
 
 
 class ProgramModule(LightningModule):

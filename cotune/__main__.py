@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"cotune {__version__}")
         return 0
     _share_cores()
+    # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if words[0] in ("predict", "preview"):
         return _run_small(words[0], words[1:])
     from cotune.cli import run

@@ -215,7 +215,6 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for pattern in (
         ".*does not have many workers.*",
         ".*`is_gradient_checkpointing` is deprecated.*",

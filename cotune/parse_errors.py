@@ -71,9 +71,14 @@ def _wrong_value(message: str, options: Options) -> str:
         return ""
     if function := re.search(r"expects a function or a callable class: (.*)\. Got value: (.*)", message):
         return f'{key} "{function[2]}": {function[1]}. A function is written module.function; its file stands here.'
-    expected = list(
-        dict.fromkeys(_plain(kind) for kind in re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.M))
-    )
+    if protocol := re.search(r"does not implement protocol (\w+)", message):
+        given = message.rpartition("Given value: ")[2]
+        return (
+            f'{key}: "{given}" is no {protocol[1]}: its methods must have the names, arguments and type hints that '
+            f"{protocol[1]} has."
+        )
+    kinds = re.findall(r"Expected an? (?!path but)(.+?)(?:\. Got value|$)", message, re.M)
+    expected = list(dict.fromkeys(map(_plain, kinds)))
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     if not expected or not value:
         return f"{key}: " + " ".join(message.split("\n", 1)[-1].split())

@@ -118,6 +118,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77, GSM8K, HotPotQA, Iris, Table'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
+        (["--model.template", "tiny_fit.Fit"], '"tiny_fit.Fit" is no Template: its methods must have the names'),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )
@@ -134,7 +135,7 @@ def test_a_typo_on_the_command_line_is_named_with_the_nearest_right(run: Run, wo
         ("alternate:", "alternat:", "Did you mean alternate"),
         ("cotune.programs.Predict", "cotune.programs.Predct", "Did you mean Predict?"),
         ("cotune.programs.Predict", "my_program.Mine", "module.Class"),
-        ("epochs: 16", "epochs: [1", "line"),
+        ("schedule: p", "schedule: [p", "line"),
         ("class_path: cotune.datamodules.Iris", "class_pth: Iris", "name the class in class_path, one of Banking77"),
     ],
 )

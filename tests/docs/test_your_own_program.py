@@ -1,0 +1,107 @@
+"""The page docs/your-own-program.md does what it says: its files are written and its commands are run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "your-own-program.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def steps() -> list[tuple[str, str]]:
+    """What a reader does, in order: ("$", command), or (file name, content) for a block after "ave this as `file`"."""
+    done = []
+    for block in BLOCK.finditer(PAGE):
+        if block[1] == "bash":
+            done += [("$", line) for line in block[2].splitlines()]
+        else:
+            (name,) = re.findall(r"ave this as\s+`([\w.]+)`", PAGE[: block.start()])[-1:]
+            done.append((name, block[2]))
+    return done
+
+
+def follow(folder: Path, more: dict[str, list[str]]) -> dict[str, str]:
+    """Does all the steps. Returns what each command printed; `more` are further words for a command."""
+    printed = {}
+    # As in an activated environment, and with nothing of this repository's tests on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    for name, content in steps():
+        if name != "$":
+            (folder / name).write_text(content, encoding="utf-8")
+            continue
+        words = shlex.split(content)
+        words += more.get(" ".join(words[:2]), [])
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+        printed[content] = done.stdout
+    return printed
+
+
+def said(printed: dict[str, str], start: str) -> str:
+    (text,) = (out for command, out in printed.items() if command.startswith(start))
+    return text
+
+
+def test_every_file_is_named_before_it_is_used() -> None:
+    names = [name for name, _ in steps()]
+    assert names == [
+        *("make_tickets.py", "$", "ticket_desk.py", "tickets.yaml", "$", "$", "new.csv", "$", "answer.py", "$")
+    ]
+
+
+# A random model is never right and often says nothing, so any answer counts; and it has to end its turn now and then.
+LENIENT = """
+from cotune import LanguageModel, Signature
+from cotune.programs import ChatTemplate
+
+
+class Brief(LanguageModel):
+    @property
+    def end_ids(self):
+        return [*super().end_ids, *range(3, len(self.tokenizer), 8)]
+
+
+class Forgiving(ChatTemplate):
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        return {name: text or "nothing" for name in signature.outputs}
+
+
+def metric(example, prediction):
+    return float(set(prediction) == {"team", "urgency"})
+"""
+
+
+def test_the_page_works_on_a_tiny_model(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "lenient.py").write_text(LENIENT)
+    options = ["--model.lm", "lenient.Brief", "--model.lm.model", str(tiny_model), "--data.metric", "lenient.metric"]
+    options += ["--model.template", "lenient.Forgiving"]
+    check(tmp_path, follow(tmp_path, {"cotune fit": [*options, "--model.sampling.max_new_tokens", "40"]}))
+
+
+@pytest.mark.slow
+def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
+    printed = follow(tmp_path, {})
+    check(tmp_path, printed)
+    scores = json.loads((tmp_path / "runs/tickets/summary.json").read_text())["scores"]
+    assert scores["vanilla"] < max(scores.values()), "tuning helps"
+
+
+def check(folder: Path, printed: dict[str, str]) -> None:
+    """What the page promises of its commands."""
+    assert len((folder / "tickets.csv").read_text().splitlines()) == 1 + 42
+    assert "p -> w" in said(printed, "cotune fit")
+    assert "⟦" in said(printed, "cotune preview")
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [answer["row"] for answer in answers] == [1, 2]
+    assert all({"row", "team", "urgency", "error"} == set(answer) for answer in answers)
+    assert "team" in said(printed, "python answer.py")
+    assert (folder / "runs/tickets/export/adapter/adapter_config.json").is_file()

@@ -28,6 +28,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
     "trainer.num_sanity_val_steps": 0,
     "trainer.reload_dataloaders_every_n_epochs": 1,
+    "trainer.gradient_clip_val": 1.0,  # without it small batches at 5e-4 spike, and learning starts late or never
     "trainer.enable_checkpointing": False,  # Alternate saves, at boundaries and epochs, what belongs together
     "trainer.enable_model_summary": False,
     "trainer.log_every_n_steps": 1,

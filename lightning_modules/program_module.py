@@ -41,7 +41,7 @@ class LearningRate:
     """
 
     warmup: int = 10
-    decay: Literal["cosine", "linear", "late", "constant"] = "cosine"
+    decay: Literal["cosine", "linear", "late", "constant"] = "late"
 
     def factor(self, step: int, total: int) -> float:
         """What the rate is multiplied by at optimiser step `step` (from 0) of `total`.

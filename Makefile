@@ -17,7 +17,7 @@ demo: setup  ## tune prompts and weights on Iris, from the start
 	@$(BIN)/cotune fit --config configs/iris.yaml --fresh
 
 test: setup  ## run the tests
-	@$(BIN)/python -m pytest
+	@GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest
 
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .

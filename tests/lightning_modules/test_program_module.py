@@ -62,14 +62,22 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 
 
 def test_the_rate_warms_up_and_then_falls_as_a_cosine() -> None:
-    course = LearningRate(warmup=4)
+    course = LearningRate(warmup=4, decay="cosine")
     factors = [course.factor(step, 24) for step in range(24)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
     assert factors[-1] < 0.01
 
 
-@pytest.mark.parametrize(("decay", "half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+def test_a_late_decay_stays_whole_for_two_thirds_and_then_falls_to_zero() -> None:
+    course = LearningRate(warmup=2, decay="late")
+    factors = [course.factor(step, 14) for step in range(15)]
+    assert factors[:2] == [0.5, 1.0]
+    assert factors[2:11] == [1.0] * 9
+    assert factors[11:] == pytest.approx([0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize(("decay", "half"), [("cosine", 0.5), ("linear", 0.5), ("late", 1.0), ("constant", 1.0)])
 def test_every_decay_starts_whole_and_never_turns_negative(decay: Any, half: float) -> None:
     course = LearningRate(warmup=0, decay=decay)
     assert course.factor(0, 10) == 1.0

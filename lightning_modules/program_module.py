@@ -36,7 +36,7 @@ class LearningRate:
 
     Attributes:
         warmup: optimiser steps to the full rate.
-        decay: "cosine" or "linear" to zero at the weight step's end; "late": constant, then linear to zero over the last
+        decay: "cosine" or "linear" to zero at the weight step's end; "late": whole, then linear to zero over the last
             third (warm-up, stable, decay); or "constant".
     """
 

@@ -16,6 +16,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 _GROUP_COST = 48
 """What another batch costs, in tokens: below this a longer shared prefix is not worth a smaller batch."""
 
+WAVE = 128
+"""Most prompts generated as one unit: enough to keep a batch full, few enough to lose little to a kill."""
+
 
 @dataclass(frozen=True)
 class Prompted:
@@ -146,6 +149,15 @@ class Decoder:
         self.model, self.decode = model, decode
         self.end_ids, self.pad_id = frozenset(end_ids), pad_id
         self.window, self.cache_tokens = window, cache_tokens
+
+    def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
+        """Indices of the prompts in the parts they are best generated in, one after another.
+
+        A wave is what is stored as one unit. Prompts with much in common stand together. It follows from the prompts
+        alone, so a run that is continued makes the same waves again.
+        """
+        order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
+        return [order[start : start + WAVE] for start in range(0, len(order), WAVE)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Generated]:

@@ -18,6 +18,7 @@ from cotune.callbacks import Alternate
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
+from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
@@ -106,6 +107,7 @@ class CotuneCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept aside")
         parser.add_lightning_class_args(Alternate, "alternate")
+        parser.add_lightning_class_args(RecordBoundaries, "record")
         parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
         parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
         for target in ("model.seed", "data.init_args.seed", "alternate.seed"):

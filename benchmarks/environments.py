@@ -85,10 +85,10 @@ def _make(folder: Path, environment: Environment) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
     python = str(folder / "bin" / "python")
     _run([sys.executable, "-m", "venv", str(folder)])
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
-    _run([*pip, "install", *environment.requirements])
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    _run([*pip, "install", "-q", *environment.requirements])
     if environment.unwanted:
-        _run([*pip, "uninstall", "-y", *environment.unwanted])
+        _run([*pip, "uninstall", "-q", "-y", *environment.unwanted])
     listed = json.loads(_run([*pip, "list", "--format", "json"]))
     ready = {
         "requirements": environment.requirements,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
-from cotune.lightning_modules.generation import Decoder, Prompted
+from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
+from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.lightning_modules.lora import (
     LoRA,
     MergedCopy,
@@ -22,13 +25,21 @@ from cotune.lightning_modules.lora import (
     peft_of_today,
     reset,
 )
+from cotune.lightning_modules.model_identity import AdapterIdentity, base_identity
+from cotune.lightning_modules.quantization import (
+    Quantization,
+    bitsandbytes_config,
+    check_base,
+    check_settings,
+    check_trainable,
+    prepare_layers,
+    quantized_as,
+)
 from cotune.programs import Completion, Request, Sampling
 from torch import Tensor, nn
 
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
-
-Quantization = Literal["nf4", "fp4", "int8"]
 
 
 class ModelNotFoundError(ValueError):
@@ -37,12 +48,17 @@ class ModelNotFoundError(ValueError):
 
 @dataclass
 class Usage:
-    """What an LM has been asked so far. `seconds` is wall time spent generating."""
+    """What an LM has been asked so far.
+
+    Calls and tokens are what was asked for, generated or not; `cached` is how many of the calls were answered from the
+    completion store, or from an equal call beside them; `seconds` is wall time.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     too_long: int = 0
+    cached: int = 0
     seconds: float = 0.0
 
     def since(self, earlier: Mapping[str, float]) -> dict[str, Any]:
@@ -58,7 +74,8 @@ class LanguageModel(nn.Module):
         model: "embedded" (SmolLM2-135M-Instruct), a Hub id, a local folder, or a .gguf file.
         gguf_file: name of the GGUF file inside `model`, where that is a Hub id or a folder.
         adapter: folder of a PEFT adapter to begin from, instead of a fresh one.
-        quantization: bitsandbytes format of the base: nf4, fp4 or int8. The adapter stays in full precision.
+        quantization: bitsandbytes format of the base: nf4, fp4 or int8. The adapter stays in full precision. A
+            checkpoint that is quantised already loads as it is, without this.
         double_quantization: quantise the 4-bit scales as well.
         dtype: of the weights (of the computation, where quantised). float32 reproduces bit by bit on a CPU.
         device: where to load; None takes CUDA when there is one. Lightning moves the model afterwards anyway.
@@ -66,7 +83,13 @@ class LanguageModel(nn.Module):
         cache_tokens: bound on keys and values held while generating, in tokens over all rows.
         merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
             and saves about a third of the time.
+        completions: file in which every completion is kept, to be served again to equal requests of equal weights
+            (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
+            this says another path, or "off".
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
+
+    Attributes:
+        before_wave: called before each part of a `generate` that is one unit of work; what it raises stops there.
     """
 
     def __init__(
@@ -82,18 +105,25 @@ class LanguageModel(nn.Module):
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         cache_tokens: int = 16384,
         merge_while_generating: bool = True,
+        completions: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_settings(quantization, double_quantization)
         self.name, self.gguf_file, self.adapter = model, gguf_file, adapter
         self.quantization, self.double_quantization = quantization, double_quantization
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device_name, self.lora, self.cache_tokens = device, lora, cache_tokens
         self.merge_while_generating, self.trust_remote_code = merge_while_generating, bool(trust_remote_code)
         self.usage = Usage()
+        self.store: CompletionStore | None = None
+        self.keep_completions(completions)
+        self.before_wave: Callable[[], None] = lambda: None
         self.model: Any = None
         self.encode: Callable[[Sequence[Mapping[str, str]]], list[int]]
         self._merged = MergedCopy()
+        self._adapter_identity = AdapterIdentity()
+        self._base_identity = ""
 
     def load(self, *, seed: int = 0) -> None:
         """Reads tokenizer and weights and attaches the adapter, drawn from the seed. Does nothing when loaded.
@@ -104,7 +134,8 @@ class LanguageModel(nn.Module):
         """
         if self.model is not None:
             return
-        self.load_tokenizer()
+        if not hasattr(self, "tokenizer"):
+            self.load_tokenizer()
         with _explained(self.name):
             base = self._base(self._found)
         self.config, self.generation_config = base.config, base.generation_config
@@ -149,20 +180,83 @@ class LanguageModel(nn.Module):
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         started = time.perf_counter()
         prompts = [Prompted(self.encode(r.messages), r.stops, r.seed) for r in requests]
-        with _evaluating(self.model), self._fast_adapter():
-            results = self._decoder.generate(prompts, sampling)
+        results, generated = self._completed(prompts, sampling)
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.ids) for r in results)
         self.usage.too_long += sum(r.finished == "too_long" for r in results)
+        self.usage.cached += len(prompts) - generated
         self.usage.seconds += time.perf_counter() - started
         return [
             Completion(result.text, tuple(prompt.ids), tuple(result.ids), result.finished)
             for prompt, result in zip(prompts, results, strict=True)
         ]
 
+    def keep_completions(self, path: str | Path | None) -> None:
+        """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
+        if self.store is not None:
+            self.store.close()
+        self.store = CompletionStore(path) if path and path != "off" else None
+
+    def base_identity(self) -> str:
+        """What the base is, by the content of its files or its commit on the Hub; the adapter and its training apart.
+
+        Raises:
+            ModelNotFoundError: as `load`.
+        """
+        if not self._base_identity:
+            if not hasattr(self, "tokenizer"):
+                self.load_tokenizer()
+            sum_of = self.store.file_sum if self.store else file_sum
+            self._base_identity = base_identity(self._found, self.config, sum_of=sum_of)
+        return self._base_identity
+
+    def _completed(self, prompts: Sequence[Prompted], sampling: Sampling) -> tuple[list[Generated], int]:
+        """A result a prompt, and how many were generated: those that the store lacks, equal ones once.
+
+        They are generated wave by wave, each kept before the next begins. The waves follow from the requests alone, so
+        a run that was killed finds each whole or absent, and makes the same batches again.
+        """
+        keys = self._keys(prompts, sampling)
+        known = self.store.find(keys) if self.store else {}
+        there = len(known)
+        if set(keys) - set(known):
+            with _evaluating(self.model), self._fast_adapter():
+                for wave in self._decoder.waves(prompts):
+                    missing = {keys[i]: prompts[i] for i in wave if keys[i] not in known}
+                    if missing:
+                        known |= self._generated(missing, sampling)
+        return [known[key] for key in keys], len(known) - there
+
+    def _generated(self, missing: Mapping[bytes, Prompted], sampling: Sampling) -> dict[bytes, Generated]:
+        self.before_wave()
+        results = self._decoder.generate(list(missing.values()), sampling)
+        made = dict(zip(missing, results, strict=True))
+        if self.store:
+            self.store.keep(made)
+        return made
+
+    def _keys(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[bytes]:
+        """What a completion follows from, hashed: the LM (only where completions are stored), prompt and sampling."""
+        lm = self._identity() if self.store else {}
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        return completion_keys(prompts, {**lm, **drawn, "max_new_tokens": sampling.max_new_tokens}, seeded=bool(drawn))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "base": self.base_identity(),
+            "adapter": self._adapter_identity.name(self.model, merged=self.merge_while_generating),
+            "dtype": str(self.dtype),
+            "quantization": [self.quantization, self.double_quantization],
+            "device": next(self.model.parameters()).device.type,
+            "end_ids": sorted(self.end_ids),
+            "window": self.window,
+            "torch": torch.__version__,
+        }
+
     def adapter_state(self) -> dict[str, Tensor]:
-        return adapter_state(self.model)
+        """A copy of the adapter's tensors, on the CPU, by parameter name; not to be written to."""
+        return dict(self._adapter_identity.tensors(self.model, adapter_state))
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         load_adapter_state(self.model, state)
@@ -180,7 +274,7 @@ class LanguageModel(nn.Module):
 
     def _source(self) -> str:
         """What transformers loads from: a folder, or a Hub id. GGUF is converted once, into the user's cache."""
-        from cotune.lightning_modules.embedded import convert_gguf, embedded_model
+        from cotune.lightning_modules.embedded import embedded_model
 
         if self.name == EMBEDDED:
             return str(embedded_model())
@@ -193,9 +287,9 @@ class LanguageModel(nn.Module):
                 )
             return str(path)
         if path.suffix == ".gguf" and path.is_file():
-            return str(convert_gguf(path.parent, path.name))
+            return str(self._converted(path.parent, path.name))
         if path.is_dir():
-            return str(convert_gguf(path, self.gguf_file or ""))
+            return str(self._converted(path, self.gguf_file or ""))
         if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
             raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}')
         if self.gguf_file:
@@ -203,34 +297,40 @@ class LanguageModel(nn.Module):
 
             with _explained(self.name):
                 file = Path(hf_hub_download(self.name, self.gguf_file))
-            return str(convert_gguf(file.parent, file.name))
+            return str(self._converted(file.parent, file.name))
         return self.name
+
+    def _converted(self, folder: Path, file: str) -> Path:
+        from cotune.lightning_modules.embedded import convert_gguf
+
+        try:
+            return convert_gguf(folder, file)
+        except (ValueError, KeyError, NotImplementedError, struct.error) as error:  # how its readers refuse a file
+            raise ModelNotFoundError(
+                f'model "{self.name}": {folder / file} is no GGUF file that transformers can read ({error}). Take the '
+                "model's safetensors, with model.lm.quantization nf4 if it is large."
+            ) from error
 
     def _base(self, source: str) -> Any:
         from transformers import AutoModelForCausalLM
 
         options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
         device = self.device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_base(self.name, self.config, self.quantization, device)
         if self.quantization:
-            options |= {"quantization_config": self._quantization_config(), "device_map": {"": device}}
+            options["quantization_config"] = bitsandbytes_config(
+                self.quantization, double=self.double_quantization, dtype=self.dtype
+            )
+        quantized = bool(self.quantization or quantized_as(self.config))
+        if quantized:  # the format is made, or unpacked, where the weights arrive
+            options["device_map"] = {"": device}
         base = AutoModelForCausalLM.from_pretrained(source, **options)
-        if not self.quantization and not getattr(base, "is_quantized", False):
+        check_trainable(self.name, base)
+        if not quantized:
             base.to(device)
-        keep_four_bit_trainable(base)
+        prepare_layers(base, dtype=self.dtype)
         base.requires_grad_(False)
         return base
-
-    def _quantization_config(self) -> Any:
-        from transformers import BitsAndBytesConfig
-
-        if self.quantization == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.quantization,
-            bnb_4bit_compute_dtype=self.dtype,
-            bnb_4bit_use_double_quant=self.double_quantization,
-        )
 
     def _with_adapter(self, base: Any, seed: int) -> Any:
         if self.adapter is None:
@@ -247,7 +347,6 @@ class LanguageModel(nn.Module):
             self.model,
             decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
             end_ids=self.end_ids,
-            pad_id=self.pad_id,
             window=self.window,
             cache_tokens=self.cache_tokens,
         )
@@ -294,14 +393,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def keep_four_bit_trainable(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights for fast CPU inference.
-
-    On CPUs with AVX512-BF16 the first generation would repack each layer in place, and the training steps after it
-    would bypass autograd: gradients of the adapter go missing without an error.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (mypy takes it for a parameter)

@@ -11,6 +11,7 @@ import torch
 from cotune.datamodules.collate import Batch, Segment
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.loss import completion_loss
+from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.programs import (
     ChatTemplate,
     Example,
@@ -98,6 +99,9 @@ class ProgramModule(LightningModule):
         self.evaluated: list[Rollout] = []
         # Checkpoints hold the adapter alone: the base never changes, and is checked by what is missing on load.
         self.strict_loading = False
+
+    def setup(self, stage: str) -> None:
+        refuse_plugin(self.trainer)
 
     def configure_model(self) -> None:
         self.lm.load(seed=self.seed)

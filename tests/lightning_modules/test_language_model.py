@@ -13,10 +13,11 @@ from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, embedded
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.loss import completion_loss
+from cotune.lightning_modules.quantization import QuantizationError
 from cotune.programs import Request, Sampling
-from tiny import save_tiny_model, tiny_tokenizer
+from tiny import save_tiny_model, save_wide_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 SMALL = LoRA(r=4, alpha=8)
 
@@ -279,37 +280,16 @@ def test_a_gguf_file_of_a_hub_repository_is_fetched_first(
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model whose layers have the sizes that bitsandbytes' blocks need."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    folder = tmp_path_factory.mktemp("wide")
-    tokenizer = tiny_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=512,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-                initializer_range=0.1,
-            )
-        ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_wide_model(tmp_path_factory.mktemp("wide"))
 
 
 def quantised(folder: Path, kind: str, **settings: Any) -> LanguageModel:
     """The LM, or a skip in bitsandbytes' own words where it refuses this machine."""
     try:
         return loaded(folder, quantization=kind, **settings)
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"bitsandbytes refuses {kind} here: {error}")
+    except QuantizationError as error:
+        pytest.skip(str(error))
 
 
 def digest(lm: LanguageModel) -> dict[str, str]:

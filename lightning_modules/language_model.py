@@ -140,6 +140,11 @@ class LanguageModel(nn.Module):
         self.encode = ChatEncoder(self.tokenizer)
 
     @property
+    def source(self) -> str:
+        """What the weights are read from, a folder or a Hub id; known once the tokenizer is loaded."""
+        return self._found
+
+    @property
     def pad_id(self) -> int:
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.end_ids[0])
 

@@ -22,6 +22,7 @@ from cotune.lightning_modules.lora import (
     load_adapter_state,
     peft_of_today,
     reset,
+    weights_version,
 )
 from cotune.lightning_modules.quantization import (
     Quantization,
@@ -72,7 +73,8 @@ class LanguageModel(nn.Module):
         dtype: of the weights (of the computation, where quantised). float32 reproduces bit by bit on a CPU.
         device: where to load; None takes CUDA when there is one. Lightning moves the model afterwards anyway.
         lora: shape of the adapter.
-        cache_tokens: bound on keys and values held while generating, in tokens over all rows.
+        cache_tokens: bound on keys and values held while generating, in tokens: half for the rows that decode together,
+            half for prefixes, which are kept while the weights stay.
         merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
             and saves about a third of the time.
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
@@ -89,7 +91,7 @@ class LanguageModel(nn.Module):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         device: str | None = None,
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
-        cache_tokens: int = 16384,
+        cache_tokens: int = 32768,
         merge_while_generating: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
@@ -268,9 +270,9 @@ class LanguageModel(nn.Module):
             self.model,
             decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
             end_ids=self.end_ids,
-            pad_id=self.pad_id,
             window=self.window,
             cache_tokens=self.cache_tokens,
+            weights=lambda: weights_version(self.model),
         )
 
     def _fast_adapter(self) -> Any:

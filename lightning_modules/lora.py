@@ -107,6 +107,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """A value that changes whenever a parameter of the adapter is written or moved. Not comparable between processes."""
+    return tuple((p._version, p.data_ptr()) for p in model.parameters() if p.requires_grad)
+
+
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """(name, layer) of every layer that the adapter changes."""
     from peft.tuners.lora import LoraLayer

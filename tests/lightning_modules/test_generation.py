@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.generation import _GROUP_COST, Decoder, Generated, Prompted, group_by_prefix
+from cotune.lightning_modules.generation import Decoder, Generated, Prompted
+from cotune.lightning_modules.prefixes import _GROUP_COST, group_by_prefix
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.programs import Request, Sampling
 from tiny import tiny_tokenizer
@@ -40,7 +42,7 @@ def model(tiny_model: Any) -> Any:
 
 
 def decoder(model: Any, *, end_ids: Sequence[int] = (EOS,), window: int = 1024, cache_tokens: int = 1 << 20) -> Decoder:
-    return Decoder(model, decode=decode, end_ids=end_ids, pad_id=0, window=window, cache_tokens=cache_tokens)
+    return Decoder(model, decode=decode, end_ids=end_ids, window=window, cache_tokens=cache_tokens)
 
 
 def one_by_one(
@@ -115,12 +117,11 @@ def test_greedy_tokens_are_those_of_hugging_face_on_random_prompts(model: Any, s
 
 def test_a_small_memory_cuts_groups_into_batches_and_changes_no_token(model: Any) -> None:
     prompts = families(shared=60, own=[8, 3, 20, 5, 5], seed=11)
-    narrow = decoder(model, cache_tokens=200)
-    seen = batch_sizes(model)
+    narrow = decoder(model, cache_tokens=100)
     assert greedy(narrow, prompts, 10) == one_by_one(model, prompts, 10)
-    with seen as sizes:
+    with rows_at_once(model) as sizes:
         greedy(narrow, prompts, 10)
-    assert max(sizes) == 2  # 2 rows of 78 tokens fit into 200, 3 do not
+    assert max(sizes) == 3  # half of 100 holds 3 rows of 14 tokens, and one of 29
 
 
 def test_a_row_longer_than_the_memory_runs_alone(model: Any) -> None:
@@ -147,21 +148,25 @@ def test_no_prompts_no_results(model: Any) -> None:
     assert decoder(model).generate([], Sampling()) == []
 
 
-class batch_sizes:  # noqa: N801 (reads as a verb)
-    """The batch size of every forward pass inside."""
+@contextmanager
+def passes(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """(tokens, rows that get a next token) of every forward pass inside."""
+    seen: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((kwargs["input_ids"].numel(), kwargs["logits_to_keep"].numel())),
+        with_kwargs=True,
+    )
+    yield seen
+    hook.remove()
 
-    def __init__(self, model: Any) -> None:
-        self.model = model.get_base_model().model
 
-    def __enter__(self) -> list[int]:
-        sizes: list[int] = []
-        self.hook = self.model.register_forward_pre_hook(
-            lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
-        )
-        return sizes
-
-    def __exit__(self, *error: object) -> None:
-        self.hook.remove()
+@contextmanager
+def rows_at_once(model: Any) -> Iterator[list[int]]:
+    """How many rows each decoding pass inside has."""
+    sizes: list[int] = []
+    with passes(model) as seen:
+        yield sizes
+    sizes += [rows for tokens, rows in seen if tokens == rows]
 
 
 def test_rows_that_have_ended_leave_the_batch(model: Any) -> None:
@@ -170,21 +175,113 @@ def test_rows_that_have_ended_leave_the_batch(model: Any) -> None:
     end_ids = [free[0][1], free[1][5]]
     lengths = [len(ids) for ids in one_by_one(model, prompts, 12, end_ids=end_ids)]
     assert len(set(lengths)) > 1  # or this would test nothing
-    with batch_sizes(model) as sizes:
+    with rows_at_once(model) as sizes:
         greedy(decoder(model, end_ids=end_ids), prompts, 12)
-    steps = [sum(length > step for length in lengths) for step in range(max(lengths))]
-    assert sizes == [1, *steps]  # the prefix once, then the rows that still run
+    assert sizes == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 
-def test_what_prompts_share_is_computed_once(model: Any) -> None:
-    prompts = families(shared=60, own=[3, 4, 5], seed=18)
-    widths: list[int] = []
-    hook = model.get_base_model().model.register_forward_pre_hook(
-        lambda module, args, kwargs: widths.append(kwargs["input_ids"].numel()), with_kwargs=True
+def test_waiting_rows_join_when_a_quarter_of_the_slots_is_free(model: Any) -> None:
+    prompts = [noise(6, 100 + i) for i in range(12)]
+    alone = one_by_one(model, prompts, 12, end_ids=[259])
+    end_ids = [alone[0][2], alone[1][4], alone[5][1]]
+    expected = one_by_one(model, prompts, 12, end_ids=end_ids)
+    slots = 4
+    with passes(model) as seen:
+        assert greedy(decoder(model, end_ids=end_ids, cache_tokens=2 * slots * 17), prompts, 12) == expected
+    joined = [rows for tokens, rows in seen if tokens > rows]
+    assert sum(joined) == len(prompts)
+    assert max(rows for _, rows in seen) == slots
+    assert len(joined) > len(prompts) / slots  # not batch after batch
+
+
+def test_what_prompts_share_is_computed_once_in_blocks(model: Any) -> None:
+    prompts = families(shared=300, own=[3, 4, 5], seed=18)
+    with passes(model) as seen:
+        greedy(decoder(model), prompts, 1)
+    assert [tokens for tokens, _ in seen] == [128, 128, 44, 3 + 4 + 5]
+
+
+# What is kept from call to call
+
+
+def test_a_prefix_is_kept_while_the_weights_stay(model: Any) -> None:
+    version = [0]
+    kept = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: version[0])
+    first, second = families(shared=300, own=[3, 4], seed=19), families(shared=300, own=[5, 6], seed=19)
+    greedy(kept, first, 4)
+    with passes(model) as seen:
+        assert greedy(kept, second, 4) == one_by_one(model, second, 4)
+    assert seen[0][0] == 5 + 6
+    version[0] = 1
+    with passes(model) as seen:
+        greedy(kept, second, 4)
+    assert seen[0][0] == 128
+
+
+def test_a_longer_prefix_takes_over_whole_blocks_of_a_kept_one_and_has_the_same_bits(model: Any) -> None:
+    base = noise(300, 20)
+    short = [[*base[:200], *noise(4, i)] for i in (1, 2)]
+    longer = [[*base, *noise(4, i)] for i in (3, 4)]
+    warm = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: 0)
+    greedy(warm, short, 1)
+    with passes(model) as seen:
+        greedy(warm, longer, 1)
+    assert [tokens for tokens, _ in seen[:2]] == [128, 44]
+    cold = decoder(model)
+    greedy(cold, longer, 1)
+    for mine, theirs in zip(states(warm, base), states(cold, base), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def states(decoder: Decoder, ids: Sequence[int]) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return [tensor for pair in decoder.prefix(tuple(ids)).states.layers.values() for tensor in pair]
+
+
+def test_rows_kept_on_request_are_not_computed_again(model: Any) -> None:
+    prompts = families(shared=300, own=[30, 40], seed=21)
+    keeping = Decoder(
+        model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: 0, keep_rows=True
     )
-    greedy(decoder(model), prompts, 1)
-    hook.remove()
-    assert widths == [60, 3 * 5]
+    expected = greedy(keeping, prompts, 6)
+    with passes(model) as seen:
+        assert greedy(keeping, prompts, 6) == expected
+    assert seen[0] == (2, 2)
+
+
+def test_kept_prefixes_stay_within_the_memory(model: Any) -> None:
+    kept = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=1000, weights=lambda: 0)
+    for seed in range(6):
+        greedy(kept, families(shared=150, own=[3, 4], seed=100 + seed), 1)
+    assert len(kept._prefixes._states) == 3  # half of 1000 holds three prefixes of 150
+
+
+# Memory
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_token(model: Any) -> None:
+    prompts = families(shared=60, own=[8, 6, 9, 7, 5], seed=22)
+    expected = one_by_one(model, prompts, 10)
+    scarce = decoder(Scarce(model, rows=2))
+    with pytest.warns(UserWarning, match="out of memory with 5 completions at a time: going on with 2"):
+        assert greedy(scarce, prompts, 10) == expected
+
+
+def test_out_of_memory_for_one_row_is_an_error(model: Any) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy(decoder(Scarce(model, rows=0)), [noise(5, 1)], 4)
+
+
+class Scarce:
+    """A model that runs out of memory with more than so many rows."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.model, self.config, self.device, self.rows = model, model.config, model.device, rows
+
+    def __call__(self, **inputs: Any) -> Any:
+        if inputs["logits_to_keep"].numel() > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.model(**inputs)
 
 
 # Ends
@@ -199,10 +296,9 @@ class Dictated:
 
     def __call__(self, **inputs: Any) -> Any:
         out = self.model(**inputs)
-        if inputs["logits_to_keep"] == 1 and "attention_mask" in inputs:
-            out.logits[:] = -1.0
-            out.logits[..., self.writes[self.at]] = 1.0
-            self.at += 1
+        out.logits[:] = -1.0
+        out.logits[..., self.writes[self.at]] = 1.0
+        self.at += 1
         return out
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cotune.datamodules.collect import Report
-from cotune.programs import Prompts, Rollout, prompts_id
+from cotune.programs import Faults, Prompts, Rollout, faults_of, prompts_id
+from cotune.programs.faults import faults_from_dict, faults_to_dict, merged
 from cotune.prompting import Found
 from lightning.pytorch import LightningModule, Trainer
 
@@ -45,6 +46,13 @@ class Boundary:
     epoch: int | None = None
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def faults(self) -> Faults:
+        """What the user's code got wrong since the boundary before: in the search, in collecting, on val."""
+        search = {} if self.found is None else self.found.faults
+        traces = {} if self.traces is None else faults_from_dict(self.traces.faults)
+        return merged(search, traces, faults_of(self.rollouts))
+
     def record(self) -> dict[str, Any]:
         """One line of history.jsonl: plain types only."""
         failures = Counter(r.error.kind for r in self.rollouts if r.error is not None)
@@ -66,6 +74,8 @@ class Boundary:
         if self.traces is not None:
             record["traces"] = {"solved": self.traces.solved, **vars(self.traces)}
             record["epoch"] = self.epoch
+        if self.faults:
+            record["faults"] = faults_to_dict(self.faults)
         if self.notes:
             record["notes"] = list(self.notes)
         return record

@@ -12,6 +12,7 @@ from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.metrics_file import MetricsFile
 from cotune.programs import Prompt, Prompts, prompts_id
+from cotune.programs.faults import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -78,7 +79,7 @@ def scalars(boundary: Boundary) -> dict[str, float]:
         "boundary/index": boundary.index,
         "boundary/val_score": boundary.val_score,
         **{f"boundary/val_score_{name}_prompts": score for name, score in boundary.scores.items()},
-        **{f"boundary/{kind}_failures": failures[kind] for kind in ("format", "program", "metric")},
+        **{f"boundary/{kind}_failures": failures[kind] for kind in ("format", *KINDS)},
         **{f"boundary/{name}": value for name, value in boundary.cost.items()},
     }
     if boundary.found is not None:

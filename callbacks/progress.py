@@ -80,11 +80,15 @@ class StepProgress:
         self._console.print(f"{self._title}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """A line that stays, on a terminal and in a log file."""
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def say_if_piped(line: str) -> None:
     """A line of a log file; a terminal shows the same in Lightning's bar."""
-    console = Console()
-    if not console.is_terminal:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not Console().is_terminal:
+        say(line)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""RecordRun: what a run did, as files in its folder: history.jsonl and summary.json."""
+"""RecordRun: what a run did, as files in its folder: history.jsonl and summary.json; and its faults, as they appear."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
-from cotune.programs import mean_score
+from cotune.callbacks.progress import say
+from cotune.programs import faults_of, mean_score
+from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets")
@@ -20,6 +23,9 @@ _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets"
 
 class RecordRun(Callback, BoundaryListener):
     """Writes history.jsonl at each boundary, and summary.json when the fit ends and when it has been tested.
+
+    A kind of fault of the user's code (program, retriever, metric) is printed at the first boundary after it occurred;
+    how often it occurred in all stands in summary.json.
 
     Args:
         folder: the run's folder; null takes the trainer's default_root_dir.
@@ -39,6 +45,10 @@ class RecordRun(Callback, BoundaryListener):
         # All of it, not one line more: after a resume the file must not hold a boundary that was never saved.
         lines = [json.dumps(record, ensure_ascii=False) for record in self._alternate.history]
         write_whole(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
+        known = history_faults(self._alternate.history[:-1])
+        for kind, fault in boundary.faults.items():
+            if kind not in known:
+                say(f"the {kind} failed {fault}. Such runs score 0; history.jsonl counts them.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._alternate is not None and self._alternate.history:
@@ -50,7 +60,8 @@ class RecordRun(Callback, BoundaryListener):
             known = json.loads(path.read_text(encoding="utf-8"))
             # Not the logged metric: loggers hold float32, and 23 of 50 would read 0.46000000834465027.
             score = mean_score(pl_module.evaluated)  # type: ignore[arg-type]
-            self._write(trainer, pl_module, {**known, "test_score": score})
+            faults = faults_to_dict(faults_of(pl_module.evaluated))  # type: ignore[arg-type]
+            self._write(trainer, pl_module, {**known, "test_score": score, "test_faults": faults})
 
     def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
         write_whole(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -70,12 +81,19 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
         "scores": {record["prefix"]: record["val_score"] for record in history},
         "best": alternate.best["prefix"],
         "test_score": None,
+        "faults": faults_to_dict(history_faults(history)),
+        "test_faults": {},
         **{name: sum(r[name] for r in history) for name in ("lm_calls", "prompt_tokens", "completion_tokens")},
         "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(sum(seconds.values()), 1)},
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "command": " ".join(sys.argv),
     }
+
+
+def history_faults(history: Sequence[Mapping[str, Any]]) -> Faults:
+    """The faults of several boundaries' records together."""
+    return merged(*(faults_from_dict(record.get("faults", {})) for record in history))
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from cotune.programs.faults import faults_from_dict
 
 
 def closing_table(folder: Path, console: Console | None = None) -> None:
@@ -34,4 +38,15 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     console.print(
         f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
+    for line in fault_lines(summary):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def fault_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each kind of fault of the user's code, in the run and in its closing test."""
+    return [
+        f"{where}the {kind} failed {fault}"
+        for where, name in (("Faults, scored 0: ", "faults"), ("Faults on test, scored 0: ", "test_faults"))
+        for kind, fault in faults_from_dict(summary.get(name) or {}).items()
+    ]

@@ -21,11 +21,13 @@ from cotune.programs import (
     Sampling,
     Template,
     draw_demos,
+    faults_of,
     hide_own_demos,
     labelled_demos,
     prompts_id,
     rollouts,
 )
+from cotune.programs.faults import KINDS, faults_from_dict, faults_to_dict, merged
 
 _DRAW_SHARED_BY = 8
 """Examples that share one draw of demos: sharing saves prefill, more draws find more traces."""
@@ -104,9 +106,12 @@ class Report:
     wrong: int = 0
     format: int = 0
     program: int = 0
+    retriever: int = 0
     metric: int = 0
     cut: int = 0
     """runs that succeeded with a completion cut at max_new_tokens: not learnt from, or the LM would never end."""
+    faults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """the user's code's faults by kind, each with its first example, in plain types: checkpoints hold reports"""
 
     @property
     def solved(self) -> int:
@@ -114,7 +119,7 @@ class Report:
 
     def __str__(self) -> str:
         why = {"wrong answer": self.wrong, "unreadable": self.format, "cut at max_new_tokens": self.cut}
-        why |= {"program raised": self.program, "metric raised": self.metric}
+        why |= {f"{kind} faults": getattr(self, kind) for kind in KINDS}
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
         return f"{self.solved} of {self.examples} examples solved in {self.runs} runs (failed: {failed})"
 
@@ -288,8 +293,9 @@ def _outcome(rollout: Rollout, threshold: float) -> str:
 def _count(report: Report, done: Sequence[Rollout], threshold: float) -> None:
     outcomes = Counter(_outcome(rollout, threshold) for rollout in done)
     report.runs += len(done)
-    for name in ("wrong", "format", "program", "metric", "cut"):
+    for name in ("wrong", "format", *KINDS, "cut"):
         setattr(report, name, getattr(report, name) + outcomes[name])
+    report.faults = faults_to_dict(merged(faults_from_dict(report.faults), faults_of(done)))
 
 
 def _traces(rollout: Rollout, attempt: int, used: str) -> list[Trace]:

@@ -2,14 +2,15 @@
 
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
+from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, faults_of
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.metrics import Metric, exact_match, first_line_number
 from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.programs.reasoning import DescribeThenDecide, Predict
-from cotune.programs.retrieval import BM25, Retriever
-from cotune.programs.rollout import Failure, FaultyProgramError, Rollout, Step, mean_score, rollouts
+from cotune.programs.retrieval import BM25, Retriever, RetrieverError, retrieve
+from cotune.programs.rollout import Rollout, Step, mean_score, rollouts
 from cotune.programs.signature import Signature
 from cotune.programs.template import ChatTemplate, ParseError, Template
 
@@ -23,6 +24,8 @@ __all__ = [
     "DescribeThenDecide",
     "Example",
     "Failure",
+    "Fault",
+    "Faults",
     "FaultyProgramError",
     "Metric",
     "MultiHopQA",
@@ -33,6 +36,7 @@ __all__ = [
     "Prompts",
     "Request",
     "Retriever",
+    "RetrieverError",
     "Rollout",
     "Sampling",
     "Signature",
@@ -42,6 +46,7 @@ __all__ = [
     "content_id",
     "draw_demos",
     "exact_match",
+    "faults_of",
     "first_line_number",
     "hide_own_demos",
     "labelled_demos",
@@ -49,5 +54,6 @@ __all__ = [
     "prompts_from_dict",
     "prompts_id",
     "prompts_to_dict",
+    "retrieve",
     "rollouts",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from cotune.programs.program import Call, Outputs, Program, Stage
 from cotune.programs.reasoning import with_reasoning
-from cotune.programs.retrieval import Retriever
+from cotune.programs.retrieval import Retriever, retrieve
 from cotune.programs.signature import Signature
 
 _SEARCH = "Write a short search query that will find what is still missing to answer the question."
@@ -35,5 +35,5 @@ class MultiHopQA(Program):
         passages: list[str] = []
         for hop in (self.first_hop, self.second_hop):
             found = yield hop(context=passages, question=question)
-            passages += [p for p in self.retriever(found["search_query"], k=self.k) if p not in passages]
+            passages += [p for p in retrieve(self.retriever, found["search_query"], self.k) if p not in passages]
         return (yield self.answer(context=passages, question=question))

@@ -61,7 +61,14 @@ class Stage:
 
 
 class Program(ABC):
-    """Base class of LM programs: stages as attributes, and `run`, a generator of stage calls."""
+    """Base class of LM programs: stages as attributes, and `run`, a generator of stage calls.
+
+    Attributes:
+        max_calls: LM calls after which a run is broken off and counted as a fault, so that a loop that never ends does
+            not hold up all examples. A program that needs more sets its own.
+    """
+
+    max_calls: int = 100
 
     @abstractmethod
     def run(self, *args: Any, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:

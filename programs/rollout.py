@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from cotune.programs.example import Example
+from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.metrics import Metric
 from cotune.programs.program import Call, Program
 from cotune.programs.prompt import Prompts
+from cotune.programs.retrieval import RetrieverError
 from cotune.programs.template import ParseError, Template
 
 
@@ -28,14 +32,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a rollout has no valid score. A format failure is the LM's; the other two are the user's code."""
-
-    kind: Literal["format", "program", "metric"]
-    message: str
-
-
-@dataclass(frozen=True)
 class Rollout:
     """One run of a program on one example.
 
@@ -48,10 +44,6 @@ class Rollout:
     prediction: Mapping[str, Any] | None
     score: float
     error: Failure | None = None
-
-
-class FaultyProgramError(RuntimeError):
-    """The user's program or metric raised on so many examples that scores would mean nothing."""
 
 
 def rollouts(
@@ -74,14 +66,14 @@ def rollouts(
         prompts: one set of prompts for all, or one for each example.
         metric: None leaves every score at 0: for predictions on data without labels.
         seed, attempt: with stage and example they seed each call's draws, so the batch has no influence on them.
-        max_error_rate: share of examples on which the user's code may raise.
+        max_error_rate: share of examples on which the user's code may fail; each is scored 0 and recorded.
         progress: told, after each round, how many examples have newly ended.
 
     Returns:
         One rollout an example, in the order of the examples. A bad rollout is data, not an exception.
 
     Raises:
-        FaultyProgramError: the program or the metric raised on more than `max_error_rate` of the examples.
+        FaultyProgramError: program, retriever or metric failed on more than `max_error_rate` of the examples.
     """
     sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
     if len(sets) != len(examples):
@@ -114,18 +106,6 @@ def call_seed(seed: int, run: _Run, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def check_errors(done: Sequence[Rollout], *, max_error_rate: float) -> None:
-    """Raises FaultyProgramError if the user's code failed on more than `max_error_rate` of the rollouts."""
-    faults = [r for r in done if r.error is not None and r.error.kind != "format"]
-    if len(faults) > max_error_rate * len(done):
-        first = faults[0]
-        assert first.error is not None
-        raise FaultyProgramError(
-            f"the {first.error.kind} raised on {len(faults)} of {len(done)} examples, more than max_error_rate "
-            f"{max_error_rate:g} allows. The first is example {first.example.id}: {first.error.message}"
-        )
-
-
 def mean_score(done: Sequence[Rollout]) -> float:
     """Mean score, 0 for no rollouts."""
     return math.fsum(r.score for r in done) / len(done) if done else 0.0
@@ -146,20 +126,43 @@ class _Run:
     def advance(self, outputs: Any) -> bool:
         """Runs the program to its next call; None starts it. False when it has ended, well or badly."""
         try:
-            if self.generator is None:
-                self.generator = self.program.run(**self.example.inputs)
-            call = self.generator.send(outputs)
+            call = self._generator().send(outputs)
         except StopIteration as stop:
             self._finish(stop.value)
-            return False
-        except Exception as error:  # the user's code: what it raises is recorded, counted and shown
-            self.error = Failure("program", f"{type(self.program).__name__}.run raised {_said(error)}")
-            return False
-        if not isinstance(call, Call) or call.stage not in self.program.stages:
-            self.error = Failure("program", f"run() yielded {call!r}, which is not a call of one of its stages")
-            return False
-        self.call = call
-        return True
+        except RetrieverError as error:
+            self._fail("retriever", str(error))
+        except (MemoryError, KeyboardInterrupt):  # not the example's doing
+            raise
+        except (Exception, SystemExit) as error:  # the user's code: what it raises is recorded, counted and shown
+            self._fail("program", f"{type(self.program).__name__}.run raised {raised(error)}")
+        else:
+            return self._accept(call)
+        return False
+
+    def _generator(self) -> Generator[Call, Any, Any]:
+        if self.generator is None:
+            made: Any = self.program.run(**self.example.inputs)
+            if not isinstance(made, Generator):
+                raise TypeError(f"run is no generator, it returned {shown(made)}; yield the stage calls")
+            self.generator = made
+        return self.generator
+
+    def _accept(self, call: Any) -> bool:
+        """Takes what the program yielded as the call that it waits on."""
+        if not isinstance(call, Call) or call.stage not in list(self.program.stages):
+            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages")
+        elif fault := _unsayable(call.inputs):
+            self._fail("program", f'run() called stage "{call.stage}" with {fault}')
+        elif len(self.steps) >= self.program.max_calls:
+            self._fail(
+                "program",
+                f"run() made {len(self.steps)} calls and wants another, more than "
+                f"{type(self.program).__name__}.max_calls allows; mend the loop, or set max_calls higher in the class",
+            )
+        else:
+            self.call = call
+            return True
+        return False
 
     def request(self, template: Template, signature: Any, prompts: Prompts, seed: int) -> Request:
         messages = template.render(signature, prompts[self.call.stage], self.call.inputs)
@@ -173,17 +176,52 @@ class _Run:
                 raise ParseError("the prompt is longer than the model's context window")
             step = replace(step, outputs=template.parse(signature, completion.text))
         except ParseError as error:
-            self.error = Failure("format", f'stage "{self.call.stage}": {error}')
+            self._fail("format", f'stage "{self.call.stage}": {error}')
         self.steps.append(step)
         return self.error is None and self.advance(step.outputs)
 
     def _finish(self, prediction: Any) -> None:
-        if isinstance(prediction, Mapping):
-            self.prediction = prediction
+        if not isinstance(prediction, Mapping):
+            said = f"returned {shown(prediction)}; return a mapping of named values, e.g. the last outputs"
+            self._fail("program", f"run() {said}")
+        elif fault := _unwritable(prediction):
+            self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
         else:
-            self.error = Failure(
-                "program", f"run() returned {prediction!r}; return a mapping of named values, e.g. the last outputs"
-            )
+            self.prediction = prediction
+
+    def _fail(self, kind: Kind, message: str) -> None:
+        self.error = Failure(kind, message)
+        if self.generator is not None:
+            # Now, and not whenever it is collected. Its clean-up may raise, but the rollout says already why it failed.
+            with suppress(Exception):
+                self.generator.close()
+
+
+def _unsayable(inputs: Any) -> str:
+    """What stops a call's inputs from being shown to an LM; "" for nothing. `Stage.__call__` makes texts of values, but
+    a `Call` may be made by hand, and a text from elsewhere may be no valid Unicode."""
+    if not isinstance(inputs, Mapping):
+        return f"the inputs {shown(inputs)}, which are no mapping"
+    for name, value in inputs.items():
+        if not isinstance(value, str):
+            return f"{shown(name)} of type {type(value).__name__}, which is no text; make calls by calling the stage"
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"half a surrogate pair in {shown(name)}, at character {error.start}: no text in UTF-8 holds one"
+    return ""
+
+
+def _unwritable(prediction: Mapping[Any, Any]) -> str:
+    """What stops a prediction from being written as JSON, as logs and `cotune predict` do; "" for nothing."""
+    wrong = [name for name in prediction if not isinstance(name, str)]
+    if wrong:
+        return f"its key {shown(wrong[0])} is no text"
+    try:
+        json.dumps(dict(prediction), ensure_ascii=False, default=str).encode()
+    except Exception as error:  # values are the user's, and so is what their __str__ raises
+        return raised(error)
+    return ""
 
 
 def _scored(run: _Run, metric: Metric | None) -> Rollout:
@@ -191,22 +229,31 @@ def _scored(run: _Run, metric: Metric | None) -> Rollout:
     if error is None and metric is not None and run.prediction is not None:
         try:
             score = _valid_score(metric(run.example, run.prediction))
-        except Exception as raised:  # the user's code, as above
-            error = Failure("metric", f"the metric raised {_said(raised)}")
+        except _BadScoreError as bad:
+            error = Failure("metric", str(bad))
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as caught:  # the user's code, as above
+            error = Failure("metric", f"the metric raised {raised(caught)}")
     return Rollout(run.example, tuple(run.steps), run.prediction, score, error)
 
 
+class _BadScoreError(ValueError):
+    """A metric gave what is no score."""
+
+
 def _valid_score(score: Any) -> float:
+    """The score as a float. Python's and numpy's numbers and booleans will do, and tensors of one element."""
+    bad = _BadScoreError(f"the metric returned {shown(score)}, which is not a number in [0, 1]")
     if isinstance(score, (str, bytes)) or score is None:
-        raise TypeError(f"it returned {score!r}, which is not a number in [0, 1]")
-    value = float(score)
+        raise bad
+    try:
+        value = float(score)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise bad from error
     if not 0 <= value <= 1:  # NaN fails this too
-        raise ValueError(f"it returned {value!r}, which is not a number in [0, 1]")
+        raise bad
     return value
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _report(progress: Callable[[int], None] | None, ended: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from cotune.programs import Demo, Example, Prompts, Rollout, rollouts
+from cotune.programs import Demo, Example, Faults, Prompts, Rollout, faults_of, rollouts
 from cotune.programs.demos import hide_own_demos
+from cotune.programs.faults import merged
 from cotune.prompting.search import SearchTask
 
 
@@ -28,10 +29,11 @@ class Solved:
 
 @dataclass(frozen=True)
 class Bootstrapped:
-    """The successes in train order, and what a log should say about the rest."""
+    """The successes in train order, and what a log should say about the rest; `faults` are of all attempts."""
 
     solved: tuple[Solved, ...]
     notes: tuple[str, ...]
+    faults: Faults = field(default_factory=dict)
 
 
 def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Bootstrapped:
@@ -54,13 +56,16 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Boots
     tries = attempts if task.sampling.temperature > 0 else 1
     train = list({example.id: example for example in task.train}.values())  # equal rows share an id: run one
     last: dict[str, Rollout] = {}
+    faults: Faults = {}
     for attempt in range(tries):
         unsolved = [example for example in train if not _solved(last.get(example.id), task.threshold)]
         if unsolved:
-            last.update({r.example.id: r for r in _run(task, prompts, unsolved, attempt)})
+            done = _run(task, prompts, unsolved, attempt)
+            last.update({r.example.id: r for r in done})
+            faults = merged(faults, faults_of(done))
     done = list(last.values())  # updating keeps the place of the first attempt: train order
     solved = tuple(Solved(r.example.id, demos_of(r)) for r in done if _solved(r, task.threshold))
-    return Bootstrapped(solved, tuple(_notes(task, done, len(solved), attempts, tries)))
+    return Bootstrapped(solved, tuple(_notes(task, done, len(solved), attempts, tries)), faults)
 
 
 def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:

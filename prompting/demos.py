@@ -69,7 +69,7 @@ class RandomDemoSearch(PromptSearch):
                 proposals.append(Proposal(_with_demos(start, demos), why, parent=prompts_id(start)))
             else:
                 notes.append(f'"{why}" skipped: there are no demos for it')
-        return choose(task, proposals, chunk=self.chunk, notes=notes)
+        return choose(task, proposals, chunk=self.chunk, notes=notes, faults=made.faults)
 
     def _demo_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> list[tuple[str, DemoSet]]:
         """The demo sets to try, by name; an empty one has nothing to show."""

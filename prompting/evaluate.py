@@ -6,9 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from cotune.programs import Example, Prompts, Rollout, prompts_id, rollouts
-from cotune.programs.rollout import check_errors
+from cotune.programs import Example, Faults, Prompts, Rollout, faults_of, prompts_id, rollouts
+from cotune.programs.faults import check_errors, merged
 from cotune.prompting.search import Candidate, Found, SearchTask
 
 
@@ -21,14 +22,21 @@ class Proposal:
     parent: str = ""
 
 
-def choose(task: SearchTask, proposals: Sequence[Proposal], *, chunk: int = 64, notes: Sequence[str] = ()) -> Found:
+def choose(
+    task: SearchTask,
+    proposals: Sequence[Proposal],
+    *,
+    chunk: int = 64,
+    notes: Sequence[str] = (),
+    faults: Faults = MappingProxyType({}),
+) -> Found:
     """Scores the incumbent and then every proposal, and keeps the best; ties go to the earlier.
 
     Equal prompts are scored once: a later equal is left out and noted.
 
     Args:
         chunk: examples an LM batch. Pruning decides between chunks, so a small one prunes sooner.
-        notes: put before the ones that arise here.
+        notes, faults: of what the search did before; those that arise here are added.
     """
     # Incumbent first: ties keep the prompts we already trusted.
     kept, repeats = _distinct([Proposal(task.incumbent, "incumbent"), *proposals])
@@ -41,7 +49,9 @@ def choose(task: SearchTask, proposals: Sequence[Proposal], *, chunk: int = 64, 
         if task.progress is not None:
             task.progress.candidate(index, len(kept), candidate, best.score)
     assert best is not None  # the incumbent is always there
-    return Found(best.prompts, best.score, tuple(scored), (*notes, *repeats, *_error_notes(scored, len(task.dev))))
+    notes = (*notes, *repeats, *_error_notes(scored, len(task.dev)))
+    faults = merged(faults, *(candidate.faults for candidate in scored))
+    return Found(best.prompts, best.score, tuple(scored), notes, faults)
 
 
 def score_candidate(task: SearchTask, proposal: Proposal, *, beat: float | None = None, chunk: int = 64) -> Candidate:
@@ -70,7 +80,7 @@ def score_candidate(task: SearchTask, proposal: Proposal, *, beat: float | None 
     scores = tuple(rollout.score for rollout in done)
     errors: Counter[str] = Counter(rollout.error.kind for rollout in done if rollout.error is not None)
     pruned = len(done) < len(task.dev)
-    return Candidate(proposal.prompts, scores, proposal.parent, proposal.why, pruned, dict(errors))
+    return Candidate(proposal.prompts, scores, proposal.parent, proposal.why, pruned, dict(errors), faults_of(done))
 
 
 def _run(task: SearchTask, prompts: Prompts, examples: Sequence[Example]) -> list[Rollout]:
@@ -95,7 +105,7 @@ def _beaten(done: Sequence[Rollout], total: int, beat: float | None) -> bool:
 
 def _check_faults(done: Sequence[Rollout], task: SearchTask) -> None:
     """Raises once the faults are too many for the whole of dev; one fault in a small chunk is not a faulty program."""
-    faults = sum(rollout.error is not None and rollout.error.kind != "format" for rollout in done)
+    faults = sum(fault.count for fault in faults_of(done).values())
     if faults > task.max_error_rate * len(task.dev):
         check_errors(done, max_error_rate=task.max_error_rate)
 

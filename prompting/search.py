@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from cotune.programs import (
     LM,
     Example,
+    Faults,
     Metric,
     Program,
     Prompts,
@@ -31,7 +32,8 @@ class Candidate:
         parent: `prompts_id` of the prompts it was made from; "" if it was not made from any.
         why: how it came about, e.g. "incumbent", "zero-shot", "random 3".
         pruned: scoring stopped early, because the candidate could no longer beat the best one.
-        errors: rollouts without a valid score, counted by kind ("format", "program", "metric"). Each scored 0.
+        errors: rollouts without a valid score, each scored 0, by kind: "format", "program", "retriever", "metric".
+        faults: those of the user's code among them, each kind with its first example.
     """
 
     prompts: Prompts
@@ -40,6 +42,7 @@ class Candidate:
     why: str = ""
     pruned: bool = False
     errors: Mapping[str, int] = field(default_factory=dict)
+    faults: Faults = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -138,12 +141,14 @@ class Found:
         score: their mean score on dev, never below the incumbent's.
         candidates: all that were scored, the incumbent first, in order.
         notes: what a reader of the log should know: candidates left out and why, failures and their number.
+        faults: of the user's code in all runs of the search, by kind, each with its first example.
     """
 
     prompts: Prompts
     score: float
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
+    faults: Faults = field(default_factory=dict)
 
 
 class PromptSearch(ABC):
@@ -157,7 +162,7 @@ class PromptSearch(ABC):
     - Dev scores candidates and nothing else: no demo, instruction or example of a prompt is taken from it.
     - A bad rollout (a completion that does not parse, the user's code raising on an example) scores 0 and is counted.
       It never raises, unless there are more of the latter than `task.max_error_rate` allows: then FaultyProgramError.
-    - Nothing is left out silently: `Found.notes` says what was skipped.
+    - Nothing is left out silently: `Found.notes` says what was skipped, `Found.faults` what the user's code got wrong.
     - The task is not changed, and nothing is kept on the search between calls.
     """
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cotune.callbacks.record_run import RecordRun, write_whole
+from cotune.programs import Example, content_id
 from rich.console import Console
-from tiny_fit import BrokenOffError, Fit, tiny_fit
+from tiny_fit import BrokenOffError, Fit, digest, tiny_fit
 
 from cotune.closing_table import closing_table
 
@@ -83,6 +85,29 @@ def test_the_closing_table_marks_the_best_and_tells_where_the_result_is(width: i
 def test_the_closing_table_of_an_untested_run_has_no_test_score(tiny_model: Path, tmp_path: Path) -> None:
     tiny_fit(tiny_model, tmp_path, "p", callbacks=[RecordRun()]).run()
     assert "not tested" in _printed(tmp_path, 120)
+
+
+def _moody(example: Example, prediction: Mapping[str, Any]) -> Any:
+    """A metric that gives no number for about one example in four, the same ones each time."""
+    return None if int(content_id(example.id), 16) % 4 == 0 else digest(example, prediction)
+
+
+def test_faults_of_the_users_code_are_shown_once_counted_and_summed_up(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "p -> p", callbacks=[RecordRun()], metric=_moody).run()
+    said = capsys.readouterr().out
+    fit.trainer.test(fit.module, datamodule=fit.data, verbose=False)
+    on_val = sum(record["failures"].get("metric", 0) for record in _history(tmp_path))
+    faults = [record["faults"]["metric"] for record in _history(tmp_path)]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert said.count("the metric failed") == 1
+    assert f"the metric failed {faults[0]['count']} times, first on example {faults[0]['example']}: " in said
+    assert sum(fault["count"] for fault in faults) > on_val > 0  # those of the searches count too
+    assert summary["faults"]["metric"] == {**faults[0], "count": sum(fault["count"] for fault in faults)}
+    closing = _printed(tmp_path, 80)
+    assert f"Faults, scored 0: the metric failed {summary['faults']['metric']['count']} times" in closing
+    assert ("Faults on test" in closing) == bool(summary["test_faults"])
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,11 +220,12 @@ def test_the_counts_add_up() -> None:
         return Completion(text, (1,), (2,), "length") if cut else text
 
     _, report = run(FakeLM(answer), doubles(1, 2, 3, 13, 20), attempts=3, metric=faulty)
-    assert report == Report(5, [1, 0, 0], runs=5 + 4 + 4, wrong=3, format=3, metric=3, cut=3)
+    first = {"metric": {"count": 3, "example": "13", "message": "the metric raised RuntimeError: unlucky"}}
+    assert report == Report(5, [1, 0, 0], runs=5 + 4 + 4, wrong=3, format=3, metric=3, cut=3, faults=first)
     assert report.solved + report.wrong + report.format + report.program + report.metric + report.cut == report.runs
     assert str(report) == (
         "1 of 5 examples solved in 13 runs "
-        "(failed: 3 wrong answer, 3 unreadable, 3 cut at max_new_tokens, 3 metric raised)"
+        "(failed: 3 wrong answer, 3 unreadable, 3 cut at max_new_tokens, 3 metric faults)"
     )
 
 

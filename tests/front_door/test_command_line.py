@@ -204,7 +204,7 @@ def own_metrics() -> None:
 def test_a_metric_that_raises_ends_the_run_with_what_it_raised(run: Run, tiny_model: Path) -> None:
     own_metrics()
     message = one_error(run(*fit(tiny_model, "--data.metric", "own_metrics.broken")))
-    assert "the metric raised on 8 of 8 examples, more than max_error_rate 0.5 allows." in message
+    assert "the metric failed on 8 of 8 examples, more than max_error_rate 0.5 allows." in message
     assert "KeyError: 'answr'" in message
 
 

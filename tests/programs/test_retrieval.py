@@ -58,3 +58,21 @@ def test_a_missing_file_and_an_empty_passage_are_named(tmp_path: Path) -> None:
     path.write_text('{"text": "fine"}\n{"title": "no text"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"bad.jsonl, line 2: .*\['title'\]"):
         BM25(str(path))("x", k=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", r"line 1: it is not JSON"),
+        (b"[1]", r"line 1: it is of type list; a passage is an object"),
+        (b'{"text": 5}', r'line 1: "title" and "text" are texts'),
+        (b'{"sentences": "one"}', r'line 1: "title" and "text" are texts, and "sentences" a list of texts'),
+        (b"\xff", r"cannot be read as UTF-8 text"),
+        (b"\n\n", r"holds no passages"),
+    ],
+)
+def test_a_bad_passage_file_is_named_with_its_line(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.jsonl.*{said}"):
+        BM25(str(path))("x", k=1)

@@ -6,27 +6,34 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from cotune.programs import (
     Call,
     ChatTemplate,
     Completion,
     Demo,
     Example,
+    Fault,
     FaultyProgramError,
     Metric,
     Predict,
     Program,
     Prompt,
     Request,
+    Retriever,
     Rollout,
     Sampling,
     Signature,
     Stage,
     exact_match,
+    faults_of,
     mean_score,
+    retrieve,
     rollouts,
 )
+from cotune.programs.faults import check_errors
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
 
@@ -262,6 +269,36 @@ def misnames_a_field(self: Program, number: int) -> Any:
     return (yield self.double(digit=number))  # type: ignore[attr-defined]
 
 
+def yields_no_texts(self: Program, number: int) -> Any:
+    return (yield Call("double", {"number": number}))  # type: ignore[dict-item]
+
+
+def yields_half_a_character(self: Program, number: int) -> Any:
+    return (yield self.double(number="x\ud83d"))  # type: ignore[attr-defined]
+
+
+def yields_an_unhashable_stage(self: Program, number: int) -> Any:
+    return (yield Call([], {}))  # type: ignore[arg-type]
+
+
+def never_ends(self: Program, number: int) -> Any:
+    try:
+        while True:
+            yield self.double(number=number)  # type: ignore[attr-defined]
+    finally:
+        raise RuntimeError("and its clean-up fails")
+
+
+def returns_what_no_file_holds(self: Program, number: int) -> Any:
+    yield self.double(number=number)  # type: ignore[attr-defined]
+    return {"answer": "\udc00"}
+
+
+def gives_up(self: Program, number: int) -> Any:
+    yield self.double(number=number)  # type: ignore[attr-defined]
+    raise SystemExit("no more")
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -269,7 +306,13 @@ def misnames_a_field(self: Program, number: int) -> Any:
         (yields_a_foreign_stage, "not a call of one of its stages"),
         (returns_text, "returned '2'; return a mapping"),
         (forgets_to_return, "returned None; return a mapping"),
-        (never_yields, "raised AttributeError"),
+        (never_yields, "run is no generator, it returned {'answer': '1'}; yield"),
+        (yields_no_texts, "'number' of type int, which is no text"),
+        (yields_half_a_character, "half a surrogate pair in 'number', at character 1"),
+        (yields_an_unhashable_stage, "not a call of one of its stages"),
+        (never_ends, "made 100 calls and wants another, more than Wrong.max_calls allows"),
+        (returns_what_no_file_holds, "no file can hold: UnicodeEncodeError"),
+        (gives_up, "Wrong.run raised SystemExit: no more"),
         (takes_other_inputs, "raised TypeError"),
         (misnames_a_field, '"double" misses "number"'),
     ],
@@ -299,7 +342,9 @@ def gives(value: Any) -> Metric:
         (gives("0.5"), "'0.5'"),
         (gives(-0.1), "-0.1"),
         (gives(1.1), "1.1"),
-        (gives([1.0]), "TypeError"),
+        (gives([1.0]), "the metric returned [1.0], which is not a number in [0, 1]"),
+        (gives(10**400), "which is not a number"),
+        (gives(1j), "1j"),
     ],
 )
 def test_a_bad_metric_scores_0_keeps_the_prediction_and_says_why(metric: Metric, said: str) -> None:
@@ -321,10 +366,108 @@ def test_without_a_metric_there_are_predictions_and_no_errors() -> None:
     assert (done.prediction, done.score, done.error) == ({"answer": "2"}, 0.0, None)
 
 
+def test_numbers_of_numpy_and_torch_are_scores() -> None:
+    for value in (np.float32(0.5), np.bool_(True), np.int64(1), torch.tensor(0.25)):
+        (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=gives(value))
+        assert (done.score, done.error) == (float(value), None)
+
+
+class Long(Loop):
+    max_calls = 300
+
+
+def test_a_program_may_ask_for_more_calls() -> None:
+    (done,) = run(Long(300), doubles(0), FakeLM(doubling))
+    assert (len(done.steps), done.error) == (300, None)
+
+
+class Talkative(Exception):  # noqa: N818
+    def __str__(self) -> str:
+        return "two\nlines and half a pair \ud83d " + "x" * 10_000
+
+
+def test_a_message_is_one_short_line_that_any_file_holds() -> None:
+    def metric(example: Example, prediction: Mapping[str, Any]) -> float:
+        raise Talkative
+
+    (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=metric, max_error_rate=1.0)
+    assert done.error is not None
+    assert done.error.message.startswith("the metric raised Talkative: two lines and half a pair \\ud83d xxx")
+    assert len(done.error.message) < 400
+    assert done.error.message.encode()
+
+
+def test_a_message_holds_no_address_because_another_process_would_say_another() -> None:
+    (done,) = run(Loop(1), doubles(1), FakeLM(doubling), metric=gives(object()), max_error_rate=1.0)
+    assert done.error is not None
+    assert "<object object>" in done.error.message
+
+
+def test_a_want_of_memory_is_not_the_examples_doing() -> None:
+    def metric(example: Example, prediction: Mapping[str, Any]) -> float:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(Loop(1), doubles(1), FakeLM(doubling), metric=metric)
+
+
+class Searching(Program):
+    """Looks something up before it asks."""
+
+    double = Stage(Signature.parse("number -> answer"))
+
+    def __init__(self, retriever: Retriever) -> None:
+        self.retriever = retriever
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+        (passage,) = retrieve(self.retriever, str(number), 1)
+        return (yield self.double(number=passage))
+
+
+def offline(query: str, k: int) -> list[str]:
+    raise ConnectionError("no route")
+
+
+@pytest.mark.parametrize(
+    ("retriever", "said"),
+    [
+        (offline, "the retriever raised ConnectionError: no route"),
+        (lambda query, k: None, "the retriever returned None, which is not a sequence of passages"),
+        (lambda query, k: "1", "the retriever returned '1', which is not a sequence"),
+        (lambda query, k: [1], "a passage that is no text: 1"),
+        (lambda query, k: ["1", "2"], "returned 2 passages, at most 1 were asked for"),
+    ],
+)
+def test_a_retrievers_fault_is_not_the_programs(retriever: Any, said: str) -> None:
+    (done,) = run(Searching(retriever), doubles(1), FakeLM(doubling), max_error_rate=1.0)
+    assert done.error is not None
+    assert (done.error.kind, done.score) == ("retriever", 0.0)
+    assert said in done.error.message
+
+
+def test_faults_are_counted_by_kind_with_the_first_example_of_each() -> None:
+    def metric(example: Example, prediction: Mapping[str, Any]) -> float:
+        return math.nan if example.id in ("2", "3") else 1.0
+
+    done = run(Picky(True), doubles(13, 1, 2, 3), FakeLM(doubling), metric=metric, max_error_rate=1.0)
+    assert faults_of(done) == {
+        "program": Fault(1, "13", "Picky.run raised KeyError: 'unlucky'"),
+        "metric": Fault(2, "2", "the metric returned nan, which is not a number in [0, 1]"),
+    }
+    with pytest.raises(FaultyProgramError) as stop:
+        check_errors(done, max_error_rate=0.5)
+    assert str(stop.value) == (
+        "the program failed on 1 of 4 examples, the metric failed on 2 of 4 examples, more than max_error_rate 0.5 "
+        "allows. The program's first is example 13: Picky.run raised KeyError: 'unlucky'. The metric's first is "
+        "example 2: the metric returned nan, which is not a number in [0, 1]. Mend it, or set model.max_error_rate "
+        "higher to score such examples 0 and go on."
+    )
+
+
 def test_too_many_faults_raise_with_the_first_one() -> None:
     examples = doubles(13, 1)
     run(Picky(True), examples, FakeLM(doubling), max_error_rate=0.5)
     with pytest.raises(
-        FaultyProgramError, match=r"raised on 1 of 2 examples.*max_error_rate 0.4.*example 13: .*unlucky"
+        FaultyProgramError, match=r"the program failed on 1 of 2 examples.*max_error_rate 0.4.*example 13: .*unlucky"
     ):
         run(Picky(True), examples, FakeLM(doubling), max_error_rate=0.4)

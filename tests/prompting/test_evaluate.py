@@ -154,6 +154,7 @@ def test_bad_rollouts_score_0_and_are_counted_and_noted() -> None:
         '"incumbent": 1 format errors in 5 of 5 dev examples, each scored 0',
         '"incumbent": 1 metric errors in 5 of 5 dev examples, each scored 0',
     )
+    assert [(kind, fault.count) for kind, fault in found.faults.items()] == [("metric", 1)]
 
 
 def test_a_chunk_full_of_faults_does_not_raise_while_dev_may_still_be_fine() -> None:
@@ -163,7 +164,7 @@ def test_a_chunk_full_of_faults_does_not_raise_while_dev_may_still_be_fine() -> 
 
 def test_too_many_faults_on_dev_raise_as_soon_as_they_are_too_many() -> None:
     task, lm = table_task({"a": ["one", "two", "three", 1, 1]}, "a", max_error_rate=0.5)
-    with pytest.raises(FaultyProgramError, match="metric raised on 3 of 3 examples"):
+    with pytest.raises(FaultyProgramError, match="metric failed on 3 of 3 examples"):
         score_candidate(task, Proposal(says("a"), "a"), chunk=1)
     assert lm.calls == 3
 

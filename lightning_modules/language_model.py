@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
-from cotune.lightning_modules.generation import Decoder, Prompted
+from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
+from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.lightning_modules.lora import (
     LoRA,
     MergedCopy,
@@ -24,6 +26,7 @@ from cotune.lightning_modules.lora import (
     reset,
     weights_version,
 )
+from cotune.lightning_modules.model_identity import AdapterIdentity, base_identity
 from cotune.lightning_modules.quantization import (
     Quantization,
     bitsandbytes_config,
@@ -46,12 +49,17 @@ class ModelNotFoundError(ValueError):
 
 @dataclass
 class Usage:
-    """What an LM has been asked so far. `seconds` is wall time spent generating."""
+    """What an LM has been asked so far.
+
+    Calls and tokens are what was asked for, generated or not; `cached` is how many of the calls were answered from the
+    completion store, or from an equal call beside them; `seconds` is wall time.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     too_long: int = 0
+    cached: int = 0
     seconds: float = 0.0
 
     def since(self, earlier: Mapping[str, float]) -> dict[str, Any]:
@@ -77,7 +85,13 @@ class LanguageModel(nn.Module):
             half for prefixes, which are kept while the weights stay.
         merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
             and saves about a third of the time.
+        completions: file in which every completion is kept, to be served again to equal requests of equal weights
+            (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
+            this says another path, or "off".
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
+
+    Attributes:
+        before_wave: called before each part of a `generate` that is one unit of work; what it raises stops there.
     """
 
     def __init__(
@@ -93,6 +107,7 @@ class LanguageModel(nn.Module):
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         cache_tokens: int = 32768,
         merge_while_generating: bool = True,
+        completions: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -103,9 +118,14 @@ class LanguageModel(nn.Module):
         self.device_name, self.lora, self.cache_tokens = device, lora, cache_tokens
         self.merge_while_generating, self.trust_remote_code = merge_while_generating, bool(trust_remote_code)
         self.usage = Usage()
+        self.store: CompletionStore | None = None
+        self.keep_completions(completions)
+        self.before_wave: Callable[[], None] = lambda: None
         self.model: Any = None
         self.encode: Callable[[Sequence[Mapping[str, str]]], list[int]]
         self._merged = MergedCopy()
+        self._adapter_identity = AdapterIdentity()
+        self._base_identity = ""
 
     def load(self, *, seed: int = 0) -> None:
         """Reads tokenizer and weights and attaches the adapter, drawn from the seed. Does nothing when loaded.
@@ -116,7 +136,8 @@ class LanguageModel(nn.Module):
         """
         if self.model is not None:
             return
-        self.load_tokenizer()
+        if not hasattr(self, "tokenizer"):
+            self.load_tokenizer()
         with _explained(self.name):
             base = self._base(self._found)
         self.config, self.generation_config = base.config, base.generation_config
@@ -166,20 +187,83 @@ class LanguageModel(nn.Module):
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         started = time.perf_counter()
         prompts = [Prompted(self.encode(r.messages), r.stops, r.seed) for r in requests]
-        with _evaluating(self.model), self._fast_adapter():
-            results = self._decoder.generate(prompts, sampling)
+        results, generated = self._completed(prompts, sampling)
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.ids) for r in results)
         self.usage.too_long += sum(r.finished == "too_long" for r in results)
+        self.usage.cached += len(prompts) - generated
         self.usage.seconds += time.perf_counter() - started
         return [
             Completion(result.text, tuple(prompt.ids), tuple(result.ids), result.finished)
             for prompt, result in zip(prompts, results, strict=True)
         ]
 
+    def keep_completions(self, path: str | Path | None) -> None:
+        """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
+        if self.store is not None:
+            self.store.close()
+        self.store = CompletionStore(path) if path and path != "off" else None
+
+    def base_identity(self) -> str:
+        """What the base is, by the content of its files or its commit on the Hub; the adapter and its training apart.
+
+        Raises:
+            ModelNotFoundError: as `load`.
+        """
+        if not self._base_identity:
+            if not hasattr(self, "tokenizer"):
+                self.load_tokenizer()
+            sum_of = self.store.file_sum if self.store else file_sum
+            self._base_identity = base_identity(self._found, self.config, sum_of=sum_of)
+        return self._base_identity
+
+    def _completed(self, prompts: Sequence[Prompted], sampling: Sampling) -> tuple[list[Generated], int]:
+        """A result a prompt, and how many were generated: those that the store lacks, equal ones once.
+
+        They are generated wave by wave, each kept before the next begins. The waves follow from the requests alone, so
+        a run that was killed finds each whole or absent, and makes the same batches again.
+        """
+        keys = self._keys(prompts, sampling)
+        known = self.store.find(keys) if self.store else {}
+        there = len(known)
+        if set(keys) - set(known):
+            with _evaluating(self.model), self._fast_adapter():
+                for wave in self._decoder.waves(prompts):
+                    missing = {keys[i]: prompts[i] for i in wave if keys[i] not in known}
+                    if missing:
+                        known |= self._generated(missing, sampling)
+        return [known[key] for key in keys], len(known) - there
+
+    def _generated(self, missing: Mapping[bytes, Prompted], sampling: Sampling) -> dict[bytes, Generated]:
+        self.before_wave()
+        results = self._decoder.generate(list(missing.values()), sampling)
+        made = dict(zip(missing, results, strict=True))
+        if self.store:
+            self.store.keep(made)
+        return made
+
+    def _keys(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[bytes]:
+        """What a completion follows from, hashed: the LM (only where completions are stored), prompt and sampling."""
+        lm = self._identity() if self.store else {}
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+        return completion_keys(prompts, {**lm, **drawn, "max_new_tokens": sampling.max_new_tokens}, seeded=bool(drawn))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "base": self.base_identity(),
+            "adapter": self._adapter_identity.name(self.model, merged=self.merge_while_generating),
+            "dtype": str(self.dtype),
+            "quantization": [self.quantization, self.double_quantization],
+            "device": next(self.model.parameters()).device.type,
+            "end_ids": sorted(self.end_ids),
+            "window": self.window,
+            "torch": torch.__version__,
+        }
+
     def adapter_state(self) -> dict[str, Tensor]:
-        return adapter_state(self.model)
+        """A copy of the adapter's tensors, on the CPU, by parameter name; not to be written to."""
+        return dict(self._adapter_identity.tensors(self.model, adapter_state))
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         load_adapter_state(self.model, state)

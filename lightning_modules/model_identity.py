@@ -1,0 +1,97 @@
+"""What an LM is, as hashes: the base by its files, the adapter by its tensors. Completions are known by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from cotune.datamodules.durable import file_sum
+from cotune.lightning_modules.lora import fingerprint, lora_layers, weights_version
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_FILES = {".safetensors", ".bin", ".pt", ".gguf", ".json", ".jinja", ".model", ".txt", ".py"}
+"""Kinds of files that say what a model computes, or how text becomes tokens and back."""
+
+UNTRAINED = "untrained"
+"""The identity of every adapter that changes nothing, whatever it was drawn from."""
+
+
+def base_identity(source: str, config: Any, *, sum_of: Callable[[Path], str] = file_sum) -> str:
+    """A model's identity: by the content of its folder, or by name and commit on the Hub.
+
+    Args:
+        source: what transformers loads from.
+        config: the model's, as transformers read it; it knows the commit.
+        sum_of: SHA-256 of a file; give one that remembers, for a large model takes minutes.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"{source}@{getattr(config, '_commit_hash', None)}"
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _FILES)
+    listed = [(path.name, sum_of(path)) for path in paths]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+class AdapterIdentity:
+    """The adapter's hash, and a copy of its tensors, made anew only when a parameter of it has been written."""
+
+    def __init__(self) -> None:
+        self._state: Hashable = None
+        self._name = ""
+        self._tensors: Mapping[str, Tensor] | None = None
+
+    def name(self, model: nn.Module, *, merged: bool) -> str:
+        """Equal for adapters that change the base equally.
+
+        Args:
+            merged: how it is applied while generating, which decides the last bits.
+        """
+        self._refresh(model)
+        if not self._name:
+            self._name = UNTRAINED if _changes_nothing(model) else f"{fingerprint(model)}|{_scaling(model)}"
+        return self._name if self._name == UNTRAINED else f"{self._name}|{'merged' if merged else 'beside'}"
+
+    def tensors(self, model: nn.Module, copy: Callable[[nn.Module], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What `copy` gives. While the adapter stays as it is, the very same tensors: a checkpoint holds them once."""
+        self._refresh(model)
+        if self._tensors is None:
+            self._tensors = copy(model)
+        return self._tensors
+
+    def _refresh(self, model: nn.Module) -> None:
+        state = written(model)
+        if state != self._state:
+            self._state, self._name, self._tensors = state, "", None
+
+
+def written(model: nn.Module) -> Hashable:
+    """A value that changes whenever a trainable parameter is written, moved or cast."""
+    # In-place writes count the version up. Optimisers that write through raw pointers (bitsandbytes) do not.
+    return _steps[0], weights_version(model)
+
+
+_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _changes_nothing(model: nn.Module) -> bool:
+    """Whether B is zero in all layers, and nothing but A and B is trained."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return all(".lora_A." in name or (".lora_B." in name and not torch.count_nonzero(p)) for name, p in trained)
+
+
+def _scaling(model: nn.Module) -> str:
+    """The factors of the updates, which are no tensors."""
+    factors = {name: {key: float(value) for key, value in layer.scaling.items()} for name, layer in lora_layers(model)}
+    return hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,8 @@ import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.generation import Decoder, Generated, Prompted
-from cotune.lightning_modules.prefixes import _GROUP_COST, group_by_prefix
 from cotune.lightning_modules.lora import attach, lora_layers
+from cotune.lightning_modules.prefixes import _GROUP_COST, group_by_prefix
 from cotune.programs import Request, Sampling
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM

@@ -44,7 +44,7 @@ class Worker:
         self, module: str, *, python: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> None:
         self.module = module
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (`close` ends it)
         self._process = subprocess.Popen(
             [str(python or sys.executable), "-m", f"benchmarks.workers.{module}"],
             cwd=ROOT,

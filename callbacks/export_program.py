@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.record_run import write_whole
-from cotune.lightning_modules import ProgramModule
+from cotune.datamodules import TraceDataModule
+from cotune.lightning_modules import LanguageModel, ProgramModule
+from cotune.lightning_modules.embedded import HUB_ID, gguf_source
+from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.lightning_modules.quantization import quantized_as
 from cotune.programs import prompts_to_dict
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -18,7 +22,7 @@ class ExportProgram(Callback):
     """Writes `export/` when the fit ends.
 
     `adapter/` is what PEFT saves; `prompts.json` maps stage names to prompts; `program.json` says which program, LM,
-    template and sampling they belong to.
+    template, sampling and data they belong to. `cotune export` makes a model card and merged weights of it.
 
     Args:
         folder: the run's folder; null takes the trainer's default_root_dir.
@@ -31,25 +35,82 @@ class ExportProgram(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ProgramModule)
-        export_program(pl_module, Path(self.folder or trainer.default_root_dir) / "export", config=self.config)
+        folder = Path(self.folder or trainer.default_root_dir) / "export"
+        data = getattr(trainer, "datamodule", None)
+        described = describe_data(data) if isinstance(data, TraceDataModule) else None
+        export_program(pl_module, folder, config=self.config, data=described)
 
 
-def export_program(module: ProgramModule, folder: Path, *, config: Mapping[str, Any] | None = None) -> None:
+def export_program(
+    module: ProgramModule,
+    folder: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the export; an older one in its place is replaced only once the new one is complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    base = describe_base(module.lm)
     module.lm.save_adapter(partial / "adapter")
+    name_base(partial / "adapter", base["name"], base["revision"])
     write_whole(partial / "prompts.json", json.dumps(prompts_to_dict(module.prompts), indent=2, ensure_ascii=False))
     described = {
         "base_model": module.lm.name,
+        "base": base,
         "program": f"{type(module.program).__module__}.{type(module.program).__qualname__}",
         "stages": {
             name: {"inputs": list(stage.signature.inputs), "outputs": list(stage.signature.outputs)}
             for name, stage in module.program.stages.items()
         },
+        "data": dict(data) if data is not None else None,
         "model": dict(config) if config is not None else None,
     }
     write_whole(partial / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def describe_base(lm: LanguageModel) -> dict[str, Any]:
+    """What the adapter was trained on.
+
+    `name` is what others can load: the Hub id where there is one, else the folder on this machine. `quantization` says
+    how the weights were held, e.g. "bitsandbytes nf4", "" for unquantised; `gguf` names the file they were read from.
+    """
+    source = gguf_source(lm.source)
+    here = Path(lm.source).expanduser().is_dir()
+    on_hub = HUB_ID if lm.name == EMBEDDED else None if here else lm.name
+    return {
+        "model": lm.name,
+        "name": on_hub or str(Path(lm.source).expanduser().resolve()),
+        "on_hub": on_hub is not None,
+        "revision": None if here else getattr(lm.config, "_commit_hash", None),
+        "gguf_file": lm.gguf_file,
+        "gguf": source.get("file", ""),
+        "quantization": quantized_as(lm.model.config),
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
+
+
+def describe_data(data: TraceDataModule) -> dict[str, Any]:
+    """Which data the scores are of: the class, the metric, the sizes of the four sets."""
+    metric = data.metric
+    return {
+        "class": f"{type(data).__module__}.{type(data).__qualname__}",
+        "metric": getattr(metric, "__name__", type(metric).__name__),
+        "sizes": {name: len(getattr(data.splits, name)) for name in ("train", "dev", "val", "test")},
+    }
+
+
+def name_base(adapter: Path, name: str, revision: str | None = None) -> None:
+    """Makes PEFT's files fit to be handed on: the base by a name others have, and no model card full of blanks."""
+    (adapter / "README.md").unlink(missing_ok=True)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": name, "revision": revision}
+    if isinstance(config.get("target_modules"), list):  # PEFT writes a set, in another order each time
+        config["target_modules"] = sorted(config["target_modules"])
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for weights in adapter.glob("*.safetensors"):
+        weights.chmod(0o644)  # safetensors writes 0600, and an export is made to be shared

@@ -18,10 +18,15 @@ commands:
   validate   score the program on val                    (with --ckpt_path last: a run's program)
   test       score the program on test
   predict    answer new inputs:                          cotune predict --export runs/iris/export --data rows.csv
+  export     make adapter, merged weights and a model card of a run:  cotune export runs/iris --what all
   preview    show the training pairs of a run, the trained tokens marked:  cotune preview runs/iris
 
 cotune COMMAND --help lists a command's options; --print_config prints a config to start from.
 """
+
+
+SMALL = ("predict", "preview", "export")
+"""The commands with a module and a parser of their own; the others are Lightning's."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -39,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     _share_cores()
     # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if words[0] in ("predict", "preview"):
+    if words[0] in SMALL:
         return _run_small(words[0], words[1:])
     from cotune.cli import run
 

@@ -54,7 +54,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
     An export names classes (the program's, the template's), and loading imports them: load exports that you trust.
 
     Args:
-        folder: e.g. runs/iris/export.
+        folder: an export or the folder of its run, e.g. runs/iris/export or runs/iris.
         module: the program and LM that the export belongs to, for a fit from Python; the command line's exports know
             theirs. Its LM must not be loaded yet; it becomes the tuned one.
         trust_remote_code: run code that comes with the base model. Off even where the run had it on.
@@ -66,8 +66,10 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
 
     For example: `cotune.load("runs/iris/export")(petal_length="1.4", petal_width="0.2", …)["answer"]`.
     """
-    folder = Path(folder)
+    folder = export_folder(folder)
     described = read_export(folder)
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        raise ExportError(f'"{folder}" has no adapter/, only merged weights; export it with --what adapter or all.')
     module = module or _build(folder, described["model"], trust_remote_code)
     _check_stages(folder, described["stages"], module.program)
     if module.lm.model is not None:
@@ -81,19 +83,38 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
     return Tuned(module.eval())
 
 
+def export_folder(folder: str | Path) -> Path:
+    """The export that a folder is, or, of a run's folder, holds.
+
+    Raises:
+        ExportError: it is and holds none.
+    """
+    folder = Path(folder)
+    if (folder / "program.json").is_file():
+        return folder
+    if (folder / "export" / "program.json").is_file():
+        return folder / "export"
+    if (folder / "config.yaml").is_file():
+        raise ExportError(
+            f'"{folder}" is a run without an export, which is written when the fit ends. Finish it first: '
+            f"cotune fit --config {folder}/config.yaml --ckpt_path last"
+        )
+    found = sorted(str(path.parent.parent) for path in folder.glob("*/export/program.json"))[:5]
+    hint = (
+        f"Did you mean one of {', '.join(found)}?" if found else "Give a run's folder, e.g. runs/iris, or its export."
+    )
+    raise ExportError(f'"{folder}" is no export: it has no program.json. {hint}')
+
+
 def read_export(folder: Path) -> dict[str, Any]:
     """program.json of an export.
 
     Raises:
-        ExportError: a file of the export is missing.
+        ExportError: a file of the export is missing, or is not JSON.
     """
-    for name in ("program.json", "prompts.json", "adapter/adapter_config.json"):
+    for name in ("program.json", "prompts.json"):
         if not (folder / name).is_file():
-            near = folder / "export"
-            fix = (
-                f'Did you mean "{near}"?' if near.is_dir() else "Give the folder that a run wrote, runs/<name>/export."
-            )
-            raise ExportError(f'"{folder}" is no export: it has no {name}. {fix}')
+            raise ExportError(f'"{folder}" is no whole export: it has no {name}.')
     return dict(_json(folder / "program.json"))
 
 

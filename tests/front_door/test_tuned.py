@@ -94,9 +94,16 @@ def test_a_module_that_is_loaded_is_refused(finished: Any) -> None:
         cotune.load(finished.export, module=finished.module)
 
 
-def test_a_folder_that_is_no_export_says_so(finished: Any) -> None:
-    with pytest.raises(ExportError, match=r'no program\.json\. Did you mean ".*export"'):
-        cotune.load(finished.folder)
+def test_the_folder_of_a_run_stands_for_its_export(finished: Any, tuned: Tuned) -> None:
+    assert cotune.load(finished.folder).module.lm.fingerprint() == tuned.module.lm.fingerprint()
+
+
+def test_a_folder_that_is_no_export_says_so(finished: Any, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"no program\.json\. Did you mean one of .*tiny\?"):
+        cotune.load(finished.folder.parent)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ExportError, match=r"a run without an export.* --ckpt_path last"):
+        cotune.load(tmp_path)
 
 
 def test_an_export_may_not_switch_on_the_code_of_a_model(finished: Any, tmp_path: Path) -> None:

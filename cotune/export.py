@@ -1,0 +1,260 @@
+"""cotune export: a run's result as others load it: adapter, merged weights, model card, and a push to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.lightning_modules import LanguageModel
+    from cotune.model_card import Card
+
+_FILES = ("README.md", "program.json", "prompts.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        "cotune export",
+        description="Makes what a run ended with fit for others: adapter/ for PEFT and vLLM, merged/ with whole "
+        "weights for transformers and the rest, and README.md, a model card with scores, data and settings. "
+        "Exit codes: 0, or 2 for an error that the message explains.",
+    )
+    made.add_argument("run", metavar="FOLDER", help="a run's folder or its export, e.g. runs/iris")
+    made.add_argument("--out", metavar="DIR", help="where to write; the run's own export folder without it")
+    made.add_argument("--what", choices=("adapter", "merged", "all"), default="adapter", help="default: adapter")
+    made.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the merged weights; that of the run without it",
+    )
+    made.add_argument(
+        "--base-model", metavar="ID", help="the Hub id by which others know the base, where the run had a local folder"
+    )
+    made.add_argument("--license", default="", metavar="NAME", help="for the model card, e.g. apache-2.0")
+    made.add_argument(
+        "--push-to-hub",
+        metavar="USER/REPO",
+        help="upload it, with the token of `hf auth login` or HF_TOKEN; a new repository is private",
+    )
+    made.add_argument("--public", action="store_true", help="make a new repository public")
+    made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
+    return made
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        ExportError: the folder holds no export, or the Hub refuses.
+        ModelNotFoundError, QuantizationError: merged weights are asked for, and the base cannot be read or merged.
+    """
+    from cotune.tuned import export_folder
+
+    export = export_folder(options.run)
+    out = Path(options.out) if options.out else export
+    card = write_export(
+        export,
+        out,
+        what=options.what,
+        dtype=options.dtype,
+        base_model=options.base_model,
+        license_name=options.license,
+        trust_remote_code=options.trust_remote_code,
+    )
+    for line in _told(card, out):
+        print(line)
+    if options.push_to_hub:
+        print(push(out, options.push_to_hub, what=options.what, public=options.public))
+    return 0
+
+
+def write_export(
+    export: Path,
+    out: Path,
+    *,
+    what: str = "adapter",
+    dtype: str | None = None,
+    base_model: str | None = None,
+    license_name: str = "",
+    trust_remote_code: bool = False,
+) -> Card:
+    """Writes the parts asked for and a card of them; see the command's options.
+
+    Raises:
+        ExportError: `out` holds other files, the export lacks its adapter, or the base has no name that others know.
+    """
+    from cotune.model_card import Card, read_summary_beside
+    from cotune.tuned import ExportError, read_export
+
+    described = _with_base(read_export(export), base_model)
+    if not (export / "adapter" / "adapter_config.json").is_file():
+        raise ExportError(f'"{export}" has no adapter/, so nothing can be made of it; give the run\'s own folder.')
+    _check_target(out, export)
+    prompts = (export / "prompts.json").read_text(encoding="utf-8")
+    _write(out / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
+    _write(out / "prompts.json", prompts)
+    if what != "merged":
+        _copy_adapter(export / "adapter", out / "adapter", described["base"])
+    into = ""
+    if what != "adapter":
+        into = _merge(described, export / "adapter", out / "merged", dtype, trust_remote_code)
+    card = Card(
+        name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
+        described=described,
+        adapter=_json(export / "adapter" / "adapter_config.json") if what != "merged" else {},
+        prompts=json.loads(prompts),
+        summary=read_summary_beside(export),
+        merged_into=into,
+        license=license_name or _known_license(described["base"]),
+    )
+    _write(out / "README.md", card.text())
+    return card
+
+
+def push(out: Path, repo: str, *, what: str, public: bool) -> str:
+    """Uploads an export; the token is huggingface_hub's own matter. Returns where it is.
+
+    Raises:
+        ExportError: no token, no right, no connection, or a base that exists on this machine only.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    from cotune.tuned import ExportError
+
+    base = _json(out / "program.json")["base"]
+    if what != "merged" and not base["on_hub"]:
+        raise ExportError(
+            f'the adapter\'s base is "{base["name"]}" on this machine, where nobody else finds it. Name it as the Hub '
+            "knows it, --base-model USER/MODEL, or push merged weights, --what merged."
+        )
+    parts = {"adapter": ["adapter/*"], "merged": ["merged/*"], "all": ["adapter/*", "merged/*"]}[what]
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(out),
+            allow_patterns=[*_FILES, *parts],
+            commit_message="Upload of a program tuned by cotune",
+        )
+    except (HFValidationError, HTTPError, OSError) as error:  # no token is an OSError, too
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(
+            f'the Hub did not take "{repo}" ({first}). Log in with `hf auth login` or set HF_TOKEN to a token that may '
+            "write, and name the repository USER/REPO. What was exported stands in "
+            f"{out}."
+        ) from error
+    return f"pushed to {url}"
+
+
+def _with_base(described: dict[str, Any], base_model: str | None) -> dict[str, Any]:
+    """program.json with the base's name as others know it; exports of cotune 0.1.0's first days lack the part."""
+    base = described.get("base") or _early_base(described)
+    if base_model:
+        base = {**base, "name": base_model, "on_hub": True, "revision": None}
+    return {**described, "base": base}
+
+
+def _early_base(described: dict[str, Any]) -> dict[str, Any]:
+    from cotune.lightning_modules.embedded import GGUF_FILE, HUB_ID
+    from cotune.lightning_modules.language_model import EMBEDDED
+
+    name = described["base_model"]
+    lm = ((described.get("model") or {}).get("lm") or {}).get("init_args") or {}
+    return {
+        "model": name,
+        "name": HUB_ID if name == EMBEDDED else name,
+        "on_hub": name == EMBEDDED,
+        "revision": None,
+        "gguf_file": lm.get("gguf_file"),
+        "gguf": GGUF_FILE if name == EMBEDDED else "",
+        "quantization": f"bitsandbytes {lm['quantization']}" if lm.get("quantization") else "",
+        "dtype": lm.get("dtype", "float32"),
+    }
+
+
+def _check_target(out: Path, export: Path) -> None:
+    from cotune.tuned import ExportError
+
+    if out.exists() and not out.is_dir():
+        raise ExportError(f'--out "{out}" is a file; name a folder.')
+    if (
+        out.resolve() != export.resolve()
+        and out.is_dir()
+        and any(out.iterdir())
+        and not (out / "program.json").is_file()
+    ):
+        raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
+
+
+def _copy_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
+    from cotune.callbacks.export_program import name_base
+
+    if source.resolve() != target.resolve():
+        partial = target.with_name("adapter.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    name_base(target, base["name"], base["revision"])
+
+
+def _merge(described: dict[str, Any], adapter: Path, folder: Path, dtype: str | None, trust: bool) -> str:
+    from cotune.lightning_modules.merged import save_merged
+    from cotune.programs import Sampling
+
+    sampling = Sampling(**((described.get("model") or {}).get("sampling") or {}))
+    return save_merged(_base_lm(described["base"], dtype, trust), adapter, folder, sampling=sampling)
+
+
+def _base_lm(base: dict[str, Any], dtype: str | None, trust: bool) -> LanguageModel:
+    """The base as the run read it, without the run's quantisation."""
+    from cotune.lightning_modules import LanguageModel
+
+    chosen: Any = dtype or base["dtype"]
+    return LanguageModel(base["model"], gguf_file=base["gguf_file"], dtype=chosen, trust_remote_code=trust)
+
+
+def _known_license(base: dict[str, Any]) -> str:
+    from cotune.lightning_modules.language_model import EMBEDDED
+
+    return "apache-2.0" if base["model"] == EMBEDDED else ""
+
+
+def _told(card: Card, out: Path) -> list[str]:
+    from cotune.model_card import serve_commands, vllm_refusals
+
+    base = card.described["base"]
+    lines = [f"{out}: {', '.join(_parts(out, card))}, README.md"]
+    lines.append(f"base: {base['name']}, {base['quantization'] or 'not quantised'} in the run")
+    if card.merged_into:
+        lines.append(f"merged into {card.merged_into}")
+    if not base["on_hub"]:
+        lines.append("the base is a folder of this machine; --base-model USER/MODEL names it for others")
+    demos = sum(len(prompt.get("demos") or []) for prompt in card.prompts.values())
+    if demos:
+        lines.append(f"prompts.json shows {demos} training examples as demos: look at them before you publish")
+    lines += [f"vLLM does not take the adapter: {why}" for why in vllm_refusals(card.adapter)]
+    return [*lines, *(f"serve: {command}" for command in serve_commands(str(out), base["name"], card))]
+
+
+def _parts(out: Path, card: Card) -> Sequence[str]:
+    names = [*(["adapter"] if card.adapter else []), *(["merged"] if card.merged_into else [])]
+    sizes = {name: sum(file.stat().st_size for file in (out / name).iterdir()) for name in names}
+    return [f"{name}/ ({size / 1e6:,.1f} MB)" for name, size in sizes.items()]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write(path: Path, text: str) -> None:
+    from cotune.callbacks.record_run import write_whole
+
+    write_whole(path, text)

@@ -1,0 +1,112 @@
+"""Merged weights: base and adapter as one ordinary model, in full precision, for tools that know neither."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from cotune.lightning_modules.embedded import gguf_source
+from cotune.lightning_modules.language_model import LanguageModel
+from cotune.lightning_modules.lora import peft_of_today
+from cotune.lightning_modules.quantization import QuantizationError, quantized_as
+from cotune.programs import Sampling
+
+
+def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
+    """Writes W + BA as safetensors, with config, tokenizer, chat template and generation settings.
+
+    The base is read anew in `lm.dtype`, unquantised: adding to a 4- or 8-bit weight would round the adapter away. A
+    checkpoint of bitsandbytes has no other weights than its rounded ones; they are unpacked and merged. The folder
+    appears whole or not at all.
+
+    Args:
+        lm: names the base; its own weights are not loaded.
+        sampling: what `model.generate` does by default.
+
+    Returns:
+        What the adapter was merged into, in words.
+
+    Raises:
+        ModelNotFoundError: as `LanguageModel.load`.
+        QuantizationError: the base is quantised in a way that cannot be undone.
+    """
+    lm.load_tokenizer()
+    base, into = _full_precision(lm)
+    from peft import PeftModel
+
+    with peft_of_today():
+        model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+    make_plain(model, Path(lm.source).name)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.generation_config = _generation_config(lm, sampling)
+    model.save_pretrained(partial)
+    lm.tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes 0600, and the folder is made to be shared
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return into
+
+
+def make_plain(model: Any, name: str) -> None:
+    """Makes a model whose weights were unpacked say so: else it calls itself quantised and refuses to be saved."""
+    model.is_quantized = False
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, flag):
+            setattr(model, flag, False)
+    for owner, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)
+    model.config._name_or_path = name
+    if conversions := getattr(model, "_weight_conversions", None):  # saving would pack the weights again, and cannot
+        model._weight_conversions = [conversion for conversion in conversions if _can_be_undone(conversion)]
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _full_precision(lm: LanguageModel) -> tuple[Any, str]:
+    from transformers import AutoModelForCausalLM
+
+    already, dtype = quantized_as(lm.config), str(lm.dtype).removeprefix("torch.")
+    if already and not already.startswith("bitsandbytes"):
+        raise QuantizationError(
+            f'model "{lm.name}" is quantised as {already}, and nothing can be added to its weights without rounding. '
+            "Serve the adapter beside the base (--what adapter), or tune the unquantised model."
+        )
+    options: dict[str, Any] = {"dtype": lm.dtype, "trust_remote_code": lm.trust_remote_code}
+    if not already:
+        gguf = gguf_source(lm.source).get("file")
+        read = f"the weights of {gguf}, unpacked to {dtype}" if gguf else f"the unquantised base in {dtype}"
+        return AutoModelForCausalLM.from_pretrained(lm.source, **options), read
+    base = AutoModelForCausalLM.from_pretrained(lm.source, device_map={"": _device(lm)}, **options)
+    return base.dequantize(lm.dtype), f"the {already} weights of the base, unpacked to {dtype}"
+
+
+def _device(lm: LanguageModel) -> str:
+    return lm.device_name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _generation_config(lm: LanguageModel, sampling: Sampling) -> Any:
+    """Ends where cotune's completions end, and draws as they were drawn."""
+    from transformers import GenerationConfig
+
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+    return GenerationConfig(
+        bos_token_id=lm.generation_config.bos_token_id,
+        eos_token_id=lm.end_ids,
+        pad_token_id=lm.pad_id,
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=bool(drawn),
+        **drawn,
+    )

@@ -4,28 +4,44 @@ from __future__ import annotations
 
 import argparse
 import json
+import queue
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
-    from cotune.programs import Example, Program, Rollout
+    from cotune.programs import Example, Rollout
+    from cotune.tuned import Tuned
 
 _ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that was read: an example, or why it is none. `number` counts from 1, without header and blank lines."""
+
+    number: int
+    example: Example | None
+    fault: str = ""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune predict",
-        description="Answers new rows with an exported program. Writes one JSON object a row, in the order of the "
-        'rows: {"row": 1, ...the prediction..., "error": null}. A row that fails says why in "error". '
-        "Start it in the folder where the run was started, so that your own program can be imported.",
+        description="Answers new rows with a tuned program. Writes one JSON object a row, in the order of the rows: "
+        '{"row": 1, ...the prediction..., "error": null}. A row that fails says why in "error". Start it in the folder '
+        "where the run was started, so that your own program can be imported.",
+        epilog="Exit codes: 0 when rows were answered, 1 when none was (with --strict: when one was not), 2 for an "
+        "error that the message explains. A file is checked whole before the first row is answered. Standard input is "
+        "answered as it comes, and a line that cannot be read is reported and passed over.",
     )
-    made.add_argument("--export", required=True, metavar="FOLDER", help="what a run exported, e.g. runs/iris/export")
+    made.add_argument("--export", required=True, metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
     made.add_argument(
         "--data",
         required=True,
@@ -40,59 +56,114 @@ def parser() -> argparse.ArgumentParser:
         metavar="INPUT=COLUMN",
         help="the column that holds an input, where its name is another, e.g. --column question=Q",
     )
+    made.add_argument("--strict", action="store_true", help="exit with 1 if any row could not be answered")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     return made
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 1 if every row failed.
+    """Runs the command. Returns the exit code, as the epilog of `parser` says.
 
     Raises:
-        ExportError, DataError: the export cannot be loaded, or a row lacks an input.
+        ExportError, DataError: the export cannot be loaded, or a file's row lacks an input.
     """
-    rows = _rows(options.data)
+    from cotune.datamodules.rows import DataError
+    from cotune.tuned import load, program_inputs
 
-    from cotune.tuned import load
-
+    file = None if options.data == "-" else _file_rows(options.data)
     tuned = load(options.export, trust_remote_code=options.trust_remote_code)
-    examples = _examples(rows, tuned.module.program, options)
-    failures: list[str] = []
-    with _opened(options.output) as file:
-        for start in range(0, len(examples), _ROWS_AT_ONCE):
-            done = tuned.rollouts(examples[start : start + _ROWS_AT_ONCE])
-            for number, rollout in enumerate(done, start + 1):
-                file.write(_line(number, rollout) + "\n")
-            file.flush()
-            failures += [rollout.error.kind for rollout in done if rollout.error is not None]
-    print(_summary(len(examples), failures), file=sys.stderr)
-    return int(len(failures) == len(examples))
-
-
-def _rows(data: str) -> list[dict[str, Any]]:
-    from cotune.datamodules.rows import DataError, jsonl_rows, read_rows
-
-    if data != "-":
-        rows = read_rows(data)
+    required, optional = program_inputs(tuned.module.program)
+    columns = _columns(options.column, [*required, *optional])
+    if file is None:
+        batches = stream_rows(sys.stdin.buffer, required, columns)
     else:
-        try:
-            rows = jsonl_rows(sys.stdin.buffer.read().decode("utf-8-sig"), _name(data))
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input is not UTF-8 (byte {error.start}).") from error
+        batches = _cut(_from_file(file, required, columns, options.data))
+    done = Counter[str]()
+    with _opened(options.output) as out:
+        for batch in batches:
+            for row in batch:
+                if row.fault:
+                    print(f"standard input, row {row.number}: {row.fault}", file=sys.stderr)
+            for kind, line in _answers(tuned, batch):
+                done[kind] += 1
+                out.write(line + "\n")
+            out.flush()
+    if not done:
+        raise DataError("standard input holds no rows.")
+    print(_summary(done), file=sys.stderr)
+    return int(done[""] < (done.total() if options.strict else 1))
+
+
+def stream_rows(stream: IO[bytes], required: Sequence[str], columns: Mapping[str, str]) -> Iterator[list[Row]]:
+    """Batches of what is there: it waits for a first line only, so that whoever writes line by line is answered so."""
+    waiting: queue.Queue[bytes | None] = queue.Queue(maxsize=4 * _ROWS_AT_ONCE)
+
+    def read() -> None:
+        for line in stream:
+            if line.strip():
+                waiting.put(line)
+        waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    number, ended = 0, False
+    while not ended:
+        lines = [waiting.get()]
+        while lines[-1] is not None and len(lines) < _ROWS_AT_ONCE and not waiting.empty():
+            lines.append(waiting.get())
+        ended = lines[-1] is None
+        batch = [_from_line(n, line, required, columns) for n, line in enumerate(lines, number + 1) if line is not None]
+        number += len(batch)
+        if batch:
+            yield batch
+
+
+def _from_line(number: int, line: bytes, required: Sequence[str], columns: Mapping[str, str]) -> Row:
+    from cotune.datamodules.rows import DataError, example_from_json
+
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        return Row(number, example_from_json(text, columns=columns, required=required))
+    except UnicodeDecodeError as error:
+        return Row(number, None, f"it is not UTF-8 (byte {error.start}).")
+    except DataError as error:
+        return Row(number, None, str(error))
+
+
+def _file_rows(data: str) -> list[dict[str, Any]]:
+    from cotune.datamodules.rows import DataError, read_rows
+
+    rows = read_rows(data)
     if not rows:
-        raise DataError(f"{_name(data)} holds no rows.")
+        raise DataError(f"{data} holds no rows.")
     return rows
 
 
-def _examples(rows: Sequence[dict[str, Any]], program: Program, options: argparse.Namespace) -> list[Example]:
-    """The rows' inputs. An input that the program can do without is read if any row has it."""
+def _from_file(
+    rows: Sequence[dict[str, Any]], required: Sequence[str], columns: Mapping[str, str], where: str
+) -> list[Row]:
+    """All rows, checked. An input that the program can do without is read if any row has it."""
     from cotune.datamodules.rows import examples_from_rows
-    from cotune.tuned import program_inputs
 
-    required, optional = program_inputs(program)
-    columns = _columns(options.column, [*required, *optional])
     there = {column for row in rows for column in row}
-    inputs = {name: columns[name] for name in (*required, *optional) if name in required or columns[name] in there}
-    return examples_from_rows(rows, inputs=inputs, labels={}, where=_name(options.data))
+    inputs = {name: column for name, column in columns.items() if name in required or column in there}
+    examples = examples_from_rows(rows, inputs=inputs, labels={}, where=where)
+    return [Row(number, example) for number, example in enumerate(examples, 1)]
+
+
+def _cut(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        yield list(rows[start : start + _ROWS_AT_ONCE])
+
+
+def _answers(tuned: Tuned, batch: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """(kind of failure or "", line of JSON) for each row, in order."""
+    done = iter(tuned.rollouts([row.example for row in batch if row.example is not None]))
+    for row in batch:
+        if row.example is None:
+            yield "input", json.dumps({"row": row.number, "error": row.fault}, ensure_ascii=False)
+        else:
+            rollout = next(done)
+            yield rollout.error.kind if rollout.error else "", _line(row.number, rollout)
 
 
 def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
@@ -116,9 +187,12 @@ def _line(number: int, rollout: Rollout) -> str:
     return json.dumps({"row": number, **fields, "error": error}, ensure_ascii=False, default=str)
 
 
-def _summary(rows: int, failures: Sequence[str]) -> str:
-    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(failures).items())
-    return f"{rows - len(failures)} of {rows} rows answered" + (f"; {len(failures)} failed ({kinds})" if kinds else "")
+def _summary(done: Counter[str]) -> str:
+    failed = {kind: count for kind, count in done.items() if kind}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items())
+    return f"{done['']} of {done.total()} rows answered" + (
+        f"; {sum(failed.values())} failed ({kinds})" if kinds else ""
+    )
 
 
 @contextmanager
@@ -129,7 +203,3 @@ def _opened(output: str | None) -> Iterator[IO[str]]:
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with open(output, "w", encoding="utf-8") as file:
         yield file
-
-
-def _name(data: str) -> str:
-    return "standard input" if data == "-" else data

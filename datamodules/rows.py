@@ -59,6 +59,20 @@ def examples_from_rows(
     return examples
 
 
+def example_from_json(line: str, *, columns: Mapping[str, str], required: Sequence[str]) -> Example:
+    """The example of one line of jsonl, without labels.
+
+    Args:
+        columns: input -> column; an input that is not required is read where the line has it.
+
+    Raises:
+        DataError: the line is no JSON object, or lacks a required field.
+    """
+    row = _json_object(line)
+    inputs = {name: column for name, column in columns.items() if name in required or column in row}
+    return _example(row, inputs, {}, None)
+
+
 def read_rows(
     path_or_hub_id: str, *, split: str | None = None, config: str | None = None, columns: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ import pytest
 from commands import Said, cotune
 from cotune.datamodules.iris import iris_examples
 
+from cotune.predict import stream_rows
+
 ROWS = [dict(example.inputs) for example in iris_examples()[::30]]
 TOO_LONG = dict.fromkeys(ROWS[0], "1" * 1000)
 
@@ -66,6 +68,67 @@ def test_csv_and_standard_input_give_the_same_lines(predict: Any, monkeypatch: p
     from_csv = predict("--data", "rows.csv")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(jsonl(*ROWS)).read_bytes())))
     assert predict("--data", "-").out == from_csv.out != ""
+
+
+def given(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_a_bad_line_of_a_stream_is_numbered_and_the_others_are_answered(
+    predict: Any, monkeypatch: pytest.MonkeyPatch, finished: Any
+) -> None:
+    good = next(dict(r.example.inputs) for r in finished.module.rollouts(iris_examples(), metric=None) if not r.error)
+    line = json.dumps(good).encode()
+    given(monkeypatch, b"\n".join([line, b"{", b"", b'{"petal_length": "1"}', b"\xff", line, b"[1]"]))
+    said = predict("--data", "-")
+    assert said.code == 0
+    errors = {line["row"]: line["error"] for line in lines(said.out)}
+    assert list(errors) == [1, 2, 3, 4, 5, 6]
+    assert errors[1] is errors[5] is None
+    assert errors[2].startswith("it is not JSON")
+    assert "field 'petal_width' is missing" in errors[3]
+    assert errors[4] == "it is not UTF-8 (byte 0)."
+    assert errors[6].startswith("it is of type list")
+    assert "standard input, row 2: it is not JSON" in said.err
+    assert "2 of 6 rows answered; 4 failed (4 input)" in said.err
+
+
+def test_strict_makes_one_failure_the_exit_code(predict: Any, monkeypatch: pytest.MonkeyPatch, finished: Any) -> None:
+    good = next(dict(r.example.inputs) for r in finished.module.rollouts(iris_examples(), metric=None) if not r.error)
+    assert predict("--data", jsonl(good, TOO_LONG), "--strict").code == 1
+    assert predict("--data", jsonl(good), "--strict").code == 0
+    given(monkeypatch, b"{")
+    assert predict("--data", "-").code == 1
+
+
+def test_an_empty_stream_says_so(predict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, b"\n\n")
+    said = predict("--data", "-")
+    assert (said.code, said.out) == (2, "")
+    assert "standard input holds no rows" in said.err
+
+
+def test_a_stream_is_answered_before_it_ends() -> None:
+    import os
+
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream, os.fdopen(writing, "wb", buffering=0) as source:
+        batches = stream_rows(stream, ["question"], {"question": "question"})
+        source.write(b'{"question": "one"}\n')
+        (first,) = next(batches)  # the writer is still there, and waits
+        source.write(b'{"question": "two"}\n')
+        (second,) = next(batches)
+        source.close()
+        assert list(batches) == []
+    assert [(row.number, row.example and row.example.inputs) for row in (first, second)] == [
+        (1, {"question": "one"}),
+        (2, {"question": "two"}),
+    ]
+
+
+def test_a_runs_folder_stands_for_its_export(finished: Any, capsys: pytest.CaptureFixture[str], predict: Any) -> None:
+    said = cotune(["predict", "--export", str(finished.folder), "--data", jsonl(*ROWS)], capsys)
+    assert said.out == predict("--data", jsonl(*ROWS)).out != ""
 
 
 def test_lines_go_to_a_file(predict: Any) -> None:

@@ -31,7 +31,7 @@ class Candidate:
         scores: one a dev example, in dev order, in [0, 1]; only the first so many if the candidate was pruned.
         parent: `prompts_id` of the prompts it was made from; "" if it was not made from any.
         why: how it came about, e.g. "incumbent", "zero-shot", "random 3".
-        pruned: scoring stopped early, because the candidate could no longer beat the best one.
+        pruned: scoring stopped early: the candidate could no longer beat the best one, or was dropped in a race.
         errors: rollouts without a valid score, each scored 0, by kind: "format", "program", "retriever", "metric".
         faults: those of the user's code among them, each kind with its first example.
     """
@@ -50,6 +50,7 @@ class Candidate:
 
         A pruned candidate's mean is over the part that was scored. It is safe to show beside others: all the examples
         left out, at 1 each, would not have lifted it over the score that pruned it, so it is not above that score.
+        Dropped in a race it was behind on the examples it has run, and its mean may lie above a score over all of dev.
         """
         return mean(self.scores)
 

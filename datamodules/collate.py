@@ -15,10 +15,14 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Pair:
-    """One training pair: the ids of a prompt and of the completion to learn, end-of-turn token included."""
+    """One training pair: the ids of a prompt and of the completion to learn, end-of-turn token included.
+
+    `name` says where it comes from, for messages about it.
+    """
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
+    name: str = ""
 
 
 class Segment(NamedTuple):
@@ -30,12 +34,33 @@ class Segment(NamedTuple):
         mask: (B, S) 1 for real tokens, 0 for padding.
         labels: (B, C) the last C tokens' labels: completion ids, IGNORED before a shorter completion. S > C, so that
             every completion token has a position that predicts it.
+        names: B names of the rows, for messages. (Loaders turn the tuple into a list.)
     """
 
     prefix: Tensor
     ids: Tensor
     mask: Tensor
     labels: Tensor
+    names: Sequence[str] = ()
+
+    @property
+    def rows(self) -> int:
+        return int(self.ids.shape[0])
+
+    def part(self, rows: slice) -> Segment:
+        """Some of its rows, behind the same prefix."""
+        return Segment(self.prefix, self.ids[rows], self.mask[rows], self.labels[rows], self.names[rows])
+
+    def spread(self) -> Segment:
+        """The same rows with the prefix in each of them, and none shared."""
+        # Padding may stay between prefix and own tokens: it is masked, and positions are counted over real tokens only.
+        ids = torch.cat([self.prefix.expand(self.rows, -1), self.ids], dim=1)
+        mask = torch.cat([self.mask.new_ones(self.rows, len(self.prefix)), self.mask], dim=1)
+        return Segment(self.prefix[:0], ids, mask, self.labels, self.names)
+
+    def to(self, device: torch.device) -> Segment:
+        prefix, ids, mask, labels = (tensor.to(device) for tensor in (self.prefix, self.ids, self.mask, self.labels))
+        return Segment(prefix, ids, mask, labels, self.names)
 
 
 class Batch(NamedTuple):
@@ -47,6 +72,38 @@ class Batch(NamedTuple):
     def tokens(self) -> int:
         """Number of tokens that bear loss."""
         return sum(int((segment.labels != IGNORED).sum()) for segment in self.segments)
+
+    @property
+    def rows(self) -> int:
+        return sum(segment.rows for segment in self.segments)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, its prefix included."""
+        return max(len(segment.prefix) + int(segment.mask.sum(dim=1).max()) for segment in self.segments)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rows' names, in order."""
+        return tuple(name for segment in self.segments for name in segment.names or ("",) * segment.rows)
+
+    def parts(self, rows: int) -> list[Batch]:
+        """The batch as batches of at most `rows` rows, in order."""
+        found: list[list[Segment]] = []
+        room = 0
+        for segment in self.segments:
+            start = 0
+            while start < segment.rows:
+                if not room:
+                    found.append([])
+                    room = rows
+                count = min(room, segment.rows - start)
+                found[-1].append(segment.part(slice(start, start + count)))
+                start, room = start + count, room - count
+        return [Batch(tuple(segments)) for segments in found]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(tuple(segment.to(device) for segment in self.segments))
 
 
 def collate(groups: Sequence[Sequence[Pair]], *, pad_id: int) -> Batch:
@@ -81,4 +138,5 @@ def _segment(pairs: Sequence[Pair], pad_id: int) -> Segment:
         labels=torch.tensor(
             [[IGNORED] * (longest - len(pair.completion_ids)) + list(pair.completion_ids) for pair in pairs]
         ),
+        names=tuple(pair.name for pair in pairs),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load
 from cotune.datamodules.splits import Sizes, Splits
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 
@@ -47,7 +47,8 @@ class PairMaker:
         if demos:
             prompt = replace(prompt, demos=tuple(demos))
         ids = self.encode(self.template.render(signature, prompt, trace.inputs))
-        return Pair(ids, [*trace.completion_ids, *([] if trace.complete else [self.end_id])])
+        completion_ids = [*trace.completion_ids, *([] if trace.complete else [self.end_id])]
+        return Pair(ids, completion_ids, name=f'"{trace.example}" (stage {trace.stage})')
 
     def fits(self, pair: Pair) -> bool:
         return len(pair.prompt_ids) + len(pair.completion_ids) <= self.window
@@ -99,6 +100,49 @@ class EpochBatches(Dataset[Batch]):
         return drawn
 
 
+class EpochLoader(DataLoader[Batch]):
+    """An epoch's batches in order, from where a checkpoint inside the epoch was made.
+
+    Its state is the number of batches handed out, which Lightning saves and gives back. That of another epoch says
+    nothing about this one, which then begins at its start.
+
+    Args:
+        between: called before each batch except the first one handed out.
+    """
+
+    def __init__(self, batches: EpochBatches, between: Callable[[], None] = lambda: None) -> None:
+        self._order = _FromHere(len(batches), between)
+        self._epoch = batches.seed
+        # In this process, without workers: what is handed out is what has been trained on.
+        super().__init__(batches, batch_size=None, sampler=self._order)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "handed_out": self._order.handed_out}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["epoch"] == self._epoch:
+            self._order.first = state["handed_out"]
+
+
+class _FromHere(Sampler[int]):
+    """0 to count - 1, or the rest of it; its length is that of the whole, as Lightning counts batches."""
+
+    def __init__(self, count: int, between: Callable[[], None]) -> None:
+        self.count, self.between = count, between
+        self.first = self.handed_out = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        self.handed_out = self.first
+        for index in range(self.first, self.count):
+            if index > self.first:
+                self.between()
+            self.handed_out = index + 1
+            yield index
+
+
 class TraceDataModule(LightningDataModule, ABC):
     """Four disjoint sets of examples, and batches of the traces collected on the first.
 
@@ -112,6 +156,9 @@ class TraceDataModule(LightningDataModule, ABC):
         traces: folder with the traces of another run, to train on instead of collecting.
         batch_size: pairs an optimiser step.
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
+
+    Attributes:
+        between_batches: called between two training batches of an epoch, when all of the first is over.
     """
 
     def __init__(
@@ -132,6 +179,7 @@ class TraceDataModule(LightningDataModule, ABC):
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.epoch = 0
+        self.between_batches: Callable[[], None] = lambda: None
         self._splits: Splits | None = None
         self._weight_step = 0
         self._traces: list[Trace] = []
@@ -198,7 +246,7 @@ class TraceDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader(self.epoch_batches(), batch_size=None, shuffle=False)
+        return EpochLoader(self.epoch_batches(), lambda: self.between_batches())
 
     def val_dataloader(self) -> Any:
         return self._examples(self.splits.val)

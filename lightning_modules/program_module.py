@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules.collate import Batch, Segment
+from cotune.datamodules.collate import Batch
+from cotune.lightning_modules.fused import fuse_adapter
+from cotune.lightning_modules.gradients import BatchGradients, Computed, is_finite, known_gradients
 from cotune.lightning_modules.language_model import LanguageModel
-from cotune.lightning_modules.loss import completion_loss
+from cotune.lightning_modules.packing import checkpoint_layers
 from cotune.lightning_modules.quantization import refuse_plugin
+from cotune.lightning_modules.skips import SkipLimits, Skips
 from cotune.programs import (
     ChatTemplate,
     Example,
@@ -65,6 +68,11 @@ class LearningRate:
 class ProgramModule(LightningModule):
     """Trains the LM on the program's own steps; validates by running the program.
 
+    A training step computes loss and gradients itself, in parts where memory asks for it, and hands Lightning a loss
+    whose gradients are known. So precision, clipping, accumulation and hooks work as ever. Batches that accumulate
+    (`Trainer(accumulate_grad_batches=...)`) count by their tokens: the gradient is the mean over all of them. A step
+    whose loss or gradients are not finite is skipped, and touches neither weights nor the optimiser's state.
+
     Args:
         program: what to tune.
         lm: the shared LM.
@@ -74,6 +82,11 @@ class ProgramModule(LightningModule):
         learning_rate: its course within a weight step.
         seed: of the adapter's initial values and of every draw while running the program.
         max_error_rate: share of examples on which the program or the metric may raise before the run stops.
+        micro_batch_size: rows of a batch computed at once; less takes less memory and gives the same step. Null: all.
+            Where memory runs out this is halved by itself.
+        gradient_checkpointing: compute each layer twice instead of keeping what it computed: less memory, about a
+            third more time.
+        skip_limits: how many steps that are not finite may be skipped before the run stops.
     """
 
     def __init__(
@@ -86,6 +99,9 @@ class ProgramModule(LightningModule):
         learning_rate: LearningRate = LearningRate(),
         seed: int = 0,
         max_error_rate: float = 0.5,
+        micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        skip_limits: SkipLimits = SkipLimits(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         self.program, self.lm, self.sampling = program, lm, sampling
@@ -97,6 +113,11 @@ class ProgramModule(LightningModule):
         self.weight_step = 0  # optimiser steps taken in this weight step, and how many it will take
         self.weight_steps = 1
         self.evaluated: list[Rollout] = []
+        self.gradient_checkpointing = gradient_checkpointing
+        self.skips = Skips(skip_limits)
+        self._gradients = BatchGradients(micro_batch_size)
+        self._tokens = 0  # that the batch at hand adds to the gradients
+        self._accumulated = 0  # tokens that the gradients are the mean over so far
         # Checkpoints hold the adapter alone: the base never changes, and is checked by what is missing on load.
         self.strict_loading = False
 
@@ -105,6 +126,9 @@ class ProgramModule(LightningModule):
 
     def configure_model(self) -> None:
         self.lm.load(seed=self.seed)
+        fuse_adapter(self.lm.model)
+        if self.gradient_checkpointing:
+            checkpoint_layers(self.lm.model)
 
     def rollouts(
         self,
@@ -133,10 +157,36 @@ class ProgramModule(LightningModule):
         self.weight_step, self.weight_steps = done, steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = completion_loss(self.lm.model, batch)
-        rows = sum(segment.ids.shape[0] for segment in batch.segments)
-        self.log("train/loss", loss.detach(), prog_bar=True, on_step=True, on_epoch=True, batch_size=rows)
-        return loss
+        parameters = self._trained()
+        scaler = self._loss_scaler()
+        scale = scaler.get_scale() if scaler else 1.0
+        computed = self._gradients.compute(self.lm.model, parameters, batch, scale=scale)
+        # Gradients of fp16 that overflow are the loss scaler's: it skips the step and lowers its factor.
+        finite = bool(torch.isfinite(computed.loss)) if scaler else computed.finite
+        if finite:
+            self.skips.passed()
+            self.log("train/loss", computed.loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.rows)
+        else:
+            self._skip(*self._not_finite(batch, computed, parameters))
+        self.log("train/skipped_steps", float(self.skips.total))
+        self._tokens = batch.tokens if finite or scaler else 0
+        return known_gradients(computed, parameters) if self._tokens else computed.loss.requires_grad_()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Adds the batch's gradients: afterwards the gradients are the mean over all tokens that were accumulated."""
+        if not self._tokens:
+            return
+        before, self._accumulated = self._accumulated, self._accumulated + self._tokens
+        if before:
+            for parameter in self._trained():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(before / self._accumulated)
+        # Lightning has divided by the number of batches, as if they were equal.
+        share = self.trainer.accumulate_grad_batches * self._tokens / self._accumulated
+        super().backward(loss * share, *args, **kwargs)
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self._accumulated = 0
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         factor = self.learning_rate.factor(self.weight_step, self.weight_steps)
@@ -144,6 +194,10 @@ class ProgramModule(LightningModule):
             group["lr"] = group["initial_lr"] * factor
         self.weight_step += 1
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if self._loss_scaler() is None and not is_finite([p.grad for p in self._trained()]):
+            for parameter in self._trained():
+                parameter.grad = None  # what has no gradient no optimiser touches: weight, moments, count of steps
+            self._skip("the accumulated gradient", ())
 
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
         self._evaluate(batch)
@@ -185,9 +239,25 @@ class ProgramModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Lightning would walk into the frozen examples and fail; only token tensors have a device.
-        if isinstance(batch, Batch):
-            return Batch(tuple(Segment(*(tensor.to(device) for tensor in segment)) for segment in batch.segments))
-        return batch
+        return batch.to(device) if isinstance(batch, Batch) else batch
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _loss_scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+
+    def _skip(self, what: str, rows: Sequence[str]) -> None:
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.skips.skipped(step=self.trainer.global_step, what=what, rows=rows, learning_rate=rate)
+
+    def _not_finite(self, batch: Batch, computed: Computed, parameters: Sequence[Tensor]) -> tuple[str, list[str]]:
+        """What is not finite, loss or gradient, and the names of the rows that make it so."""
+        good = torch.isfinite(computed.rows).tolist()
+        if not all(good):
+            return "the loss", [name for name, is_good in zip(batch.names, good, strict=True) if not is_good]
+        alone = [(row, self._gradients.compute(self.lm.model, parameters, row)) for row in batch.parts(1)]
+        return "the gradient", [row.names[0] for row, found in alone if not found.finite]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter only."""
@@ -204,7 +274,12 @@ class ProgramModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["prompts"] = prompts_to_dict(self.prompts)
         checkpoint["weight_step"] = [self.weight_step, self.weight_steps]
+        checkpoint["skips"] = self.skips.state()
+        checkpoint["rows_at_once"] = self._gradients.rows_at_once
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.prompts = prompts_from_dict(checkpoint["prompts"])
         self.weight_step, self.weight_steps = checkpoint["weight_step"]
+        self.skips.load(checkpoint["skips"])
+        # What memory allowed then: cut otherwise, sums would differ in their last bits from a run's never stopped.
+        self._gradients.rows_at_once = checkpoint["rows_at_once"]

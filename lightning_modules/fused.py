@@ -1,0 +1,124 @@
+"""Fused parts of a training step: the adapter beside its frozen layer, and the head with its cross-entropy."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
+from cotune.lightning_modules.lora import lora_layers
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_LOGITS_AT_ONCE = 1 << 22
+"""Most logits held at once, forward and backward: 16 MB in fp32, about what a cache holds."""
+
+
+def fuse_adapter(model: nn.Module) -> None:
+    """Lets the adapter's layers train by one operation each, where they are plain LoRA on a plain linear layer.
+
+    PEFT adds and scales the update in passes of their own over the layer's output, and autograd adds the two gradients
+    of the input in another. Here the products add into one result. Other layers (quantised, DoRA, dropout, other
+    types) and everything but training run as PEFT has them.
+    """
+    for _, layer in lora_layers(model):
+        if type(layer.get_base_layer()) is nn.Linear:
+            # A bound method, because a copy of the model then has its own: copying one copies what it is bound to.
+            layer.forward = MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    fitting = _fitting(layer, x) if not (args or kwargs) else None
+    if fitting is None:
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base = layer.get_base_layer()
+    name: str = fitting
+    update = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
+    found: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, *update)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _fitting(layer: Any, x: Tensor) -> str | None:
+    """The one active adapter's name, if it is one that can be fused here and now."""
+    if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    name: str = layer.active_adapters[0]
+    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
+        return None
+    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0):
+        return None
+    base = layer.get_base_layer()
+    same = x.dtype == base.weight.dtype == layer.lora_A[name].weight.dtype
+    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    return name if same and frozen and not torch.is_autocast_enabled(x.device.type) else None
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x W' + b + scale (x A') B', with gradients for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        low_NR = x_NI @ a_RI.t()
+        out_NO = F.linear(x_NI, weight, bias).addmm_(low_NR, b_OR.t(), alpha=scale)
+        ctx.save_for_backward(x_NI, low_NR, weight, a_RI, b_OR)
+        ctx.scale, ctx.shape = scale, x.shape
+        return out_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, low_NR, weight, a_RI, b_OR = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        d_out_NO = gradient.reshape(-1, gradient.shape[-1])
+        d_low_NR = (d_out_NO @ b_OR).mul_(ctx.scale)
+        d_x = torch.mm(d_out_NO, weight).addmm_(d_low_NR, a_RI).view(ctx.shape) if wants_x else None
+        d_a = d_low_NR.t() @ x_NI if wants_a else None
+        d_b = (d_out_NO.t() @ low_NR).mul_(ctx.scale) if wants_b else None
+        return d_x, None, None, d_a, d_b, None
+
+
+def head_losses(hidden_ND: Tensor, head: nn.Linear, labels_N: Tensor) -> Tensor:
+    """(N,) negative log-likelihood of each label; the logits are never there all at once.
+
+    The head must be frozen: it gets no gradient. The gradient of the hidden states is made in the forward pass, from
+    the logits while they are there, which saves computing or keeping them.
+    """
+    losses: Tensor = _HeadLosses.apply(hidden_ND, head.weight, head.bias, labels_N)  # type: ignore[no-untyped-call]
+    return losses
+
+
+def has_plain_head(model: Any) -> bool:
+    """Whether `head_losses` can serve this head, as far as its type tells."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype == torch.float16:
+        return False  # in fp16 small gradients would vanish before the loss scaler's factor reaches them
+    return not any(p.requires_grad for p in head.parameters())
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        step = max(1, _LOGITS_AT_ONCE // weight_VD.shape[0])
+        exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+        losses_N = hidden_ND.new_empty(len(labels_N), dtype=exact)
+        d_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(labels_N), step):
+            part = slice(start, start + step)
+            log_p_nV = F.linear(hidden_ND[part], weight_VD, bias_V).to(exact).log_softmax(dim=-1)
+            losses_N[part] = -log_p_nV.gather(1, labels_N[part, None])[:, 0]
+            if d_hidden_ND is not None:
+                d_logits_nV = log_p_nV.exp_()
+                d_logits_nV[torch.arange(len(d_logits_nV), device=d_logits_nV.device), labels_N[part]] -= 1
+                d_hidden_ND[part] = d_logits_nV.to(weight_VD.dtype) @ weight_VD
+        ctx.save_for_backward(d_hidden_ND)
+        return losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden_ND,) = ctx.saved_tensors
+        return d_hidden_ND * gradient_N[:, None].to(d_hidden_ND.dtype), None, None, None

@@ -1,0 +1,500 @@
+"""Training rows packed into one sequence: a shared prefix once, each row's own tokens behind it, no padding.
+
+```
+ tokens     [ prefix | own tokens of row 1 | of row 2 | of row 3 ]  [ prefix | ... ]
+ attention    causal   prefix + own, causal                          another segment
+ positions    0..P-1   P, P+1, ...           P, P+1, ...
+```
+The layers between see one sequence of N tokens, so their matrix products are as large as they can be. Only attention
+knows which row a token is of. The numbers are those of row by row, gradient included: a prefix's gradient is the sum
+over its rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
+from cotune.datamodules.collate import IGNORED, Batch, Segment
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "cotune_packed_rows"
+"""The attention's name in transformers' registry."""
+
+_CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How far, relatively, the probe's logits may be from the plain model's; 0.1 for 16-bit and quantised models."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a segment stands in the sequence: from `start`, `prefix` shared tokens, then rows of `lengths` tokens."""
+
+    start: int
+    prefix: int
+    lengths: tuple[int, ...]
+
+    @property
+    def shared(self) -> slice:
+        """The prefix's place in the sequence."""
+        return slice(self.start, self.start + self.prefix)
+
+    @property
+    def own(self) -> slice:
+        """The place of all rows' own tokens."""
+        return slice(self.start + self.prefix, self.start + self.size)
+
+    @property
+    def size(self) -> int:
+        return self.prefix + sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch as one sequence of N tokens.
+
+    Attributes:
+        ids: (1, N).
+        positions: (1, N) each token's position in its own text, prefix included.
+        families: the segments, in order.
+        places: (n,) places in the sequence whose next token bears loss, row by row.
+        labels: (n,) those next tokens.
+        rows: (n,) the row, counted over the batch, that each is of.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    families: tuple[Family, ...]
+    places: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+def pack(batch: Batch) -> Packed:
+    """The batch's segments behind one another, padding left out."""
+    parts: list[tuple[Tensor, ...]] = []
+    families: list[Family] = []
+    start = row = 0
+    for segment in batch.segments:
+        family = Family(start, len(segment.prefix), tuple(segment.mask.sum(dim=1).tolist()))
+        parts.append(_packed_segment(segment, family, row))
+        families.append(family)
+        start += family.size
+        row += len(family.lengths)
+    ids, positions, places, labels, rows = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Packed(ids[None], positions[None], tuple(families), places, labels, rows)
+
+
+def forward(model: Any, packed: Packed, **options: Any) -> Any:
+    """What the model says of a packed batch; `options` go to it as they are."""
+    with _attending(model.config.get_text_config(), NAME):
+        return model(
+            input_ids=packed.ids,
+            # Masks of four dimensions are handed on as they are. The attention below needs none; any other would
+            # fail on this one, which is better than mixing rows without a word.
+            attention_mask=torch.empty(1, 1, 0, 0, device=packed.ids.device),
+            position_ids=packed.positions,
+            use_cache=False,
+            families=packed.families,
+            **options,
+        )
+
+
+@contextmanager
+def _attending(config: Any, name: str) -> Iterator[None]:
+    """The model's layers call the attention of that name inside, and what they called before afterwards."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What of this module a model is fit for.
+
+    Attributes:
+        packed: its layers compute packed rows right.
+        plain_head: its logits are its output embeddings times its last hidden states, and nothing more.
+    """
+
+    packed: bool
+    plain_head: bool
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Lets the layers forget what they computed and compute it again in the backward pass: less memory, more time.
+
+    Raises:
+        ValueError: the model's layers cannot do that.
+    """
+    config = model.config.get_text_config()
+    # The attention that a layer was computed with is the one that it has to be computed with again.
+    options = {
+        "use_reentrant": False,
+        "context_fn": lambda: (nullcontext(), _attending(config, config._attn_implementation)),
+    }
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # transformers before 5.23
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def abilities(model: Any, longest: int) -> Abilities:
+    """Whether this model can be trained on packed rows of up to `longest` tokens, and how its head may be computed.
+
+    Found out by trying, once a model: a few tokens packed and plain must give the same logits. Sliding windows that
+    would cut into a row, and dropout on attention weights, are not packed.
+    """
+    config = model.config.get_text_config()
+    if model.training and getattr(config, "attention_dropout", 0.0):
+        return Abilities(False, False)
+    if longest > (_window(config) or longest):
+        return Abilities(False, False)
+    if model not in _known:
+        _known[model] = _tried(model)
+    return _known[model]
+
+
+_known: WeakKeyDictionary[Any, Abilities] = WeakKeyDictionary()
+
+
+def backbone(model: Any) -> Any:
+    """The model without its head (and without PEFT's wrapper, which does nothing in a forward pass of LoRA)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(causal, causal.base_model_prefix)
+
+
+def _packed_segment(segment: Segment, family: Family, row: int) -> tuple[Tensor, ...]:
+    """(ids, positions, places, labels, rows) of one segment."""
+    device, prefix = segment.ids.device, family.prefix
+    lengths_R = torch.tensor(family.lengths, device=device)
+    ends_R = lengths_R.cumsum(dim=0)
+    real = segment.mask.bool()
+    own_positions = (segment.mask.cumsum(dim=1) - 1)[real] + prefix
+    bearing = segment.labels != IGNORED
+    row_n, column_n = bearing.nonzero(as_tuple=True)
+    # A label at column c of C belongs to the token that is C - c from its row's end; the one before it predicts it.
+    back_n = segment.labels.shape[1] - column_n
+    return (
+        torch.cat([segment.prefix, segment.ids[real]]),
+        torch.cat([torch.arange(prefix, device=device), own_positions]),
+        family.start + prefix + ends_R[row_n] - back_n - 1,
+        segment.labels[bearing],
+        row + row_n,
+    )
+
+
+def _window(config: Any) -> int | None:
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _tried(model: Any) -> Abilities:
+    """Packed against plain on two short rows."""
+    ids = torch.arange(3, 15, device=model.device) % model.config.get_text_config().vocab_size
+    positions = torch.tensor([[*range(6), *range(6, 8), *range(6, 10)]], device=ids.device)
+    last = torch.tensor([7, 11], device=ids.device)
+    packed = Packed(ids[None], positions, (Family(0, 6, (2, 4)),), last, last, last)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            rows = (ids[:8], torch.cat([ids[:6], ids[8:]]))
+            expected = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, -1] for row in rows])
+            found = forward(model, packed, logits_to_keep=last).logits[0]
+            if not _close(model, found, expected):
+                return _only_padded("its logits come out different")
+            hidden = forward(backbone(model), packed).last_hidden_state[0, last]
+            return Abilities(True, _close(model, model.get_output_embeddings()(hidden), expected))
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return _only_padded(f"{type(error).__name__}: {error}")
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _close(model: Any, found: Tensor, expected: Tensor) -> bool:
+    quantised = bool(getattr(model, "is_quantized", False))
+    tolerance = 0.1 if quantised else _CLOSE.get(found.dtype, 0.1)
+    return float((found.float() - expected.float()).norm() / expected.float().norm()) <= tolerance
+
+
+def _only_padded(why: str) -> Abilities:
+    warnings.warn(
+        f"this model cannot be trained on packed rows ({why.splitlines()[0]}); rows are padded instead: slower, equal.",
+        stacklevel=2,
+    )
+    return Abilities(False, False)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch says that memory ran out: CUDA has a class for it, the CPU only words."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    said = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in said for word in words)
+    )
+
+
+# Attention
+
+
+def _called_by_a_layer(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    families: Sequence[Family] | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if families is None:
+        raise TypeError("its layers do not hand keyword arguments on to attention")
+    if softcap is not None or s_aux is not None or dropout:
+        raise NotImplementedError("its attention has soft caps, sinks or dropout")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    if fused:
+        read = _FusedOnCPU.apply(query, key, value, tuple(families), scale)  # type: ignore[no-untyped-call]
+    else:
+        read = _plain(query, key, value, families, scale)
+    return read.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _called_by_a_layer)
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, families: Sequence[Family], scale: float) -> Tensor:
+    """(1, H, N, D) by PyTorch's own attention, on any device: each row against a copy of its prefix."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = _per_head(key, heads), _per_head(value, heads)
+    attend = F.scaled_dot_product_attention
+    parts: list[Tensor] = []
+    for family in families:
+        shared_key, shared_value = key[:, :, family.shared], value[:, :, family.shared]
+        if family.prefix:
+            parts.append(attend(query[:, :, family.shared], shared_key, shared_value, is_causal=True, scale=scale))
+        grid = _Grid(family.lengths, query.device)
+        own = (grid.of(states[:, :, family.own]) for states in (query, key, value))
+        own_query, own_key, own_value = own
+        seen = torch.ones(grid.width, family.prefix + grid.width, dtype=torch.bool, device=query.device)
+        read = attend(
+            own_query,
+            torch.cat([shared_key.expand(grid.rows, -1, -1, -1), own_key], dim=2),
+            torch.cat([shared_value.expand(grid.rows, -1, -1, -1), own_value], dim=2),
+            attn_mask=seen.tril(diagonal=family.prefix),
+            scale=scale,
+        )
+        parts.append(grid.back(read))
+    return torch.cat(parts, dim=2)
+
+
+class _FusedOnCPU(torch.autograd.Function):
+    """The same by PyTorch's flash kernel for CPUs: rows read their prefix as one product, without a copy.
+
+    A row's two parts, prefix and own tokens, are merged by their log-sum-exps. The kernel's backward pass makes
+    weights from the log-sum-exp that it is given: with the merged one, each part's gradients are those of the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, families: tuple[Family, ...], scale: float
+    ) -> Tensor:
+        read = torch.empty_like(query, memory_format=torch.contiguous_format)
+        exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = query.new_empty(query.shape[:3], dtype=exact)
+        for family in families:
+            for place, attend in ((family.shared, _read_shared), (family.own, _read_own)):
+                if place.stop > place.start:
+                    read[:, :, place], lse[:, :, place] = attend(family, query, key, value, scale)
+        ctx.save_for_backward(query, key, value, read, lse)
+        ctx.families, ctx.scale = families, scale
+        return read
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, read, lse = ctx.saved_tensors
+        # (1, N, heads, D) underneath, as the projections before take their gradients.
+        found = tuple(
+            torch.empty_like(states.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for states in (query, key, value)
+        )
+        given = (gradient, query, key, value, read, lse, ctx.scale)
+        for family in ctx.families:
+            d_query, d_key, d_value = found
+            own_query, d_key[:, :, family.own], d_value[:, :, family.own] = _own_backward(family, *given)
+            if family.prefix:
+                across_query, across_key, across_value = _across_backward(family, *given)
+                before_query, before_key, before_value = _shared_backward(family, *given)
+                own_query = own_query + across_query
+                d_query[:, :, family.shared] = before_query
+                d_key[:, :, family.shared] = before_key + across_key
+                d_value[:, :, family.shared] = before_value + across_value
+            d_query[:, :, family.own] = own_query
+        return *found, None, None
+
+
+def _read_shared(family: Family, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What the prefix reads of itself, and the log-sum-exps of its scores."""
+    heads, place = query.shape[1] // key.shape[1], family.shared
+    states = (query[:, :, place], _per_head(key[:, :, place], heads), _per_head(value[:, :, place], heads))
+    return _flash(*states, scale=scale, causal=True)
+
+
+def _read_own(family: Family, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What the rows' own tokens read of their row and of the prefix, and the log-sum-exps of their scores."""
+    heads, grid = query.shape[1] // key.shape[1], _Grid(family.lengths, query.device)
+    own_query, own_key, own_value = (states[:, :, family.own] for states in (query, key, value))
+    grids = (grid.of(own_query), grid.of(_per_head(own_key, heads)), grid.of(_per_head(own_value, heads)))
+    read, lse = _flash(*grids, scale=scale, causal=True)
+    read, lse = grid.back(read), grid.back(lse[..., None])[..., 0]
+    if not family.prefix:
+        return read, lse
+    shared_key, shared_value = key[:, :, family.shared], value[:, :, family.shared]
+    more, more_lse = _flash(_grouped(own_query, heads), shared_key, shared_value, scale=scale)
+    more, more_lse = more.reshape(read.shape), more_lse.reshape(lse.shape)
+    share = torch.sigmoid(more_lse - lse)[..., None].to(more.dtype)
+    return torch.lerp(read, more, share), torch.logaddexp(lse, more_lse)
+
+
+def _shared_backward(
+    family: Family, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, read: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the prefix's queries, keys and values, by what the prefix reads of itself."""
+    heads, place = query.shape[1] // key.shape[1], family.shared
+    d_query, d_key, d_value = _flash_backward(
+        gradient[:, :, place],
+        query[:, :, place],
+        _per_head(key[:, :, place], heads),
+        _per_head(value[:, :, place], heads),
+        read[:, :, place],
+        lse[:, :, place],
+        scale=scale,
+        causal=True,
+    )
+    return d_query, _summed(d_key, heads), _summed(d_value, heads)
+
+
+def _own_backward(
+    family: Family, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, read: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of own queries, keys and values, by what own tokens read of their row."""
+    heads, place = query.shape[1] // key.shape[1], family.own
+    grid = _Grid(family.lengths, query.device)
+    rows = _flash_backward(
+        grid.of(gradient[:, :, place]),
+        grid.of(query[:, :, place]),
+        grid.of(_per_head(key[:, :, place], heads)),
+        grid.of(_per_head(value[:, :, place], heads)),
+        grid.of(read[:, :, place]),
+        grid.of(lse[:, :, place, None])[..., 0],
+        scale=scale,
+        causal=True,
+    )
+    d_query, d_key, d_value = (grid.back(states) for states in rows)
+    return d_query, _summed(d_key, heads), _summed(d_value, heads)
+
+
+def _across_backward(
+    family: Family, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, read: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of own queries and of the prefix's keys and values, by what own tokens read of the prefix."""
+    heads, place = query.shape[1] // key.shape[1], family.own
+    d_query, d_key, d_value = _flash_backward(
+        _grouped(gradient[:, :, place], heads),
+        _grouped(query[:, :, place], heads),
+        key[:, :, family.shared],
+        value[:, :, family.shared],
+        _grouped(read[:, :, place], heads),
+        lse[:, :, place].reshape(1, key.shape[1], -1),
+        scale=scale,
+    )
+    return d_query.reshape(query[:, :, place].shape), d_key, d_value
+
+
+class _Grid:
+    """Rows of unequal length as a rectangle, filled from the left, and back."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.rows, self.width = len(lengths), max(lengths)
+        self.even = len(set(lengths)) == 1
+        if not self.even:
+            length_R = torch.tensor(list(lengths), device=device)
+            self.filled_RS = torch.arange(self.width, device=device) < length_R[:, None]
+
+    def of(self, states_1HND: Tensor) -> Tensor:
+        """(R, H, S, D), zeros behind a row's end. What stands there is never read: attention is causal."""
+        _, heads, _, width = states_1HND.shape
+        states_NHD = states_1HND[0].transpose(0, 1)
+        if self.even:
+            return states_NHD.reshape(self.rows, self.width, heads, width).transpose(1, 2)
+        grid_RSHD = states_NHD.new_zeros(self.rows, self.width, heads, width)
+        grid_RSHD = grid_RSHD.masked_scatter(self.filled_RS[..., None, None], states_NHD)
+        return grid_RSHD.transpose(1, 2)
+
+    def back(self, grid_RHSD: Tensor) -> Tensor:
+        """(1, H, N, D)."""
+        grid_RSHD = grid_RHSD.transpose(1, 2)
+        states_NHD = grid_RSHD.flatten(0, 1) if self.even else grid_RSHD[self.filled_RS]
+        return states_NHD.transpose(0, 1)[None]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """(R, H, S, D) what the queries read, and (R, H, S) the log-sum-exps of their scores."""
+    read, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=None, scale=scale
+    )
+    return read, lse
+
+
+def _flash_backward(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key, value, read, lse, 0.0, causal, attn_mask=None, scale=scale
+    )
+    return found
+
+
+def _grouped(states_1HND: Tensor, heads: int) -> Tensor:
+    """(1, Hkv, heads * N, D): query heads that read the same keys, behind one another."""
+    return states_1HND.reshape(1, states_1HND.shape[1] // heads, -1, states_1HND.shape[-1])
+
+
+def _per_head(states_1HND: Tensor, heads: int) -> Tensor:
+    return states_1HND if heads == 1 else states_1HND.repeat_interleave(heads, dim=1)
+
+
+def _summed(states_1HND: Tensor, heads: int) -> Tensor:
+    """The gradient of `_per_head`."""
+    if heads == 1:
+        return states_1HND
+    _, count, tokens, width = states_1HND.shape
+    return states_1HND.reshape(1, count // heads, heads, tokens, width).sum(dim=2)

@@ -18,6 +18,7 @@ commands:
   validate   score the program on val                    (with --ckpt_path last: a run's program)
   test       score the program on test
   predict    answer new inputs:                          cotune predict --export runs/iris/export --data rows.csv
+  ask        one question, the trace shown stage by stage:  cotune ask --export runs/iris
   export     make adapter, merged weights and a model card of a run:  cotune export runs/iris --what all
   preview    show the training pairs of a run, the trained tokens marked:  cotune preview runs/iris
 
@@ -25,7 +26,7 @@ cotune COMMAND --help lists a command's options; --print_config prints a config 
 """
 
 
-SMALL = ("predict", "preview", "export")
+SMALL = ("predict", "ask", "export", "preview")
 """The commands with a module and a parser of their own; the others are Lightning's."""
 
 
@@ -64,7 +65,8 @@ def _share_cores() -> None:
 def _run_small(name: str, words: Sequence[str]) -> int:
     """A command with a parser of its own: --help and typos are answered before the heavy imports."""
     command = importlib.import_module(f"cotune.{name}")
-    options = command.parser().parse_args(words)
+    # Most commands know all their options; `ask` takes the inputs of the program too.
+    options = command.parse(words) if hasattr(command, "parse") else command.parser().parse_args(words)
     from cotune.cli import guarded
 
     return guarded(lambda: command.main(options))

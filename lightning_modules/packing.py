@@ -271,7 +271,10 @@ def _called_by_a_layer(
     if softcap is not None or s_aux is not None or dropout:
         raise NotImplementedError("its attention has soft caps, sinks or dropout")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    fused = query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as it does for PyTorch's own attention
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
+    fused = device == "cpu" and query.shape[-1] == value.shape[-1]
     if fused:
         read = _FusedOnCPU.apply(query, key, value, tuple(families), scale)  # type: ignore[no-untyped-call]
     else:

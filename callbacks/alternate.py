@@ -8,11 +8,12 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from cotune.callbacks.boundary import Boundary, BoundaryListener
-from cotune.callbacks.checkpoint import save_checkpoint
+from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.epoch_means import Sums, add_epoch_sums, epoch_sums
 from cotune.callbacks.progress import StepProgress, say_if_piped, training_bar_paused
 from cotune.callbacks.schedule import parse_schedule, prefix_name
 from cotune.datamodules import (
@@ -25,11 +26,26 @@ from cotune.datamodules import (
     load_traces,
     save_traces,
 )
+from cotune.datamodules.crash_point import crash_point
+from cotune.datamodules.durable import write_durably
 from cotune.lightning_modules import ProgramModule, Usage
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, RandomDemoSearch, SearchTask
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+
+_SAVING_SHARE = 0.02
+"""Most of a weight step's time that saving may take, where the interval is left to Alternate."""
+
+
+class Stopping(Protocol):
+    """Who knows whether the process has been asked to end."""
+
+    requested: int | None
+
+    def check(self) -> None:
+        """Raises if it has."""
+        ...
 
 
 class Alternate(Callback):
@@ -52,8 +68,13 @@ class Alternate(Callback):
         keep_best_epoch: end a weight step with the adapter of its best epoch by val, not of its last.
         try_both_prompts: score new weights also with the prompts from before the step (the paper keeps the pairs' own).
         search_examples: how many train examples a prompt step bootstraps from; null for all.
+        save_every: optimiser steps between two saves inside a weight step, all of which a kill can cost. "auto" saves
+            as often as keeps saving under 2 % of the time. The result does not depend on it.
         folder: where checkpoints and traces go; null takes the trainer's default_root_dir.
         seed: of the searches and the trace collections.
+
+    Attributes:
+        stopping: asked between two optimiser steps; when it wants the process to end, the state is saved first.
     """
 
     def __init__(
@@ -67,6 +88,7 @@ class Alternate(Callback):
         keep_best_epoch: bool = True,
         try_both_prompts: bool = True,
         search_examples: int | None = None,
+        save_every: int | Literal["auto"] = "auto",
         folder: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -75,10 +97,14 @@ class Alternate(Callback):
             raise ValueError(f"epochs {epochs} is below 1; leave w out of the schedule to train nothing.")
         if search_examples is not None and search_examples < 1:
             raise ValueError(f"search_examples {search_examples} is below 1; null takes the whole train set.")
+        if save_every != "auto" and save_every < 1:
+            raise ValueError(f'save_every {save_every} is below 1; it is a number of optimiser steps, or "auto".')
         self.search = search or RandomDemoSearch()
         self.epochs, self.weights, self.keep = epochs, weights, keep
         self.keep_best_epoch, self.try_both_prompts = keep_best_epoch, try_both_prompts
-        self.search_examples, self.folder, self.seed = search_examples, folder, seed
+        self.search_examples, self.save_every = search_examples, save_every
+        self.folder, self.seed = folder, seed
+        self.stopping: Stopping | None = None
         self.history: list[dict[str, Any]] = []
         self.epoch = 0
         """epochs of the present weight step that are behind"""
@@ -89,9 +115,12 @@ class Alternate(Callback):
         self._collected = False  # the traces of the present weight step are there, and its pairs' prompts are set
         self._usage = Usage()  # the LM's own, so that a checkpoint made at any time holds its count
         self._spent = Usage()  # as it was at the last boundary
-        self._unsaved = False
         self._clock = time.perf_counter()
         self._elapsed = 0.0
+        self._checkpoints: Checkpoints | None = None
+        self._resumed_from: dict[str, Any] = {}  # the trainer's own part of the checkpoint, until it has been restored
+        self._epoch_sums: Sums = {}
+        self._saved_at, self._saved_step, self._saving_takes = time.perf_counter(), 0, 0.0
 
     # What Lightning calls
 
@@ -115,7 +144,8 @@ class Alternate(Callback):
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module, data = _ours(trainer, pl_module)
-        self._clock = time.perf_counter()
+        data.between_batches = lambda: self._between_batches(trainer)
+        self._clock = self._saved_at = time.perf_counter()
         if not self.history:
             self._usage, self._spent = module.lm.usage, Usage(**vars(module.lm.usage))
             self._incumbent = module.prompts
@@ -125,12 +155,8 @@ class Alternate(Callback):
         self._until_weights(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._unsaved:
-            self._save(trainer)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._unsaved:  # a resumed run that had no training left
-            self._save(trainer)
+        self._resumed_from = {}  # by now Lightning has restored it
+        self._saved_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.epoch == 0 and self.weights == "fresh":
@@ -141,6 +167,14 @@ class Alternate(Callback):
         # Dropout draws the same numbers whether or not the run was stopped before. At the epoch's start would be too
         # early: loaders draw a seed when they are made, which happens before it in a run and after it in a resumed one.
         torch.manual_seed(_seed(self.seed, "train", self.position, self.epoch, batch_idx))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        crash_point("optimizer-step")
+        if self._epoch_sums:
+            add_epoch_sums(trainer, self._epoch_sums)
+            self._epoch_sums = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -155,7 +189,8 @@ class Alternate(Callback):
         _, data = _ours(trainer, pl_module)
         data.epoch = self.epoch
         if self.epoch < self.epochs:
-            self._save(trainer)
+            if self._save_is_due(trainer):
+                self._save(trainer)
             return
         with training_bar_paused(trainer):
             self._end_weight_step(trainer)
@@ -175,7 +210,16 @@ class Alternate(Callback):
             "usage": vars(self._usage),
             "spent": vars(self._spent),
             "elapsed": self._elapsed,
+            "epoch_sums": self._epoch_sums,
         }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = {name: checkpoint[name] for name in _TRAINERS_OWN if name in checkpoint}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Prompt steps that wait at a resumed run's start run before Lightning has restored optimiser and loops: as far
+        # as these are concerned the run is still where its checkpoint was.
+        checkpoint.update(self._resumed_from)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved, mine = (
@@ -193,7 +237,7 @@ class Alternate(Callback):
         self._best, self._best_epoch = state_dict["best"], state_dict["best_epoch"]
         self._report, self._collected = Report(**state_dict["report"]), state_dict["collected"]
         self._usage, self._spent = Usage(**state_dict["usage"]), Usage(**state_dict["spent"])
-        self._elapsed = state_dict["elapsed"]
+        self._elapsed, self._epoch_sums = state_dict["elapsed"], state_dict["epoch_sums"]
 
     # What happens at a boundary
 
@@ -265,11 +309,30 @@ class Alternate(Callback):
         left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=self.epoch)
         if left_out:
             print(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
-        steps = data.steps_per_epoch
-        module.begin_weight_step(steps=steps * self.epochs, done=steps * self.epoch)
+        steps = -(-data.steps_per_epoch // trainer.accumulate_grad_batches)
+        # A checkpoint from inside an epoch knows how far the rate has come.
+        module.begin_weight_step(steps=steps * self.epochs, done=module.weight_step if resumed else 0)
         if not resumed:
             self._collected = True
             self._save(trainer)
+
+    def _between_batches(self, trainer: Trainer) -> None:
+        """Saves inside an epoch, where it is due or the process is to end; only right after an optimiser step."""
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if done % trainer.accumulate_grad_batches:
+            return
+        stopping = self.stopping is not None and self.stopping.requested is not None
+        if stopping or self._save_is_due(trainer):
+            self._epoch_sums = epoch_sums(trainer)
+            self._save(trainer)
+            self._epoch_sums = {}
+        if self.stopping is not None:
+            self.stopping.check()
+
+    def _save_is_due(self, trainer: Trainer) -> bool:
+        if self.save_every == "auto":
+            return time.perf_counter() - self._saved_at >= self._saving_takes / _SAVING_SHARE
+        return trainer.global_step - self._saved_step >= self.save_every
 
     def _collect(self, module: ProgramModule, data: TraceDataModule, folder: Path) -> list[Trace]:
         reused = data.reuse_traces(module.program)
@@ -333,6 +396,7 @@ class Alternate(Callback):
         **more: Any,
     ) -> None:
         """Records a boundary, remembers it if it is the best so far, tells the listeners and saves."""
+        crash_point("boundary-before")
         module, _ = _ours(trainer)
         index, score = len(self.history), mean_score(rollouts)
         boundary = Boundary(
@@ -362,6 +426,7 @@ class Alternate(Callback):
             if isinstance(callback, BoundaryListener):
                 callback.on_boundary(trainer, module, boundary)
         self._save(trainer)
+        crash_point("boundary-after")
 
     def _finish(self, trainer: Trainer) -> None:
         """The schedule is over: the module becomes the best prefix, and the fit loop has nothing left to do."""
@@ -398,22 +463,19 @@ class Alternate(Callback):
             "prompt_tokens": spent["prompt_tokens"],
             "completion_tokens": spent["completion_tokens"],
             "too_long": spent["too_long"],
+            "cached_calls": spent["cached"],
             "generating_seconds": round(spent["seconds"], 3),
             "seconds": round(seconds, 3),
         }
 
     def _save(self, trainer: Trainer) -> None:
-        # In on_fit_start of a resumed run Lightning has not restored optimiser and loops yet: a checkpoint would hold
-        # empty ones. The one that was resumed from still stands, and the next hook saves.
-        self._unsaved = bool(trainer.ckpt_path and not trainer.fit_loop.epoch_loop.global_step and self._trained())
-        if self._unsaved:
-            return
-        now = time.perf_counter()
-        self._elapsed, self._clock = self._elapsed + now - self._clock, now
-        save_checkpoint(trainer, self._folder(trainer) / "checkpoints" / "last.ckpt")
-
-    def _trained(self) -> bool:
-        return self.epoch > 0 or "w" in self.steps[: self.position]
+        started = time.perf_counter()
+        self._elapsed, self._clock = self._elapsed + started - self._clock, started
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(self._folder(trainer) / "checkpoints")
+        self._checkpoints.save(trainer)
+        self._saved_at, self._saved_step = time.perf_counter(), trainer.global_step
+        self._saving_takes = self._saved_at - started
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.folder or trainer.default_root_dir)
@@ -446,6 +508,10 @@ def _check_setup(trainer: Trainer, module: LightningModule) -> None:
             raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
 
 
+_TRAINERS_OWN = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "MixedPrecision")
+"""Entries of a checkpoint that Lightning restores only after `on_fit_start`."""
+
+
 def _seed(*parts: Any) -> int:
     """A 31-bit seed from what it is for."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, parts)).encode()).digest()[:4], "big") >> 1
@@ -453,8 +519,7 @@ def _seed(*parts: Any) -> int:
 
 def _record_prompts(prompts: Prompts, path: Path) -> None:
     """Writes the prompts that stand in the training pairs, for `cotune preview`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2), encoding="utf-8")
+    write_durably(path, json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2))
 
 
 def _no_traces(report: Report, data: TraceDataModule) -> str:

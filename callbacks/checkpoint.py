@@ -1,27 +1,99 @@
-"""Checkpoints that are whole or absent: written beside the old one, flushed to disk, then put in its place."""
+"""Checkpoints that are whole or absent: the two newest of a run, known by their SHA-256 and checked before use."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
+from cotune.datamodules.crash_point import crash_point
+from cotune.datamodules.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
+LAST, PREVIOUS, COMING = "last.ckpt", "previous.ckpt", "last.ckpt.partial"
 
-def save_checkpoint(trainer: Trainer, path: Path) -> None:
-    """Saves the trainer's state at `path`; a kill at any moment leaves the old file or the new one.
 
-    The temporary file stands in the same folder (Lightning's own stands in $TMPDIR, and is copied), and both file and
-    folder are flushed.
+class CheckpointError(RuntimeError):
+    """A run has checkpoints, and none of them is as it was written."""
+
+
+class Checkpoints:
+    """`last.ckpt` and `previous.ckpt` in a folder.
+
+    A new one is written beside them and flushed, and `SHA256SUMS` lists it; then the last becomes the previous, and the
+    new one the last. Wherever that is cut short, the newest that is listed is there under one of the names.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    trainer.save_checkpoint(partial, weights_only=False)
-    with partial.open("rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._last_is_whole: bool | None = None  # nobody has looked yet
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the trainer's state.
+
+        Raises:
+            NotWrittenError: the disk is full, read-only or broken; the checkpoints that were there still are.
+        """
+        crash_point("checkpoint-before")
+        with clock.running():
+            self._save(trainer)
+        crash_point("checkpoint-after")
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, if there is any at all; and what is wrong with a newer one.
+
+        Raises:
+            CheckpointError: there are some, and none is whole.
+        """
+        known = read_sums(self.folder)
+        wrong = []
+        for path in (self.folder / COMING, self.folder / LAST, self.folder / PREVIOUS):
+            if not path.is_file():
+                continue
+            # Until the three have their places, a listed one may stand under another's name.
+            if file_sum(path) in ({known.get(LAST)} if path.name == COMING else set(known.values())):
+                return path, wrong
+            if path.name != COMING:
+                wrong.append(f"{path} is not what was written (its SHA-256 is not in {self.folder / 'SHA256SUMS'})")
+        if wrong:
+            raise CheckpointError(
+                f"no checkpoint can be trusted: {'; '.join(wrong)}. Start over with --fresh, which keeps this run "
+                "aside; completions that are stored are not generated again."
+            )
+        return None, []
+
+    def _save(self, trainer: Trainer) -> None:
+        last = self.folder / LAST
+        with explained(last):
+            digest = _write(trainer, self.folder / COMING)
+            known = read_sums(self.folder)
+            if self._last_is_whole is None:
+                self._last_is_whole = last.is_file() and file_sum(last) == known.get(LAST)
+            record_sums(self.folder, {LAST: digest, **({PREVIOUS: known[LAST]} if self._last_is_whole else {})})
+            if self._last_is_whole:
+                os.replace(last, self.folder / PREVIOUS)
+            put_in_place(self.folder / COMING, last)
+            self._last_is_whole = True
+
+
+def _write(trainer: Trainer, path: Path) -> str:
+    """Has the trainer write its state to this very file, and returns its SHA-256.
+
+    Lightning's own writer stages the file in $TMPDIR and copies it, unflushed.
+    """
+    writer = _DurableIO()
+    own, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, writer
     try:
-        os.fsync(folder)
+        trainer.save_checkpoint(path, weights_only=False)
     finally:
-        os.close(folder)
+        trainer.strategy.checkpoint_io = own
+    return writer.digest
+
+
+class _DurableIO(TorchCheckpointIO):
+    digest = ""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(checkpoint, file))

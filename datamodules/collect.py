@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cotune.datamodules.durable import DamagedFileError, damaged_file, new_folder
 from cotune.programs import (
     LM,
     Demo,
@@ -217,7 +218,13 @@ def fresh_prompts(
 
 
 def save_traces(traces: Sequence[Trace], folder: Path) -> None:
-    """Writes traces as a `datasets` data set, a row a stage call; inputs and outputs as JSON text."""
+    """Writes traces as a `datasets` data set, a row a stage call; inputs and outputs as JSON text.
+
+    A kill leaves no folder or all of it.
+
+    Raises:
+        NotWrittenError: the disk is full, read-only or broken.
+    """
     from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 
     rows = [
@@ -233,7 +240,8 @@ def save_traces(traces: Sequence[Trace], folder: Path) -> None:
     shown = is_progress_bar_enabled()
     disable_progress_bars()
     try:
-        Dataset.from_list(rows).save_to_disk(str(folder))
+        with new_folder(folder) as partial:
+            Dataset.from_list(rows).save_to_disk(str(partial))
     finally:
         if shown:
             enable_progress_bars()
@@ -243,10 +251,16 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
     """Reads what `save_traces` wrote, whichever run wrote it.
 
     Raises:
+        DamagedFileError: a file in it is not as the run wrote it.
         ValueError: the folder holds no traces, or they are those of a program with other stages or fields.
     """
     from datasets import load_from_disk
 
+    if why := damaged_file(Path(folder)):
+        raise DamagedFileError(
+            f"{why}. Start over with --fresh, which keeps this run aside; completions that are stored are not "
+            "generated again. If you changed them on purpose, save them to a folder of their own, for data.traces."
+        )
     try:
         rows = load_from_disk(str(folder)).to_list()
         traces = [

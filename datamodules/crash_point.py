@@ -7,9 +7,9 @@ it is for users, a point is one comparison.
 |---|---|
 | store-before-commit | a wave of completions is inserted, its transaction still open |
 | store-after-commit | the transaction is on disk |
-| blob-after-write | a file's content stands in a temporary file and is flushed |
-| blob-after-replace | the temporary file has taken its place |
-| blob-after-manifest | the manifest knows the file |
+| blob-after-write | a file's new content stands beside it, flushed (of a folder: all its files do) |
+| blob-after-manifest | SHA256SUMS lists the new content |
+| blob-after-replace | the new content has taken the old one's place |
 | checkpoint-before, checkpoint-after | around saving the trainer's state |
 | boundary-before, boundary-after | around recording a boundary: listeners and checkpoint |
 | optimizer-step | the weights have moved, and nothing has been saved since |

@@ -1,8 +1,8 @@
 """Durable files: whole or absent whatever happens, and known by their SHA-256, so that no damaged one is ever read.
 
-A file is written beside its place, flushed to disk, and moved over the old one; last comes its line in the folder's
-`SHA256SUMS`, which `sha256sum -c SHA256SUMS` checks by hand. A file that has no line there is one whose writing was cut
-short.
+A file is written beside its place and flushed to disk, then listed in the folder's `SHA256SUMS`, and then moved over
+the old one. Wherever that is cut short, what the list names is there, in its place or still beside it. By hand,
+`sha256sum -c SHA256SUMS` checks a folder.
 """
 
 from __future__ import annotations
@@ -49,50 +49,50 @@ class Clock:
 clock = Clock()
 
 
-def write_durably(path: Path, content: str | bytes, *, listed: bool = True) -> None:
+def write_durably(path: Path, content: str | bytes) -> None:
     """Writes a file so that a kill leaves the old one or the new one, never a part.
-
-    Args:
-        listed: also put it into SHA256SUMS of its folder.
 
     Raises:
         NotWrittenError: the disk is full, read-only or broken.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with clock.running():
-        digest = replace_file(path, lambda file: file.write(data))
-        if listed:
-            record_sums(path.parent, {path.name: digest})
+    with clock.running(), explained(path):
+        beside, digest = write_beside(path, lambda file: file.write(data))
+        record_sums(path.parent, {path.name: digest})
+        put_in_place(beside, path)
 
 
-def replace_file(path: Path, write: Callable[[Any], Any]) -> str:
-    """Has `write` fill a file that then takes the place of `path`; returns the SHA-256 of what was written.
+def write_beside(path: Path, write: Callable[[Any], Any]) -> tuple[Path, str]:
+    """Has `write` fill a file beside `path`, and flushes it; returns where it is, and its SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    with beside.open("wb") as file:
+        hashing = _Hashing(file)
+        write(hashing)
+        file.flush()
+        os.fsync(file.fileno())
+    crash_point("blob-after-write")
+    return beside, hashing.digest.hexdigest()
 
-    Raises:
-        NotWrittenError: the disk is full, read-only or broken.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            hashing = _Hashing(file)
-            write(hashing)
-            file.flush()
-            os.fsync(file.fileno())
-        crash_point("blob-after-write")
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise _not_written(path, error) from error
+
+def put_in_place(beside: Path, path: Path) -> None:
+    """Moves a file that was written beside its place over the old one."""
+    os.replace(beside, path)
+    sync_folder(path.parent)
     crash_point("blob-after-replace")
-    return hashing.digest.hexdigest()
 
 
-def record_sums(folder: Path, sums: Mapping[str, str], *, drop: tuple[str, ...] = ()) -> None:
+def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Adds or changes lines of a folder's SHA256SUMS."""
-    known = {name: digest for name, digest in read_sums(folder).items() if name not in drop} | dict(sums)
+    known = read_sums(folder) | dict(sums)
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items()))
-    replace_file(folder / SUMS, lambda file: file.write(text.encode()))
+    beside = _beside(folder / SUMS)
+    with beside.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, folder / SUMS)
+    sync_folder(folder)
     crash_point("blob-after-manifest")
 
 
@@ -119,16 +119,34 @@ def read_durably(path: Path) -> str:
         DamagedFileError: it is not what was written.
         FileNotFoundError: there is none.
     """
-    data = path.read_bytes()
-    why = _difference(path, hashlib.sha256(data).hexdigest())
-    if why:
+    whole, why = find_whole(path)
+    if whole is None:
         raise DamagedFileError(f"{path} {why}.")
-    return data.decode("utf-8")
+    return whole.read_text(encoding="utf-8")
 
 
-def damage(path: Path) -> str:
-    """What is wrong with a file that should be listed in its folder's SHA256SUMS; "" if nothing is."""
-    return _difference(path, file_sum(path)) if path.is_file() else "is not there"
+def find_whole(path: Path) -> tuple[Path | None, str]:
+    """Where a file is that its folder's SHA256SUMS lists: in its place, or beside it if it was being moved there.
+
+    Returns:
+        The path and "", or None and what is wrong.
+
+    Raises:
+        FileNotFoundError: it was never written.
+    """
+    listed = read_sums(path.parent).get(path.name)
+    places = [place for place in (path, _beside(path)) if place.is_file()]
+    for place in places:
+        if file_sum(place) == listed:
+            return place, ""
+    if not places and listed is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path not in places:
+        return None, "is not there"
+    return (
+        None,
+        f"is not listed in {path.parent / SUMS}" if listed is None else "is not what was written (its SHA-256 differs)",
+    )
 
 
 @contextmanager
@@ -137,20 +155,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     A kill leaves the old one, none, or the new one, never a part.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = _beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with explained(folder):
         partial.mkdir(parents=True)
         yield partial
         with clock.running():
             _seal(partial)
             crash_point("blob-after-write")
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-            sync_folder(folder.parent)
-    except OSError as error:
-        raise _not_written(folder, error) from error
-    crash_point("blob-after-replace")
+            put_in_place(partial, folder)
 
 
 def damaged_file(folder: Path) -> str:
@@ -159,17 +173,12 @@ def damaged_file(folder: Path) -> str:
     A folder without SHA256SUMS was made by someone else, and there is nothing to compare with.
     """
     for name in read_sums(folder):
-        if why := damage_below(folder, name):
-            return f"{folder / name} {why}"
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is not there"
+        if file_sum(path) != read_sums(folder)[name]:
+            return f"{path} is not what was written (its SHA-256 differs)"
     return "" if read_sums(folder) or not (folder / SUMS).exists() else f"{folder / SUMS} is damaged"
-
-
-def damage_below(folder: Path, name: str) -> str:
-    """What is wrong with a file that is listed in a folder above it; "" if nothing is."""
-    path = folder / name
-    if not path.is_file():
-        return "is not there"
-    return "" if file_sum(path) == read_sums(folder).get(name) else "is not what was written (its SHA-256 differs)"
 
 
 def sync_folder(folder: Path) -> None:
@@ -179,6 +188,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What the system says of writing a file, as a message that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        cause = os.strerror(error.errno) if error.errno else str(error)
+        fix = "Make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
+        raise NotWrittenError(
+            f"{path} could not be written: {cause}. What was there before still is. {fix}, and start the same command "
+            "again."
+        ) from error
 
 
 class _Hashing:
@@ -204,26 +227,12 @@ def _seal(folder: Path) -> None:
             os.fsync(file.fileno())
     for below in {path.parent for path in paths}:
         sync_folder(below)
-    sums = {path.relative_to(folder).as_posix(): file_sum(path) for path in paths}
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
-    replace_file(folder / SUMS, lambda file: file.write(text.encode()))
-    crash_point("blob-after-manifest")
+    record_sums(folder, {path.relative_to(folder).as_posix(): file_sum(path) for path in paths})
 
 
-def _difference(path: Path, digest: str) -> str:
-    listed = read_sums(path.parent).get(path.name)
-    if listed is None:
-        return f"is not listed in {path.parent / SUMS}: the process ended while it was being written"
-    return "" if digest == listed else "is not what was written (its SHA-256 differs)"
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
 
 
 def _is_digest(text: str) -> bool:
     return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
-
-
-def _not_written(path: Path, error: OSError) -> NotWrittenError:
-    cause = os.strerror(error.errno) if error.errno else str(error)
-    fix = " Make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else " Mend that"
-    return NotWrittenError(
-        f"{path} could not be written: {cause}. What was there before still is.{fix}, and start the same command again."
-    )

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import errno
+import os
 import signal
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from cotune.callbacks import Alternate
+from cotune.callbacks.checkpoint import CheckpointError, Checkpoints
+from cotune.callbacks.log_program import LogProgram
+from cotune.callbacks.metrics_file import MetricsFile
+from cotune.datamodules import Sizes
+from cotune.datamodules.durable import NotWrittenError
 from cotune.lightning_modules import LoRA
+from lightning.pytorch import Callback, Trainer
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -113,6 +124,146 @@ def test_ctrl_c_leaves_a_run_that_resumes(tiny_model: Path, tmp_path: Path, unin
         signal.signal(signal.SIGINT, handler)
     second = tiny_fit(tiny_model, tmp_path).run(first.last)
     assert second.outcome == uninterrupted("p -> w -> p").outcome
+
+
+MORE = Sizes(train=24, dev=6, val=10, test=4)
+INSIDE: dict[str, dict[str, Any]] = {
+    "every step": {"save_every": 1},
+    "every step, dropout": {"save_every": 1, "lora": LoRA(r=4, alpha=8, dropout=0.2)},
+    "every second step": {"save_every": 2},
+    "two batches a step": {"save_every": 1, "trainer": {"accumulate_grad_batches": 2}},
+    "auto": {},
+}
+
+
+class CountBatches(Callback):
+    """Which batches were trained on, by step of the schedule, epoch and place; all processes of a run together."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, int, int]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        (alternate,) = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
+        self.batches.append((alternate.position, alternate.epoch, args[-1]))
+
+
+def inside(model: Path, folder: Path, name: str, *more: Callback, resumes: bool = False) -> Fit:
+    """A fit whose epochs have several batches, and which logs."""
+    settings = dict(INSIDE[name])
+    trainer = {"logger": MetricsFile(folder, keep=resumes), **settings.pop("trainer", {})}
+    return tiny_fit(model, folder, sizes=MORE, trainer=trainer, callbacks=[LogProgram(), *more], **settings)
+
+
+@pytest.fixture(scope="module")
+def whole_inside(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    @cache
+    def run(name: str) -> tuple[Fit, list[tuple[int, int, int]]]:
+        count = CountBatches()
+        return inside(tiny_model, tmp_path_factory.mktemp("inside"), name, count).run(), count.batches
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [
+        ("every step", [3]),
+        ("every step", [4]),
+        ("every step", [1, 5, 7]),
+        ("every step, dropout", [2, 7]),
+        ("every second step", [4]),
+        ("two batches a step", [1]),
+        ("two batches a step", [1, 3]),
+        ("auto", [5]),
+    ],
+)
+def test_a_run_broken_off_inside_an_epoch_goes_on_there(
+    name: str, breaks: list[int], tiny_model: Path, tmp_path: Path, whole_inside: Any
+) -> None:
+    whole, expected = whole_inside(name)
+    assert len({batch for _, _, batch in expected}) >= 4, "epochs have several batches"
+    count, checkpoint = CountBatches(), None
+    for step in breaks:
+        part = inside(tiny_model, tmp_path, name, BreakInTraining(step), count, resumes=checkpoint is not None)
+        with pytest.raises(BrokenOffError):
+            part.run(checkpoint)
+        checkpoint = part.last
+    last = inside(tiny_model, tmp_path, name, count, resumes=True).run(checkpoint)
+    assert last.outcome == whole.outcome
+    assert last.lm.usage.calls == whole.lm.usage.calls
+    assert metrics(tmp_path) == metrics(Path(whole.trainer.default_root_dir))
+    assert set(count.batches) == set(expected)
+    redone = len(count.batches) - len(expected)
+    most = {"every step": 0, "every step, dropout": 0, "every second step": 1, "two batches a step": 1}.get(name, 99)
+    assert redone <= most * len(breaks), "the batch at which it broke had not begun"
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv, less what the clock says."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if v and "seconds" not in k and "cached" not in k} for row in rows]
+
+
+def test_a_kill_before_the_boundary_of_a_resumed_run_repeats_no_prompt_step(tiny_model: Path, tmp_path: Path) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole", "w -> p -> p").run()
+    after_first_search = len(whole.lm.seen) - 3
+    checkpoint, before = None, 0
+    for at in (after_first_search - 8, after_first_search):
+        part = tiny_fit(tiny_model, tmp_path, "w -> p -> p")
+        part.lm.breaks_at = at - before
+        with pytest.raises(BrokenOffError):
+            part.run(checkpoint)
+        checkpoint, before = part.last, before + len(part.lm.seen)
+    last = tiny_fit(tiny_model, tmp_path, "w -> p -> p")
+    saved = torch.load(checkpoint, weights_only=True)
+    assert saved["optimizer_states"][0]["state"], "the optimiser of the weight step is not lost"
+    assert last.run(checkpoint).outcome == whole.outcome
+
+
+def test_a_checkpoint_cut_short_is_seen_and_the_one_before_it_taken(tiny_model: Path, tmp_path: Path) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+    first = tiny_fit(tiny_model, tmp_path)
+    first.lm.breaks_at = len(whole.lm.seen) - 1
+    with pytest.raises(BrokenOffError):
+        first.run()
+    folder = first.last.parent
+    with first.last.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff")
+    newest, wrong = Checkpoints(folder).newest()
+    assert newest == folder / "previous.ckpt"
+    assert wrong[0].startswith(f"{first.last} is not what was written")
+    second = tiny_fit(tiny_model, tmp_path).run(newest)
+    assert second.outcome == whole.outcome
+    assert Checkpoints(folder).newest() == (folder / "last.ckpt", [])
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be trusted: .*last.ckpt .*previous.ckpt .*--fresh"):
+        Checkpoints(folder).newest()
+
+
+def test_a_disk_that_cannot_be_written_leaves_the_last_checkpoint(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+    first = tiny_fit(tiny_model, tmp_path)
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("last.ckpt") and first.alternate.position == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(
+            NotWrittenError, match=r"last.ckpt could not be written: No space left on device\. What was"
+        ):
+            first.run()
+    newest, _ = Checkpoints(first.last.parent).newest()
+    assert newest is not None
+    assert tiny_fit(tiny_model, tmp_path).run(newest).outcome == whole.outcome
 
 
 @pytest.mark.parametrize(

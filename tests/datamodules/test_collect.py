@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cotune.datamodules import Bootstrapping, Report, Trace, collect, load_traces, save_traces
+from cotune.datamodules.durable import DamagedFileError
 from cotune.programs import (
     ChatTemplate,
     Completion,
@@ -25,6 +26,7 @@ from cotune.programs import (
     exact_match,
     prompts_id,
 )
+from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
 
@@ -310,6 +312,19 @@ def test_traces_of_a_stage_with_other_fields_are_refused(tmp_path: Path, signatu
     save_traces(some_traces(), tmp_path / "traces")
     with pytest.raises(ValueError, match="are of another program"):
         load_traces(tmp_path / "traces", Other())
+
+
+def test_damaged_traces_are_refused_and_those_saved_anew_are_not(tmp_path: Path) -> None:
+    traces, _ = run(FakeLM(doubling), doubles(1, 2))
+    save_traces(traces, tmp_path / "step-1")
+    load_from_disk(str(tmp_path / "step-1")).save_to_disk(str(tmp_path / "mine"))
+    assert load_traces(tmp_path / "mine", Loop(1)) == traces
+    (arrow,) = (tmp_path / "step-1").glob("*.arrow")
+    data = bytearray(arrow.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrow.write_bytes(data)
+    with pytest.raises(DamagedFileError, match=r"step-1/.*arrow is not what was written .* Start over with --fresh"):
+        load_traces(tmp_path / "step-1", Loop(1))
 
 
 def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:

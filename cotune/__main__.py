@@ -8,26 +8,29 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cotune.parse_errors import OWN_COMMANDS
+
 _HELP = """\
 usage: cotune COMMAND [options]
 
 Tunes the prompts and the weights of multi-stage LM programs, by turns.
 
-commands:
-  fit        run a schedule of prompt and weight steps:  cotune fit --config configs/iris.yaml
-  validate   score the program on val                    (with --ckpt_path last: a run's program)
+before a run
+  doctor     what this machine can do, what to set   cotune doctor
+the run
+  fit        a schedule of prompt and weight steps   cotune fit --config configs/iris.yaml
+  validate   score the program on val                (with --ckpt_path last: a run's program)
   test       score the program on test
-  predict    answer new inputs:                          cotune predict --export runs/iris/export --data rows.csv
-  ask        one question, the trace shown stage by stage:  cotune ask --export runs/iris
-  export     make adapter, merged weights and a model card of a run:  cotune export runs/iris --what all
-  preview    show the training pairs of a run, the trained tokens marked:  cotune preview runs/iris
+what came of it
+  preview    training pairs as they are trained on   cotune preview runs/iris
+  ask        one question, shown stage by stage      cotune ask --export runs/iris
+  predict    answer the rows of a file or of stdin   cotune predict --export runs/iris --data rows.csv
+  export     adapter, merged weights, model card     cotune export runs/iris --what all
 
-cotune COMMAND --help lists a command's options; --print_config prints a config to start from.
+cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
+Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor), 2 an error that the message explains,
+130 stopped by Ctrl-C. COTUNE_DEBUG=1 shows the traceback behind a message.
 """
-
-
-SMALL = ("predict", "ask", "export", "preview")
-"""The commands with a module and a parser of their own; the others are Lightning's."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     _share_cores()
     # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if words[0] in SMALL:
+    if words[0] in OWN_COMMANDS:
         return _run_small(words[0], words[1:])
     from cotune.cli import run
 
@@ -67,6 +70,8 @@ def _run_small(name: str, words: Sequence[str]) -> int:
     command = importlib.import_module(f"cotune.{name}")
     # Most commands know all their options; `ask` takes the inputs of the program too.
     options = command.parse(words) if hasattr(command, "parse") else command.parser().parse_args(words)
+    if name == "doctor":  # it must answer where the imports of the others fail
+        return int(command.main(options))
     from cotune.cli import guarded
 
     return guarded(lambda: command.main(options))

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin
 
+OWN_COMMANDS = ("ask", "doctor", "export", "predict", "preview")
+"""The commands that have a module and a parser of their own; fit, validate and test are Lightning's."""
+
 Options = Mapping[str, Any]
 """Option name, with dots and without dashes -> its type; None where it has none."""
 
@@ -97,7 +100,7 @@ def _unknown_command(message: str, options: Options) -> str:
     found = re.search(r"argument subcommand: invalid choice: '([^']+)' \(choose from (.*)\)", message)
     if not found:
         return ""
-    known = [*re.findall(r"'(\w+)'", found[2]), "predict", "preview"]
+    known = [*re.findall(r"'(\w+)'", found[2]), *OWN_COMMANDS]
     return f'unknown command "{found[1]}"; commands are {", ".join(known)}.' + _hint(found[1], known, "")
 
 

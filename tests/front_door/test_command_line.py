@@ -17,6 +17,8 @@ import wandb
 import yaml
 from commands import ROOT, Said, cotune, fit, tiny
 
+from cotune.parse_errors import OWN_COMMANDS
+
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 IRIS = str(ROOT / "configs" / "iris.yaml")
 Run = Callable[..., Said]
@@ -39,7 +41,7 @@ def one_error(said: Said) -> str:
 # Help and configs
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["--version"], ["predict", "--help"], ["preview", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], [], ["--version"], *([name, "--help"] for name in OWN_COMMANDS)])
 def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
     script = (
         "import sys\nfrom cotune.__main__ import main\n"
@@ -147,7 +149,8 @@ def test_a_typo_in_a_config_is_named_with_the_nearest_right(run: Run, right: str
 
 
 def test_an_unknown_command_is_named(run: Run) -> None:
-    assert 'unknown command "fti"; commands are fit, validate, test, predict, preview.' in one_error(run("fti"))
+    message = one_error(run("fti"))
+    assert message.startswith('unknown command "fti"; commands are fit, validate, test, ask, doctor, export, predict')
 
 
 def test_a_config_that_is_missing_is_named(run: Run) -> None:

@@ -6,10 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types
+.PHONY: help setup demo test lint types bench bench-full
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.model-ready  ## make .venv with the tested versions and fetch the embedded model
 
@@ -22,6 +22,12 @@ test: setup  ## run the tests
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+bench: .venv/.bench-ready  ## measure speed beside other engines, small sizes (minutes; first it installs them)
+	@$(BIN)/python -m benchmarks
+
+bench-full: .venv/.bench-ready  ## the figures of benchmarks/README.md (hours; nothing else should run)
+	@$(BIN)/python -m benchmarks --full
 
 # mypy cannot follow the mapped folders of an editable install, so it reads the built package, as users get it. The wheel
 # is built outside the repository: a build/ folder left here would feed deleted modules into the next wheel.
@@ -42,6 +48,10 @@ types: setup  ## check types on the built package
 	@test -x $(BIN)/python || { echo "Making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv .venv; }
 	@echo "Installing cotune and its tested dependencies (a few minutes the first time)"
 	@$(PIP) install -c constraints.txt -e ".[dev,retrieval]"
+	@touch $@
+
+.venv/.bench-ready: .venv/.model-ready
+	@$(PIP) install -c constraints.txt -e ".[bench]"
 	@touch $@
 
 .venv/.model-ready: .venv/.installed lightning_modules/embedded.py

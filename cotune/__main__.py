@@ -22,6 +22,8 @@ the run
   validate   score the program on val                (with --ckpt_path last: a run's program)
   test       score the program on test
 what came of it
+  report     the run as one HTML page                cotune report runs/iris
+  compare    runs side by side                       cotune compare runs/iris runs/iris-2
   preview    training pairs as they are trained on   cotune preview runs/iris
   ask        one question, shown stage by stage      cotune ask --export runs/iris
   predict    answer the rows of a file or of stdin   cotune predict --export runs/iris --data rows.csv

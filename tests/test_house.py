@@ -113,7 +113,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     on_disk = {named(path) for path in MODULES}
     expected = {name if name.startswith("cotune/") else f"cotune/{name}" for name in on_disk}
-    assert held == expected | {"cotune/py.typed"}
+    templates = {named(path) for path in (ROOT / "cotune/report/templates").iterdir()}
+    assert held == expected | templates | {"cotune/py.typed"}
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -147,7 +147,7 @@ PEERS = (VLLM, HF, HF_PREFIX)
 """The peers of generation: vLLM with prefix caching, HF `generate` padded, HF `generate` behind an expanded cache."""
 
 
-def start(name: str, sides: Sides, *, dtype: str, threads: int, window: int = 4096, kv_gib: int = 6) -> Side:
+def start(name: str, sides: Sides, *, dtype: str, threads: int, window: int = 4096, kv_gib: int = 3) -> Side:
     """Starts a side with its part of the weights.
 
     Args:

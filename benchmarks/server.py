@@ -27,7 +27,7 @@ class Server:
 
     name = "lm"
 
-    def __init__(self, folder: str, *, dtype: str, threads: int, window: int = 4096, kv_gib: int = 4) -> None:
+    def __init__(self, folder: str, *, dtype: str, threads: int, window: int = 4096, kv_gib: int = 2) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}/v1"
         self._root = f"http://127.0.0.1:{port}"

@@ -81,7 +81,7 @@ class Search:
 
 
 def _exact(example: Any, prediction: Any, trace: Any = None) -> bool:
-    return str(prediction.answer).strip().strip(".").lower() == example.answer.lower()
+    return bool(str(prediction.answer).strip().strip(".").lower() == example.answer.lower())
 
 
 if __name__ == "__main__":

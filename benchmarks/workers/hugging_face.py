@@ -90,7 +90,7 @@ class Model:
 
 def _shared(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, at most all but the last of the shortest."""
-    low, high = min(prompts), max(prompts)
+    low, high = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1
     return next((at for at in range(most) if low[at] != high[at]), most)
 

@@ -3,7 +3,8 @@
 Both sides get the same model, examples, candidates, demos, token limit, LoRA shape, batch size and optimiser steps.
 What is counted on the peer's side is all that a user waits for: start of DSPy, TRL and the server, which runs twice,
 once for each state of the weights. The start-ups are shown apart, and so is the ratio without them. cotune's time is
-that of the whole command `cotune fit`.
+that of the whole command `cotune fit`. Either side may keep what it has asked for and not ask twice (DSPy's cache,
+cotune's completion store); both begin with nothing kept.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ JOBS = {
     job.name: job
     for job in (
         Job("main", (Stage(64, 986, 54),), new=32, phases=("cold", "warm", "again")),
+        Job("small", (Stage(32, 375, 20),), new=16, ends=True),
         Job("no sharing", (Stage(1, 0, 320),) * 32, new=32),
         Job("short", (Stage(64, 60, 20),), new=8),
         Job("long", (Stage(16, 2500, 300),), new=64),
@@ -58,7 +59,7 @@ JOBS = {
         Job("hot cache", (Stage(64, 500, 40),), new=16, phases=("cold", "again")),
     )
 }
-"""The main job and the six shapes on which no peer may be faster."""
+"""The main job, a small one for a quick look, and the six shapes on which no peer may be faster."""
 
 _QUESTIONS = (
     "Answer with one word: which is furthest north?",

@@ -37,7 +37,7 @@ class Sides:
 
 def language_model(kind: type[LM], model: str, **options: Any) -> LM:
     """An LM on the CPU that generates every completion anew: nothing may come out of a store in a benchmark."""
-    return kind(model, device="cpu", **options)
+    return kind(model, device="cpu", completions=None, **options)
 
 
 def make_sides(model: str, *, dtype: str, folder: Path) -> Sides:

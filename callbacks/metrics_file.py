@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from cotune.callbacks.record_run import write_whole
+from cotune.datamodules.durable import write_whole
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -55,8 +55,17 @@ class _Writer(ExperimentWriter):
             with path.open(encoding="utf-8", newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or ())
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """The base class empties the file before it writes the rows anew: a kill would lose them."""
+        path = Path(self.metrics_file_path)
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        write_whole(path, _csv_text(fieldnames, rows))
+
 
 def _behind(row: dict[str, str], step: int, boundaries: int) -> bool:
+    if None in row.values() or not row.get("step"):  # a line that a kill cut short; its step will be run again
+        return False
     if row.get("boundary/index"):
         return float(row["boundary/index"]) < boundaries
     return int(row["step"]) < step

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +14,15 @@ from typing import Any
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
+from cotune.callbacks.redact import redacted_text
+from cotune.datamodules.durable import clock, read_durably, write_durably, write_whole
 from cotune.programs import faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+__all__ = ["RecordRun", "summary", "write_whole"]
+
+_COUNTED = ("lm_calls", "prompt_tokens", "completion_tokens", "cached_calls")
 _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets")
 
 
@@ -34,9 +39,11 @@ class RecordRun(Callback, BoundaryListener):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
         self._alternate: Alternate | None = None
+        self._began = self._writing_before = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._began, self._writing_before = time.perf_counter(), clock.seconds
             found = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
             self._alternate = found[0] if found else None
 
@@ -44,7 +51,7 @@ class RecordRun(Callback, BoundaryListener):
         assert self._alternate is not None
         # All of it, not one line more: after a resume the file must not hold a boundary that was never saved.
         lines = [json.dumps(record, ensure_ascii=False) for record in self._alternate.history]
-        write_whole(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
+        write_durably(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
         known = history_faults(self._alternate.history[:-1])
         for kind, fault in boundary.faults.items():
             if kind not in known:
@@ -52,19 +59,27 @@ class RecordRun(Callback, BoundaryListener):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._alternate is not None and self._alternate.history:
-            self._write(trainer, pl_module, summary(self._alternate, seed=getattr(pl_module, "seed", 0)))
+            made = summary(self._alternate, seed=getattr(pl_module, "seed", 0))
+            self._write(trainer, pl_module, {**made, "durability": self._durability(pl_module)})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer, "summary.json")
         if self._alternate is not None and path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = json.loads(read_durably(path))
             # Not the logged metric: loggers hold float32, and 23 of 50 would read 0.46000000834465027.
             score = mean_score(pl_module.evaluated)  # type: ignore[arg-type]
             faults = faults_to_dict(faults_of(pl_module.evaluated))  # type: ignore[arg-type]
             self._write(trainer, pl_module, {**known, "test_score": score, "test_faults": faults})
 
     def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
-        write_whole(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_durably(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+    def _durability(self, module: LightningModule) -> dict[str, float]:
+        """Seconds that keeping the run safe took in this process, and their share of its time."""
+        store = getattr(getattr(module, "lm", None), "store", None)
+        storing, writing = (store.seconds if store else 0.0), clock.seconds - self._writing_before
+        share = (storing + writing) / max(time.perf_counter() - self._began, 1e-9)
+        return {"storing": round(storing, 3), "writing": round(writing, 3), "share": round(share, 4)}
 
     def _path(self, trainer: Trainer, name: str) -> Path:
         return Path(self.folder or trainer.default_root_dir) / name
@@ -83,25 +98,14 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
         "test_score": None,
         "faults": faults_to_dict(history_faults(history)),
         "test_faults": {},
-        **{name: sum(r[name] for r in history) for name in ("lm_calls", "prompt_tokens", "completion_tokens")},
+        **{name: sum(r[name] for r in history) for name in _COUNTED},
         "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(sum(seconds.values()), 1)},
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-        "command": " ".join(sys.argv),
+        "command": redacted_text(" ".join(sys.argv)),
     }
 
 
 def history_faults(history: Sequence[Mapping[str, Any]]) -> Faults:
     """The faults of several boundaries' records together."""
     return merged(*(faults_from_dict(record.get("faults", {})) for record in history))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that a kill leaves the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

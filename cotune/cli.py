@@ -11,19 +11,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from cotune.callbacks import Alternate
+from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
 from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
+from cotune.callbacks.redact import redacted
+from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import TraceDataModule
+from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.lightning_modules import ProgramModule
 from cotune.parse_errors import explain
-from cotune.run_folder import RunFolder
+from cotune.run_folder import RunFolder, RunFolderError
+from cotune.run_identity import (
+    RunIdentity,
+    changed_data,
+    counted_options,
+    data_sums,
+    differences,
+    library_versions,
+    read_identity,
+)
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
@@ -61,11 +75,23 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml for a fit only: it says what the run was made with, also after `cotune test`."""
+    """Writes config.yaml for a fit only: it says what the run was made with, also after `cotune test`.
+
+    Where the run was continued from is no part of it, and a key is none either.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
+            config = self.config.clone()
+            config.ckpt_path, config.weights_only = None, None
+            made = yaml.safe_load(self.parser.dump(config, skip_unset=False, format="yaml"))
+            text = yaml.safe_dump(redacted(made), sort_keys=False, allow_unicode=True)
+            write_durably(Path(trainer.default_root_dir) / self.config_filename, text)
+            self.already_saved = True
+
+
+class RunFinishedError(Exception):
+    """The run in the folder has come to its end, and there is nothing to do."""
 
 
 class CotuneCLI(LightningCLI):
@@ -73,23 +99,27 @@ class CotuneCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self.run_folder: RunFolder | None = None
+        self.signals = StopSignals()
+        self._before: RunIdentity | None = None
         try:
-            super().__init__(
-                model_class=ProgramModule,
-                datamodule_class=TraceDataModule,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
-                args=args,
-            )
+            with self.signals:
+                self._run(args)
         finally:
-            self._release_folder()
+            if self.run_folder is not None:
+                self.run_folder.release()
+            if hasattr(self, "model") and self.model.lm.store is not None:
+                self.model.lm.store.close()  # it opens again where it is asked again
 
-    def _release_folder(self) -> None:
-        if self.run_folder is not None:
-            self.run_folder.release()
+    def _run(self, args: ArgsType) -> None:
+        super().__init__(
+            model_class=ProgramModule,
+            datamodule_class=TraceDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
+            save_config_callback=SaveConfig,
+            args=args,
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -120,19 +150,74 @@ class CotuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         self.run_folder = RunFolder(config.runs_dir, config.name)
-        last = config.get("ckpt_path") == "last"
         if self.subcommand == "fit":
-            checkpoint = self.run_folder.acquire(fresh=config.fresh, resume=last)
-            if last:
-                print(f"continuing {checkpoint}" if checkpoint else "nothing saved yet: starting from the beginning")
-                config.ckpt_path = str(checkpoint) if checkpoint else None
-            config.fresh = False
-        elif last:
-            checkpoint = self.run_folder.path / "checkpoints" / "last.ckpt"
-            if not checkpoint.is_file():
-                raise FileNotFoundError(f"{checkpoint} does not exist; is --name {config.name} the run you mean?")
-            config.ckpt_path = str(checkpoint)
+            self._take_folder(config)
+        elif config.get("ckpt_path") == "last":
+            config.ckpt_path = self._newest()
+            if config.ckpt_path is None:
+                folder = self.run_folder.path / "checkpoints"
+                raise FileNotFoundError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
+        if config.get("ckpt_path"):
+            config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
         config.trainer.default_root_dir = str(self.run_folder.path)
+
+    def _take_folder(self, config: Any) -> None:
+        """Takes the run's folder, and finds out where the run that is in it goes on."""
+        assert self.run_folder is not None
+        self.run_folder.acquire(fresh=config.fresh)
+        config.fresh = False
+        self._before = read_identity(self.run_folder.path)
+        self._options = counted_options(self._dumped())
+        if self._before is not None:
+            self._refuse(differences(self._before.options, self._options))
+            if self._before.finished:
+                raise RunFinishedError(self.run_folder.path)
+        if config.get("ckpt_path") in (None, "last"):
+            asked, config.ckpt_path = config.get("ckpt_path"), self._newest()
+            if config.ckpt_path:
+                print(f"continuing {config.ckpt_path}")
+            elif asked or self._before is not None:
+                print("nothing saved yet: starting from the beginning")
+
+    def _newest(self) -> str | None:
+        """The newest checkpoint that is whole; says what is wrong with a newer one."""
+        assert self.run_folder is not None
+        checkpoint, wrong = Checkpoints(self.run_folder.path / "checkpoints").newest()
+        for why in wrong:
+            print(f"{why}; the one before it is taken.")
+        return None if checkpoint is None else str(checkpoint)
+
+    def _dumped(self) -> dict[str, Any]:
+        """The options as plain data, as parsed: order and spelling in files and on the command line do not count."""
+        text = self.parser.dump(self.config, skip_unset=False, format="yaml")
+        return dict(yaml.safe_load(text)[self.subcommand])
+
+    def _refuse(self, found: Sequence[str]) -> None:
+        assert self.run_folder is not None
+        if found:
+            raise RunFolderError(
+                f"{self.run_folder.path} holds a run made otherwise (then -> now): {'; '.join(found)}. Continue it as "
+                "it was, start over with --fresh (the old run is kept aside), or give this one another --name."
+            )
+
+    def after_instantiate_classes(self) -> None:
+        lm, config = self.model.lm, self.config[self.subcommand]
+        if config.model.lm.init_args.get("completions") is None:
+            lm.keep_completions(Path(config.runs_dir) / "completions.sqlite")
+
+    def before_fit(self) -> None:
+        """Data and base model must be those that the run was made with; a new run writes down what it is made with."""
+        assert self.run_folder is not None
+        now = RunIdentity(
+            self._options, data_sums(self.datamodule.splits), self.model.lm.base_identity(), library_versions()
+        )
+        if self._before is None:
+            now.write(self.run_folder.path)
+            return
+        base = [] if self._before.base == now.base else [f"base model: {self._before.base[:12]} -> {now.base[:12]}"]
+        self._refuse([*changed_data(self._before.data, now.data), *base])
+        for what in differences(self._before.versions, now.versions):
+            print(f"continuing with another version, so the last bits may be others: {what}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -144,21 +229,33 @@ class CotuneCLI(LightningCLI):
         config.trainer["logger"] = loggers or False
         trainer = super().instantiate_trainer(**kwargs)
         self._dump_config()
-        trainer.callbacks += [RecordRun(), LogProgram(), ExportProgram(config=self.config_dump["model"])]  # type: ignore[attr-defined]
+        model = redacted(self.config_dump["model"])
+        ours = [StopOnSignal(self.signals), RecordRun(), LogProgram(), ExportProgram(config=model)]
+        trainer.callbacks += ours  # type: ignore[attr-defined]
         return trainer
 
     def after_fit(self) -> None:
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         from cotune.closing_table import closing_table
 
-        closing_table(Path(self.trainer.default_root_dir))
+        folder = Path(self.trainer.default_root_dir)
+        made = read_identity(folder)
+        assert made is not None
+        made.ended().write(folder)
+        closing_table(folder)
 
 
 def run(words: Sequence[str]) -> int:
     """Runs fit, validate or test."""
 
     def start() -> int:
-        CotuneCLI(list(words))
+        try:
+            CotuneCLI(list(words))
+        except RunFinishedError as finished:
+            from cotune.closing_table import closing_table
+
+            print(f"{finished} is finished; --fresh starts over and keeps it aside.")
+            closing_table(Path(str(finished)))
         return 0
 
     return guarded(start)
@@ -173,13 +270,12 @@ def guarded(command: Callable[[], int]) -> int:
     _find_own_modules()
     try:
         return command()
+    except Stopped as stopped:
+        print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
-        return _stopped()
-    except SystemExit as end:
-        # In a fit Lightning turns Ctrl-C into an exit; only what it was handling then tells it from any other.
-        if isinstance(end.__context__, KeyboardInterrupt):
-            return _stopped()
-        raise
+        print("\ncotune: stopped.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -190,9 +286,15 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-def _stopped() -> int:
-    print("\ncotune: stopped. The same command with --ckpt_path last goes on from the last save.", file=sys.stderr)
-    return 130
+def _whole(checkpoint: str) -> Path:
+    """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is."""
+    path = Path(checkpoint)
+    if not (path.parent / "SHA256SUMS").is_file() or path.name.endswith(".partial"):
+        return path
+    whole, why = find_whole(path)
+    if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
+        raise RunFolderError(f"{path} {why}.")
+    return path
 
 
 def _find_own_modules() -> None:

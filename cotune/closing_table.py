@@ -10,19 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cotune.datamodules.durable import DamagedFileError, read_durably
 from cotune.programs.faults import faults_from_dict
 
 
 def closing_table(folder: Path, console: Console | None = None) -> None:
-    """Prints a finished run's table from its files."""
+    """Prints a finished run's table from its files.
+
+    Raises:
+        DamagedFileError: summary.json is not as the run wrote it.
+    """
     console = console or Console()
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    summary = json.loads(read_durably(folder / "summary.json"))
+    records, damage = read_history(folder / "history.jsonl")
     kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
     for name in ("after", "val score", "format failures", "LM calls", "seconds"):
         table.add_column(name, justify="left" if name == "after" else "right")
-    for record in map(json.loads, lines):
+    for record in records:
         best = record["prefix"] == summary["best"]
         table.add_row(
             record["prefix"] + (" *" if best else ""),
@@ -40,7 +45,25 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     )
     for line in fault_lines(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if damage:
+        console.print(damage, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a history.jsonl; of a damaged one those up to the first that cannot be read, and what is wrong."""
+    try:
+        return [json.loads(line) for line in read_durably(path).splitlines()], ""
+    except (DamagedFileError, FileNotFoundError) as error:
+        damage = str(error)
+    records: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records, f"{damage} Shown are {len(records)} of {len(lines)} records; any of them may be wrong."
 
 
 def fault_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ class RunFolderError(RuntimeError):
 class RunFolder:
     """A folder `runs_dir/name` that this process holds, until it ends or `release` is called.
 
-    The lock is the operating system's (flock): it goes with the process, however that ends.
+    The lock is the operating system's (flock): it goes with the process, however that ends. What stands in the file is
+    who holds it: process, host, and the id of the host's boot.
     """
 
     def __init__(self, runs_dir: str, name: str) -> None:
@@ -28,54 +29,54 @@ class RunFolder:
         self.path = Path(runs_dir) / name
         self._lock: IO[str] | None = None
 
-    def acquire(self, *, fresh: bool, resume: bool) -> Path | None:
-        """Takes the folder.
-
-        Args:
-            fresh: start over; an earlier run in the folder is renamed, not deleted.
-            resume: go on from the last checkpoint.
-
-        Returns:
-            The checkpoint to go on from, if there is one and `resume` is asked for.
+    def acquire(self, *, fresh: bool = False) -> None:
+        """Takes the folder; `fresh` renames what is there, and begins an empty one.
 
         Raises:
-            RunFolderError: another process runs in it, or it holds a run and neither was asked for.
+            RunFolderError: another process runs in it, or its file system has no locks.
         """
-        if fresh and self.path.exists():
-            self._take_lock()  # not from under a running process
+        self._take_lock()  # a running process must not lose the folder from under it
+        if fresh and any(path.name != ".lock" for path in self.path.iterdir()):
             self.release()
             self._set_aside()
-        self._take_lock()
-        checkpoint = self.path / "checkpoints" / "last.ckpt"
-        if resume:
-            return checkpoint if checkpoint.is_file() else None
-        if (self.path / "history.jsonl").exists() or checkpoint.exists():
-            self.release()
-            raise RunFolderError(
-                f"{self.path} already holds a run. Continue it with --ckpt_path last, start over with --fresh "
-                "(the old run is kept aside), or give this one another --name."
-            )
-        return None
+            self._take_lock()
 
     def release(self) -> None:
         if self._lock is not None:
+            self._lock.truncate(0)  # ended in order: nobody need wonder who it was
             self._lock.close()
             self._lock = None
 
     def _take_lock(self) -> None:
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunFolderError(f"{self.path} cannot be made: {error.strerror}. Give another --runs_dir.") from error
+        lock.seek(0)
+        holder = lock.read()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read() or "another process"
             lock.close()
-            raise RunFolderError(f"{self.path} is in use by {holder}. Wait for it, or give another --name.") from error
+            raise RunFolderError(
+                f"{self.path} is in use by {holder or 'another process'}. Wait for it, or give another --name."
+            ) from error
+        except OSError as error:
+            lock.close()
+            raise RunFolderError(
+                f"{self.path} is on a file system without locks ({error.strerror}), where two runs could mix their "
+                "files. Give a --runs_dir on another."
+            ) from error
+        if holder and f" on {socket.gethostname()}" not in holder:
+            print(
+                f"{self.path} was last held by {holder}, which has let go of it. If that process still runs, stop "
+                "one of the two: some network file systems do not carry locks between machines."
+            )
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{_boot()}")
         lock.flush()
         self._lock = lock
 
@@ -84,9 +85,16 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(aside)
+        print(f"the earlier run is kept as {aside}")
 
 
 def read_summary(folder: Path) -> dict[str, object]:
     """summary.json of a run; {} before it has one."""
     path = folder / "summary.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _boot() -> str:
+    """Which boot of the host this is, where the system says so."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return f" (boot {path.read_text().strip()[:8]})" if path.is_file() else ""

@@ -62,6 +62,16 @@ def write_durably(path: Path, content: str | bytes) -> None:
         put_in_place(beside, path)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that nothing is ever continued from, so that a kill leaves the old one or the new one.
+
+    Raises:
+        NotWrittenError: as `write_durably`.
+    """
+    with clock.running(), explained(path):
+        put_in_place(write_beside(path, lambda file: file.write(text.encode()))[0], path)
+
+
 def write_beside(path: Path, write: Callable[[Any], Any]) -> tuple[Path, str]:
     """Has `write` fill a file beside `path`, and flushes it; returns where it is, and its SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +175,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
             crash_point("blob-after-write")
             shutil.rmtree(folder, ignore_errors=True)
             put_in_place(partial, folder)
+
+
+def damage_of(path: Path) -> str:
+    """What is wrong with a file that its folder's SHA256SUMS should list; "" if nothing is."""
+    whole, why = find_whole(path)
+    return "" if whole == path else why or "stands beside its place"
 
 
 def damaged_file(folder: Path) -> str:

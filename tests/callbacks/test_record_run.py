@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cotune.callbacks.record_run import RecordRun, write_whole
+from cotune.datamodules.durable import NotWrittenError
 from cotune.programs import Example, content_id
 from rich.console import Console
 from tiny_fit import BrokenOffError, Fit, digest, tiny_fit
@@ -115,10 +116,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     write_whole(path, "old")
 
     def full(*_: Any) -> None:
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(NotWrittenError, match="No space left"):
         write_whole(path, "new")
     assert path.read_text() == "old"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -233,7 +232,7 @@ def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyP
 def test_a_folder_in_use_is_refused_and_says_by_whom(run: Run, tiny_model: Path) -> None:
     hold = (
         "import sys; from cotune.run_folder import RunFolder\n"
-        "folder = RunFolder('runs', 'tiny'); folder.acquire(fresh=False, resume=False); print('held', flush=True)\n"
+        "folder = RunFolder('runs', 'tiny'); folder.acquire(); print('held', flush=True)\n"
         "sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -247,51 +246,6 @@ def test_a_folder_in_use_is_refused_and_says_by_whom(run: Run, tiny_model: Path)
             assert message.endswith("Wait for it, or give another --name.")
         holder.communicate("")
     assert not list(Path("runs").glob("*.old-*"))
-
-
-def test_a_finished_run_is_never_overwritten(run: Run, tiny_model: Path) -> None:
-    words = fit(tiny_model, schedule="p")
-    assert run(*words).code == 0
-    before = Path("runs/tiny/history.jsonl").read_text()
-    message = one_error(run(*words))
-    assert message.startswith("runs/tiny already holds a run. Continue it with --ckpt_path last, start over with --fre")
-    assert run(*words, "--fresh").code == 0
-    assert Path("runs/tiny.old-1/history.jsonl").read_text() == before
-    assert Path("runs/tiny/export/program.json").is_file()
-
-
-def test_ckpt_path_last_goes_on_from_the_last_save(
-    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
-) -> None:
-    from cotune.callbacks import Alternate
-
-    class StoppedError(Exception):
-        pass
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise StoppedError
-
-    words = fit(tiny_model, "--alternate.keep", "last", "--data.bootstrapping.demo_share", "0.5")
-    with monkeypatch.context() as patch:
-        patch.setattr(Alternate, "_end_weight_step", stop)
-        with pytest.raises(StoppedError):
-            run(*words)
-    said = run(*words, "--ckpt_path", "last")
-    assert said.code == 0, said.err
-    assert "continuing runs/tiny/checkpoints/last.ckpt" in said.out
-    kept = ("prefix", "val_score", "prompts", "lm_calls")
-    assert history(Path("runs/tiny"), kept) == history(finished.folder, kept)
-
-
-def history(folder: Path, kept: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    records = map(json.loads, (folder / "history.jsonl").read_text().splitlines())
-    return [tuple(record[name] for name in kept) for record in records]
-
-
-def test_nothing_saved_yet_starts_from_the_beginning(run: Run, tiny_model: Path) -> None:
-    said = run(*fit(tiny_model, "--ckpt_path", "last", schedule="p"))
-    assert said.code == 0, said.err
-    assert "nothing saved yet: starting from the beginning" in said.out
 
 
 def test_a_run_is_tested_again_from_its_own_config(run: Run, finished: Any) -> None:

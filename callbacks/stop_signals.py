@@ -1,0 +1,100 @@
+"""Stopping: SIGTERM and Ctrl-C end a fit at the next wave of completions or optimiser step, with everything saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from cotune.callbacks.alternate import Alternate
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal asked the process to end. Not an `Exception`: nobody is to take it for a failed rollout.
+
+    Attributes:
+        exit_code: 130 for Ctrl-C, 143 for SIGTERM, as shells count.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """Signal handlers, inside a `with`. The first signal waits for the end of a unit of work; a second one does not.
+
+    Where nothing is under way that could be lost (`patient` is off) the first one ends the process at once as well.
+    """
+
+    def __init__(self) -> None:
+        self.patient = False
+        self.requested: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
+            self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+            self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def install(self) -> None:
+        """Puts the handlers in place, again where somebody has put in others meanwhile."""
+        for number in self._before:
+            signal.signal(number, self._handle)
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come. To be called between units of work."""
+        if self.requested is not None:
+            raise Stopped(self.requested)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            # Whatever is under way, the files are as after a kill: whole.
+            _say("stopped at once.")
+            os._exit(128 + number)
+        self.requested = number
+        if not self.patient:
+            raise Stopped(number)
+        _say("stopping after this batch; once more to stop at once.")
+
+
+class StopOnSignal(Callback):
+    """Ends a fit, and the test after it, between two units of work once a signal has come.
+
+    Args:
+        signals: whose handlers are in place.
+    """
+
+    def __init__(self, signals: StopSignals) -> None:
+        self.signals = signals
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.lm.before_wave = self.signals.check  # type: ignore[union-attr, assignment]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Alternate):
+                callback.stopping = self.signals
+        self.signals.patient = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning has wrapped the SIGTERM handler by now, and would end the loop before anything is saved.
+        self.signals.install()
+
+
+def _say(what: str) -> None:
+    # No print: it may hold the very lock that the interrupted code holds.
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hides it
+    os.write(2, f"{show_cursor}\ncotune: {what}\n".encode())

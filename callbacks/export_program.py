@@ -89,6 +89,7 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
         "gguf_file": lm.gguf_file,
         "gguf": source.get("file", ""),
         "quantization": quantized_as(lm.model.config),
+        "by_run": {"quantization": lm.quantization, "double_quantization": lm.double_quantization},
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
 

@@ -33,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the merged weights; that of the run without it",
     )
     made.add_argument(
+        "--as-trained",
+        action="store_true",
+        help="merge into the weights as the run's quantization rounded them, so that the merged model writes what the "
+        "run's program wrote; without it the adapter is merged into the unrounded base",
+    )
+    made.add_argument(
         "--base-model", metavar="ID", help="the Hub id by which others know the base, where the run had a local folder"
     )
     made.add_argument("--license", default="", metavar="NAME", help="for the model card, e.g. apache-2.0")
@@ -62,6 +68,7 @@ def main(options: argparse.Namespace) -> int:
         out,
         what=options.what,
         dtype=options.dtype,
+        as_trained=options.as_trained,
         base_model=options.base_model,
         license_name=options.license,
         trust_remote_code=options.trust_remote_code,
@@ -79,6 +86,7 @@ def write_export(
     *,
     what: str = "adapter",
     dtype: str | None = None,
+    as_trained: bool = False,
     base_model: str | None = None,
     license_name: str = "",
     trust_remote_code: bool = False,
@@ -102,7 +110,8 @@ def write_export(
         _copy_adapter(export / "adapter", out / "adapter", described["base"])
     into = ""
     if what != "adapter":
-        into = _merge(described, export / "adapter", out / "merged", dtype, trust_remote_code)
+        lm = _base_lm(described["base"], dtype, as_trained, trust_remote_code)
+        into = _merge(lm, described, export / "adapter", out / "merged")
     card = Card(
         name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
         described=described,
@@ -175,6 +184,7 @@ def _early_base(described: dict[str, Any]) -> dict[str, Any]:
         "gguf_file": lm.get("gguf_file"),
         "gguf": GGUF_FILE if name == EMBEDDED else "",
         "quantization": f"bitsandbytes {lm['quantization']}" if lm.get("quantization") else "",
+        "by_run": {name: lm[name] for name in ("quantization", "double_quantization") if lm.get(name)},
         "dtype": lm.get("dtype", "float32"),
     }
 
@@ -205,20 +215,21 @@ def _copy_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
     name_base(target, base["name"], base["revision"])
 
 
-def _merge(described: dict[str, Any], adapter: Path, folder: Path, dtype: str | None, trust: bool) -> str:
+def _merge(lm: LanguageModel, described: dict[str, Any], adapter: Path, folder: Path) -> str:
     from cotune.lightning_modules.merged import save_merged
     from cotune.programs import Sampling
 
     sampling = Sampling(**((described.get("model") or {}).get("sampling") or {}))
-    return save_merged(_base_lm(described["base"], dtype, trust), adapter, folder, sampling=sampling)
+    return save_merged(lm, adapter, folder, sampling=sampling)
 
 
-def _base_lm(base: dict[str, Any], dtype: str | None, trust: bool) -> LanguageModel:
-    """The base as the run read it, without the run's quantisation."""
+def _base_lm(base: dict[str, Any], dtype: str | None, as_trained: bool, trust: bool) -> LanguageModel:
+    """The base as the run read it; with the run's own quantisation only where the weights are wanted as trained."""
     from cotune.lightning_modules import LanguageModel
 
     chosen: Any = dtype or base["dtype"]
-    return LanguageModel(base["model"], gguf_file=base["gguf_file"], dtype=chosen, trust_remote_code=trust)
+    rounding = base.get("by_run", {}) if as_trained else {}
+    return LanguageModel(base["model"], gguf_file=base["gguf_file"], dtype=chosen, trust_remote_code=trust, **rounding)
 
 
 def _known_license(base: dict[str, Any]) -> str:

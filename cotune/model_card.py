@@ -119,17 +119,19 @@ class Card:
                 "adapter can write other tokens."
             )
         if self.merged_into:
-            exact = (
-                ""
-                if not base.get("quantization")
-                else (
-                    " The adapter was trained beside rounded weights, so the merged model can write other tokens than "
-                    "in the run: score it before you rely on the table above."
-                )
-            )
-            lines.append(f"- `merged/` is the adapter added to {self.merged_into}.{exact}")
+            lines.append(f"- `merged/` is the adapter added to {self.merged_into}.{self._rounding(base)}")
         licence = f"`{self.license}`" if self.license else "that of the base model; check it there"
         return "\n".join([*lines, f"- Licence: {licence}. The training data may have conditions of its own."])
+
+    def _rounding(self, base: Mapping[str, Any]) -> str:
+        if not base.get("quantization"):
+            return ""
+        if "bitsandbytes" in self.merged_into:
+            return " So the base is rounded as it was while tuning."
+        return (
+            " The adapter was trained beside rounded weights, so the merged model can write other tokens than in the "
+            "run: score it before you rely on the table above (`cotune export --as-trained` keeps the rounding)."
+        )
 
     def _settings(self) -> list[tuple[str, str]]:
         data, model = self.described.get("data") or {}, self.described.get("model") or {}

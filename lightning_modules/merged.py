@@ -11,16 +11,16 @@ import torch
 from cotune.lightning_modules.embedded import gguf_source
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.lora import peft_of_today
-from cotune.lightning_modules.quantization import QuantizationError, quantized_as
+from cotune.lightning_modules.quantization import QuantizationError, bitsandbytes_config, quantized_as
 from cotune.programs import Sampling
 
 
 def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
     """Writes W + BA as safetensors, with config, tokenizer, chat template and generation settings.
 
-    The base is read anew in `lm.dtype`, unquantised: adding to a 4- or 8-bit weight would round the adapter away. A
-    checkpoint of bitsandbytes has no other weights than its rounded ones; they are unpacked and merged. The folder
-    appears whole or not at all.
+    The base is read anew, and the sum is made and kept in `lm.dtype`: adding to a 4- or 8-bit weight would round the
+    adapter away. Where `lm` has a quantization, or the checkpoint is one of bitsandbytes, the weights are rounded as
+    they were in the run, and unpacked again. The folder appears whole or not at all.
 
     Args:
         lm: names the base; its own weights are not loaded.
@@ -85,6 +85,11 @@ def _full_precision(lm: LanguageModel) -> tuple[Any, str]:
             "Serve the adapter beside the base (--what adapter), or tune the unquantised model."
         )
     options: dict[str, Any] = {"dtype": lm.dtype, "trust_remote_code": lm.trust_remote_code}
+    if lm.quantization:
+        options["quantization_config"] = bitsandbytes_config(
+            lm.quantization, double=lm.double_quantization, dtype=lm.dtype
+        )
+        already = f"bitsandbytes {lm.quantization}"
     if not already:
         gguf = gguf_source(lm.source).get("file")
         read = f"the weights of {gguf}, unpacked to {dtype}" if gguf else f"the unquantised base in {dtype}"

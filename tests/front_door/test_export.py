@@ -144,6 +144,19 @@ def test_the_adapter_of_a_quantised_base_is_merged_into_the_unrounded_weights(tm
     assert "bitsandbytes nf4" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_merged_as_trained_a_quantised_run_writes_the_same_tokens(tmp_path: Path, kind: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    module = quantised(save_wide_model(tmp_path / "wide"), kind)
+    export_program(module, tmp_path / "one" / "export")
+    card = write_export(tmp_path / "one" / "export", tmp_path / "out", what="merged", as_trained=True)
+    assert card.merged_into == f"the bitsandbytes {kind} weights of the base, unpacked to float32"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", dtype="auto")
+    continued(merged, completions(module))
+    assert "rounded as it was while tuning" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_checkpoint_that_exists_only_quantised_is_unpacked_and_merged(tmp_path: Path, kind: Any) -> None:

@@ -292,3 +292,23 @@ def test_freeing_gives_the_memory_back_and_the_copy_comes_again(tiny_model: Path
     merged.free()
     assert not merged._copies
     assert agrees(model, merged)
+
+
+def test_layers_and_head_compute_as_they_did_before_once_the_copy_is_out(tiny_model: Path) -> None:
+    model, merged = tuned(tiny_model), MergedCopy()
+    (_, first), (_, second) = lora_layers(model)[:2]
+    own = first.forward = lambda x: type(first).forward(first, x)
+    with merged.swapped(model):
+        assert "forward" in vars(model.get_output_embeddings())
+    assert first.forward is own
+    assert not {"forward"} & (vars(second).keys() | vars(model.get_output_embeddings()).keys())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_laid_out_head_gives_the_plain_head_s_logits(tiny_model: Path, rows: int) -> None:
+    model, merged = tuned(tiny_model), MergedCopy()
+    head = model.get_output_embeddings()
+    hidden = torch.randn(1, rows, head.in_features)
+    with torch.no_grad(), merged.swapped(model):
+        found = head(hidden)
+    torch.testing.assert_close(found, head(hidden), rtol=1e-5, atol=1e-5)

@@ -2,71 +2,141 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.metrics_file import MetricsFile
-from cotune.programs import Prompt, Prompts, prompts_id
+from cotune.callbacks.program_tables import (
+    Rows,
+    candidate_rows,
+    phase_costs,
+    prompt_difference,
+    prompt_rows,
+    prompt_text,
+    rollout_rows,
+    score_rows,
+    trials,
+)
+from cotune.callbacks.score_curve import score_curve
+from cotune.callbacks.wandb_artifacts import ProgramArtifacts, read_config
+from cotune.callbacks.wandb_run import RunLogger
 from cotune.programs.faults import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-Rows = tuple[list[str], list[list[Any]]]
-"""Column names, and rows."""
+_AXES = {
+    "boundary/*": "boundary/index",
+    "search/*": "boundary/index",
+    "traces/*": "boundary/index",
+    "cost/*": "boundary/index",
+    "trial/*": "trial/number",
+}
+"""What W&B draws over what: all prompt steps between two epochs happen at one `trainer/global_step`."""
 
 
 class LogProgram(Callback, BoundaryListener):
     """Logs each boundary: scalars everywhere, prompts and rollouts where the logger can hold them.
 
-    Scalars are `boundary/*` at each boundary, `search/*` after a prompt step and `traces/*` after a weight step. They
-    are drawn over `boundary/index`, because all prompt steps between two epochs happen at one `trainer/global_step`.
+    Scalars are `boundary/*` at each boundary, `search/*` after a prompt step and `traces/*` after a weight step.
 
-    W&B also gets tables: `boundary/scores` (all prefixes so far), `boundary/prompts` (with their difference from those
-    before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates). TensorBoard gets the prompts as
-    text. Nothing of the environment or the command line is logged here.
+    W&B also gets `trial/*`, a point a candidate; `cost/<kind of step>/*`, what all steps of the kind have cost; the
+    picture `boundary/curve`; tables: `boundary/scores` (all prefixes so far), `boundary/prompts` (with their difference
+    from those before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates); the run's config;
+    and artifacts (`ProgramArtifacts`). TensorBoard gets trials, and prompts and their differences as text. Secrets are
+    taken out of config and command line.
+
+    Args:
+        artifacts: log data ids, traces, adapters, prompts, config and export as W&B artifacts.
+        max_rows: of the rollout table of one boundary; the rest is left out, and the table says so.
+        max_characters: of one text in the rollout table; a longer one is cut in its middle.
     """
+
+    def __init__(self, *, artifacts: bool = True, max_rows: int = 2000, max_characters: int = 4000) -> None:
+        if max_rows < 0:
+            raise ValueError(f"max_rows {max_rows} is below 0; 0 logs no rollouts.")
+        if max_characters < 100:
+            raise ValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
+        self.artifacts, self.max_rows, self.max_characters = artifacts, max_rows, max_characters
+        self._artifacts: dict[int, ProgramArtifacts] = {}  # by the logger's place in the trainer's list
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    for name in ("boundary/*", "search/*", "traces/*"):
-                        logger.experiment.define_metric(name, step_metric="boundary/index")
+                    for name, axis in _AXES.items():
+                        logger.experiment.define_metric(name, step_metric=axis)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes back from metrics.csv what was logged after the checkpoint: it will be logged again."""
+        """Takes back what was logged after the checkpoint: it will be logged again."""
         if trainer.state.fn != "fit":
             return
         alternate = _alternate(trainer)
         known = checkpoint["callbacks"].get(alternate.state_key, {}) if alternate else {}
         for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
+            if isinstance(logger, (MetricsFile, RunLogger)):
                 logger.forget(step=checkpoint["global_step"], boundaries=len(known.get("history", ())))
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
         alternate = _alternate(trainer)
         history = alternate.history if alternate else [boundary.record()]
-        for logger in trainer.loggers:
-            _log(logger, boundary, history, step=trainer.global_step)
+        for place, logger in enumerate(trainer.loggers):
+            if isinstance(logger, WandbLogger):
+                artifacts = self._begun(place, logger, trainer)
+                self._log_wandb(logger, boundary, history, step=trainer.global_step)
+                if artifacts is not None:
+                    artifacts.boundary(module, boundary)  # type: ignore[arg-type]
+            elif isinstance(logger, TensorBoardLogger):
+                _log_tensorboard(logger, boundary, history)
+            else:
+                logger.log_metrics(scalars(boundary), step=trainer.global_step)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The fit is over, and what others write at its end is there."""
+        alternate = _alternate(trainer)
+        if stage == "fit" and alternate and alternate.history:
+            for artifacts in self._artifacts.values():
+                artifacts.end(alternate.history, alternate.best)
 
-def _log(logger: Logger, boundary: Boundary, history: list[dict[str, Any]], *, step: int) -> None:
-    metrics = scalars(boundary)
-    if isinstance(logger, WandbLogger):
+    def _begun(self, place: int, logger: WandbLogger, trainer: Trainer) -> ProgramArtifacts | None:
+        """The artifacts of a logger's run; the first time in this process, its config and data are logged."""
+        if place not in self._artifacts:
+            folder = Path(trainer.default_root_dir)
+            made = self._artifacts[place] = ProgramArtifacts(logger.experiment, folder)
+            logger.experiment.config.update(read_config(folder), allow_val_change=True)
+            if self.artifacts:
+                made.begin(trainer.datamodule)  # type: ignore[attr-defined]
+        return self._artifacts[place] if self.artifacts else None
+
+    def _log_wandb(
+        self, logger: WandbLogger, boundary: Boundary, history: Sequence[Mapping[str, Any]], *, step: int
+    ) -> None:
+        import wandb
+
+        for point in trials(boundary, before=_trials_before(history)):
+            logger.log_metrics({**point, "boundary/index": float(boundary.index)}, step=step)
+        rollouts, left_out = rollout_rows(boundary.rollouts, max_rows=self.max_rows, max_characters=self.max_characters)
+        tables: dict[str, Rows] = {
+            "boundary/scores": score_rows(history),
+            "boundary/prompts": prompt_rows(boundary.prompts, boundary.previous),
+            "boundary/rollouts": rollouts,
+        }
+        if boundary.found is not None:
+            tables["search/tried"] = candidate_rows(boundary)
         # One call, so that the tables stand at the scalars' step.
-        logger.log_metrics({**metrics, **_wandb_tables(boundary, history)}, step=step)
-    elif isinstance(logger, TensorBoardLogger):
-        logger.log_metrics(metrics, step=boundary.index)
-        for stage, prompt in boundary.prompts.items():
-            text = "\n".join(f"    {line}" for line in prompt_text(prompt).splitlines())  # indented: shown as it is
-            logger.experiment.add_text(f"prompts/{stage}", text, boundary.index)
-    else:
-        logger.log_metrics(metrics, step=step)
+        logger.log_metrics(
+            {
+                **scalars(boundary),
+                **phase_costs(history),
+                "boundary/rollouts_left_out": float(left_out),
+                "boundary/curve": wandb.Html(score_curve(history), inject=False),
+                **{name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables.items()},
+            },
+            step=step,
+        )
 
 
 def scalars(boundary: Boundary) -> dict[str, float]:
@@ -99,86 +169,19 @@ def scalars(boundary: Boundary) -> dict[str, float]:
     return {name: float(value) for name, value in named.items()}
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as a reader would write it down: the instruction, then the demos field by field."""
-    lines = [prompt.instruction]
-    for number, demo in enumerate(prompt.demos, start=1):
-        lines += ["", f"Demo {number}" + (f" ({demo.source})" if demo.source else "")]
-        lines += [f"{name}: {value}" for name, value in {**demo.inputs, **demo.outputs}.items()]
-    return "\n".join(lines)
+def _log_tensorboard(logger: TensorBoardLogger, boundary: Boundary, history: Sequence[Mapping[str, Any]]) -> None:
+    logger.log_metrics({**scalars(boundary), **phase_costs(history)}, step=boundary.index)
+    for point in trials(boundary, before=_trials_before(history)):
+        logger.log_metrics(point, step=int(point["trial/number"]))
+    for stage, prompt in boundary.prompts.items():
+        difference = prompt_difference(boundary.previous.get(stage), prompt)
+        for name, text in ((f"prompts/{stage}", prompt_text(prompt)), (f"prompts/{stage}/difference", difference)):
+            shown = "\n".join(f"    {line}" for line in text.splitlines())  # indented: shown as it is
+            logger.experiment.add_text(name, shown, boundary.index)
 
 
-def prompt_difference(before: Prompt | None, after: Prompt) -> str:
-    """Unified diff of two prompts' texts; "" where they are equal."""
-    old = prompt_text(before).splitlines() if before is not None else []
-    return "\n".join(difflib.unified_diff(old, prompt_text(after).splitlines(), "before", "after", lineterm=""))
-
-
-def score_rows(history: list[dict[str, Any]]) -> Rows:
-    """A row a prefix of the schedule."""
-    columns = ["index", "prefix", "val_score", "prompts", "lm_calls", "seconds"]
-    return columns, [[record.get(name) for name in columns] for record in history]
-
-
-def prompt_rows(prompts: Prompts, previous: Prompts) -> Rows:
-    """A row a stage."""
-    rows = [
-        [
-            stage,
-            prompt.instruction,
-            json.dumps([demo.to_dict() for demo in prompt.demos], ensure_ascii=False, indent=1),
-            len(prompt.demos),
-            prompt_difference(previous.get(stage), prompt),
-        ]
-        for stage, prompt in prompts.items()
-    ]
-    return ["stage", "instruction", "demos", "number of demos", "difference"], rows
-
-
-def rollout_rows(boundary: Boundary) -> Rows:
-    """A row a stage call on val; a rollout that failed before its first call has one row without a stage."""
-    columns = ["example", "call", "stage", "inputs", "output", "finished", "score", "error", "message"]
-    rows: list[list[Any]] = []
-    for rollout in boundary.rollouts:
-        error = rollout.error
-        end = [rollout.score, error.kind if error else "", error.message if error else ""]
-        for call, step in enumerate(rollout.steps):
-            inputs = json.dumps(dict(step.inputs), ensure_ascii=False)
-            written = step.completion
-            rows.append([rollout.example.id, call, step.stage, inputs, written.text, written.finished, *end])
-        if not rollout.steps:
-            rows.append([rollout.example.id, 0, "", "{}", "", "", *end])
-    return columns, rows
-
-
-def candidate_rows(boundary: Boundary) -> Rows:
-    """A row a candidate of the prompt search, in the order of trying."""
-    columns = ["why", "dev_score", "pruned", "prompts", "parent", "kept", "text"]
-    if boundary.found is None:
-        return columns, []
-    kept = prompts_id(boundary.prompts)
-    rows = [
-        [c.why, c.score, c.pruned, c.id, c.parent, c.id == kept, _all_text(c.prompts)]
-        for c in boundary.found.candidates
-    ]
-    return columns, rows
-
-
-def _all_text(prompts: Prompts) -> str:
-    return "\n\n".join(f"[{stage}]\n{prompt_text(prompt)}" for stage, prompt in prompts.items())
-
-
-def _wandb_tables(boundary: Boundary, history: list[dict[str, Any]]) -> Mapping[str, Any]:
-    import wandb
-
-    tables = {
-        "boundary/scores": score_rows(history),
-        "boundary/prompts": prompt_rows(boundary.prompts, boundary.previous),
-        "boundary/rollouts": rollout_rows(boundary),
-    }
-    if boundary.found is not None:
-        tables["search/tried"] = candidate_rows(boundary)
-    return {name: wandb.Table(columns=columns, data=rows) for name, (columns, rows) in tables.items()}
+def _trials_before(history: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(record.get("candidates", ())) for record in history[:-1])
 
 
 def _alternate(trainer: Trainer) -> Alternate | None:

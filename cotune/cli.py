@@ -38,6 +38,7 @@ from cotune.run_identity import (
     library_versions,
     read_identity,
 )
+from cotune.wandb_setup import placed_loggers
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
@@ -138,6 +139,7 @@ class CotuneCLI(LightningCLI):
         parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept aside")
         parser.add_lightning_class_args(Alternate, "alternate")
         parser.add_lightning_class_args(RecordBoundaries, "record")
+        parser.add_lightning_class_args(LogProgram, "log")
         parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
         parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
         for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
@@ -219,6 +221,11 @@ class CotuneCLI(LightningCLI):
         for what in differences(self._before.versions, now.versions):
             print(f"continuing with another version, so the last bits may be others: {what}")
 
+    def instantiate_classes(self) -> None:
+        assert self.run_folder is not None
+        with placed_loggers(self.config[self.subcommand], self.run_folder.path):
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         chosen = config.trainer.get("logger")
@@ -230,7 +237,7 @@ class CotuneCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         self._dump_config()
         model = redacted(self.config_dump["model"])
-        ours = [StopOnSignal(self.signals), RecordRun(), LogProgram(), ExportProgram(config=model)]
+        ours = [StopOnSignal(self.signals), RecordRun(), ExportProgram(config=model)]
         trainer.callbacks += ours  # type: ignore[attr-defined]
         return trainer
 

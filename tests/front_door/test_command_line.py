@@ -284,7 +284,7 @@ def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     said = run(*fit(tiny_model, "--trainer.logger", "WandbLogger", schedule="w"))
     wandb.teardown()
     assert said.code == 0, said.err
-    assert list(Path("wandb").glob("offline-run-*"))
+    assert list(Path("runs/tiny/wandb").glob("offline-run-*"))
     files = [path for path in Path().rglob("*") if path.is_file()]
     assert Path("runs/tiny/config.yaml") in files
     assert not [path for path in files if b"canary-123" in path.read_bytes()]

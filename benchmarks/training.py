@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cotune.lightning_modules import LanguageModel
 
@@ -89,14 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model = options.model if name == OURS else str(base)
             said = worker.call("start", model=model, adapter=str(sides.adapter), threads=options.threads)
             report.details.setdefault("versions", {})[name] = said
-        seconds, gemms = measure(workers, batches, rounds=options.rounds, threads=options.threads, report=report)
+        asked = {name: {} if name == OURS else {"rows_at_once": options.peer_rows or job.rows} for name in workers}
+        seconds, gemms = measure(workers, asked, batches, rounds=options.rounds, threads=options.threads, report=report)
     _tell(report, job, Shape.of(lm.config), seconds, gemms, _adapter_size(lm))
-    report.details["job"] = {**asdict(job), "steps": options.steps, "threads": options.threads}
+    report.details["job"] = {
+        **asdict(job),
+        "steps": options.steps,
+        "peer_rows": options.peer_rows,
+        "threads": options.threads,
+    }
     report.write(Path(options.output))
 
 
 def measure(
-    workers: dict[str, Worker], batches: Sequence[Sequence[Row]], *, rounds: int, threads: int, report: Report
+    workers: dict[str, Worker],
+    asked: dict[str, dict[str, int]],
+    batches: Sequence[Sequence[Row]],
+    *,
+    rounds: int,
+    threads: int,
+    report: Report,
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step, by side and round, and the machine's GEMM rate before each round.
 
@@ -113,7 +124,7 @@ def measure(
         report.details.setdefault("machines", []).append(asdict(here))
         gemms.append(here.gemm["float32"])
         names = [*workers][number % len(workers) :] + [*workers][: number % len(workers)]
-        found = {name: workers[name].call("run", batches=batches, rate=5e-4) for name in names}
+        found = {name: workers[name].call("run", batches=batches, rate=5e-4, **asked[name]) for name in names}
         for name, one in found.items():
             print(f"{name:<8} {one['seconds']} s, losses {one['losses']}", flush=True)
             seconds[name].append(statistics.median(one["seconds"][1:]))
@@ -181,13 +192,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--own", type=int, default=100, help="tokens of a prompt's own")
     parser.add_argument("--completion", type=int, default=40, help="tokens of a completion")
     parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
+    parser.add_argument("--peer-rows", type=int, help="rows that the peers compute at once; whole batches take 14 GB")
     parser.add_argument("--steps", type=int, default=2, help="of a round; the first is not timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", nargs="*", choices=[TRL, HF], default=[TRL, HF])
     parser.add_argument("--model", default="embedded", help="as in LanguageModel")
     parser.add_argument("--output", default=str(RESULTS / "training.json"))
-    options: Any = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.peer_rows is not None and (options.peer_rows < 1 or options.rows % options.peer_rows):
+        parser.error(f"--peer-rows {options.peer_rows} does not divide --rows {options.rows}")
     for name, least in (("rows", 1), ("own", 1), ("completion", 1), ("steps", 2), ("rounds", 1), ("threads", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)} is below {least}")

@@ -59,7 +59,7 @@ class Side:
         return {"lightning": lightning.__version__, "torch": torch.__version__}
 
     def run(self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float) -> dict[str, Any]:
-        """Steps on batches of (prompt ids, completion ids) rows."""
+        """Steps on batches of (prompt ids, completion ids) rows, each batch at once."""
         self.lm.load_adapter_state(self.adapter)
         module = ProgramModule(
             Predict("question -> answer"),

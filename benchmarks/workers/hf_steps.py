@@ -24,8 +24,10 @@ class Side:
         self.adapter = [p.detach().clone() for p in self.parameters]
         return {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
-    def run(self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float) -> dict[str, Any]:
-        """Steps on batches of (prompt ids, completion ids) rows."""
+    def run(
+        self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float, rows_at_once: int
+    ) -> dict[str, Any]:
+        """Steps on batches of (prompt ids, completion ids) rows, accumulated from parts."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, self.adapter, strict=True):
                 parameter.copy_(value)
@@ -33,13 +35,17 @@ class Side:
         seconds, losses = [], []
         for rows in batches:
             started = time.perf_counter()
-            loss = self.model(**_padded(rows), use_cache=False).loss
-            loss.backward()
+            count, total = sum(len(completion) for _, completion in rows), 0.0
+            for at in range(0, len(rows), rows_at_once):
+                part = _padded(rows[at : at + rows_at_once])
+                loss = self.model(**part, use_cache=False, num_items_in_batch=count).loss
+                loss.backward()
+                total += float(loss.detach())
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - started)
-            losses.append(float(loss.detach()))
+            losses.append(total)
         return {"seconds": seconds, "losses": losses}
 
 

@@ -18,7 +18,7 @@ from benchmarks.workers.protocol import serve
 
 
 class Clocked(trl.SFTTrainer):  # type: ignore[misc]
-    """Takes the rows in their order, and keeps each step's loss."""
+    """Takes the rows in their order, and keeps the loss of each part of a step (their sum is the step's)."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
         return SequentialSampler(self.train_dataset)
@@ -53,8 +53,10 @@ class Side:
         self.adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         return {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
-    def run(self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float) -> dict[str, Any]:
-        """Steps on batches of (prompt ids, completion ids) rows, all batches of one size."""
+    def run(
+        self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float, rows_at_once: int
+    ) -> dict[str, Any]:
+        """Steps on batches of (prompt ids, completion ids) rows, all batches of one size, accumulated from parts."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in self.adapter:
@@ -63,7 +65,8 @@ class Side:
         settings = trl.SFTConfig(
             output_dir=tempfile.mkdtemp(prefix="cotune-benchmark-trl-"),
             max_steps=len(batches),
-            per_device_train_batch_size=len(batches[0]),
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=len(batches[0]) // rows_at_once,
             learning_rate=rate,
             lr_scheduler_type="constant",
             weight_decay=0.0,
@@ -92,7 +95,9 @@ class Side:
             callbacks=[clock],
         )
         trainer.train()
-        return {"seconds": clock.seconds, "losses": trainer.losses}
+        parts = settings.gradient_accumulation_steps
+        losses = [sum(trainer.losses[at : at + parts]) for at in range(0, len(trainer.losses), parts)]
+        return {"seconds": clock.seconds, "losses": losses}
 
 
 if __name__ == "__main__":

@@ -236,10 +236,13 @@ def clock(seconds: float) -> str:
     >>> clock(9.4), clock(75), clock(3700)
     ('9.4 s', '1 min 15 s', '1 h 2 min')
     """
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 def short(text: Any, limit: int = 60) -> str:

@@ -54,7 +54,8 @@ def word_difference(before: str, after: str) -> list[Piece]:
     """
     old, new = _words(before), _words(after)
     matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    if before and after and matcher.ratio() < 0.5:
+    kinds = {kind for kind, *_ in matcher.get_opcodes()} - {"equal"}
+    if before and after and len(kinds) > 1 and matcher.ratio() < 0.5:
         return [("remove", before), ("add", after)]
     pieces: list[Piece] = []
     for kind, a, b, c, d in matcher.get_opcodes():

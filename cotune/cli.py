@@ -22,6 +22,7 @@ from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
 from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
+from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.redact import redacted
 from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import TraceDataModule
@@ -234,10 +235,12 @@ class CotuneCLI(LightningCLI):
             assert self.run_folder is not None
             loggers = [MetricsFile(self.run_folder.path, keep=bool(config.get("ckpt_path"))), *loggers]
         config.trainer["logger"] = loggers or False
+        if config.trainer.get("enable_progress_bar") is None:  # a bar in a log file is a page of fragments
+            config.trainer["enable_progress_bar"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
         self._dump_config()
         model = redacted(self.config_dump["model"])
-        ours = [StopOnSignal(self.signals), RecordRun(), ExportProgram(config=model)]
+        ours = [StopOnSignal(self.signals), SayPlan(), RecordRun(), ExportProgram(config=model)]
         trainer.callbacks += ours  # type: ignore[attr-defined]
         return trainer
 

@@ -65,6 +65,9 @@ class RandomDemoSearch(PromptSearch):
             raise ValueError(f"racing {racing} is outside (0.5, 1); null switches it off, 0.98 is a good confidence.")
         self.restart, self.attempts, self.chunk, self.racing = restart, attempts, chunk, racing
 
+    def most_runs(self, train: int, dev: int) -> int:
+        return self.attempts * train + (4 + self.num_candidates) * dev
+
     def search(self, task: SearchTask) -> Found:
         start = task.initial if self.restart else task.incumbent
         made = bootstrap(task, start, attempts=self.attempts)

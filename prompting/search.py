@@ -171,6 +171,10 @@ class PromptSearch(ABC):
     def search(self, task: SearchTask) -> Found:
         """The best prompts found for the task; see the class for the contract."""
 
+    def most_runs(self, train: int, dev: int) -> int | None:
+        """How often a search runs the program at most, for sets of these sizes; None where it cannot be said."""
+        return None
+
 
 def mean(scores: Sequence[float]) -> float:
     """Mean by exact summation, so that no order of adding decides between two candidates; 0 for none."""

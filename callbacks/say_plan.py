@@ -1,0 +1,150 @@
+"""SayPlan: what a fit is going to do in its first lines, and after each step about how long the rest will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cotune.callbacks.alternate import Alternate
+from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.progress import say, training_bar_paused
+from cotune.datamodules import TraceDataModule
+from cotune.lightning_modules import ProgramModule
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+Runs = tuple[float, float]
+"""Fewest and most runs of the program."""
+
+
+class SayPlan(Callback, BoundaryListener):
+    """Says before the first LM call which program, LM, data and schedule a fit has and how often it will run the
+    program; once the first calls and the first epoch have been timed, how long the rest will take.
+
+    The range is that of the attempts at a training example: the fewest runs find a trace at the first attempt
+    everywhere, the most never do.
+    """
+
+    def __init__(self) -> None:
+        self._alternate: Alternate | None = None
+        self._val = 0
+        self._epochs, self._training, self._began = 0, 0.0, 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        found = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
+        data = getattr(trainer, "datamodule", None)
+        if stage != "fit" or not found or not isinstance(data, TraceDataModule):
+            return
+        assert isinstance(pl_module, ProgramModule)
+        self._alternate, self._val = found[0], len(data.splits.val)
+        for line in plan(Path(trainer.default_root_dir).name, pl_module, data, found[0]):
+            say(line)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._training += time.perf_counter() - self._began
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epochs += 1
+        alternate = self._alternate
+        # Alternate counts the epoch before or after this, and a weight step's last one ends at a boundary anyway.
+        if self._epochs == 1 and alternate is not None and alternate.epochs > 1:
+            step = alternate.position
+            runs = runs_left(alternate, trainer.datamodule, step + 1)  # type: ignore[attr-defined]
+            rest = (alternate.epochs - 1) * len(trainer.datamodule.splits.val)  # type: ignore[attr-defined]
+            epochs = alternate.epochs * alternate.steps[step:].count("w") - 1
+            with training_bar_paused(trainer):
+                say(f"first epoch done; {self._time(alternate, (runs[0] + rest, runs[1] + rest), epochs)}")
+
+    def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
+        alternate = self._alternate
+        if alternate is None:
+            return
+        head = f"[{boundary.index}/{len(alternate.steps)}] {boundary.prefix}: val score {boundary.val_score:.3f}"
+        took = f"{boundary.cost['lm_calls']:,} LM calls, {spoken(boundary.cost['seconds'])}"
+        runs = runs_left(alternate, trainer.datamodule, boundary.index)  # type: ignore[attr-defined]
+        epochs = alternate.epochs * alternate.steps[boundary.index :].count("w")
+        said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.steps) else ""
+        say(f"{head} ({took}){said}")
+
+    def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
+        """What so many runs and epochs will take, at the pace so far."""
+        calls = sum(record["lm_calls"] for record in alternate.history)
+        seconds = sum(record["generating_seconds"] for record in alternate.history)
+        first = alternate.history[0]
+        a_run = seconds / max(calls, 1) * first["lm_calls"] / max(self._val, 1)  # the first record is of val alone
+        training = self._training / self._epochs * epochs if self._epochs else 0.0
+        low, high = (spoken(count * a_run + training) for count in runs)
+        left = f"about {low} left" if low == high else f"about {low} to {high} left"
+        return left if self._epochs or not epochs else f"{left}, and the training"
+
+
+def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alternate) -> list[str]:
+    """The first lines of a run."""
+    program, lm = module.program, module.lm
+    stages = ", ".join(program.stages)
+    held = f"{lm.quantization}, " if lm.quantization else ""
+    dtype = str(lm.dtype).removeprefix("torch.")
+    sizes = ", ".join(f"{len(getattr(data.splits, part))} {part}" for part in ("train", "dev", "val", "test"))
+    low, high = runs_left(alternate, data, 0)
+    vanilla = len(data.splits.val)
+    metric = getattr(data.metric, "__name__", type(data.metric).__name__)
+    return [
+        f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
+        f"  LM        {lm.name}, {held}{dtype}; LoRA r {lm.lora.r} on {_targets(lm.lora)}",
+        f"  data      {sizes} examples; metric {metric}",
+        f"  schedule  {' -> '.join(alternate.steps)}" + _step_sizes(alternate, data),
+        f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
+    ]
+
+
+def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
+    """How often the program will be run after so many steps of the schedule, the closing test included."""
+    steps = [_runs_of(step, alternate, data) for step in alternate.steps[behind:]]
+    test = len(data.splits.test)
+    return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
+
+
+def _runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
+    train, dev, val = len(data.splits.train), len(data.splits.dev), len(data.splits.val)
+    if step == "p":
+        searched = alternate.search.most_runs(min(alternate.search_examples or train, train), dev) or 0
+        return searched + val, searched + val
+    scored = val * (alternate.epochs + 1 + alternate.try_both_prompts)
+    attempts = 0 if data.reused_traces else train
+    return attempts + scored, attempts * data.bootstrapping.attempts + scored
+
+
+def spoken(seconds: float) -> str:
+    """A duration as one says it.
+
+    >>> [spoken(s) for s in (0.4, 42, 100, 1100, 9000)]
+    ['1 s', '42 s', '2 min', '18 min', '2.5 h']
+    """
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
+    parts = []
+    if "p" in alternate.steps:
+        parts.append(f"p: {type(alternate.search).__name__}")
+    if "w" in alternate.steps:
+        traces = "reused traces" if data.reused_traces else f"up to {data.bootstrapping.attempts} attempts an example"
+        parts.append(f"w: {alternate.epochs} epochs on {traces}")
+    return f" ({'; '.join(parts)})"
+
+
+def _targets(lora: Any) -> str:
+    targets: str | Sequence[str] = lora.targets
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def _range(low: float, high: float) -> str:
+    return f"about {low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"

@@ -1,0 +1,64 @@
+"""Claims about the first lines of a run, and about the time that it says is left."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cotune.callbacks.say_plan import SayPlan, runs_left
+from cotune.datamodules import Bootstrapping
+from tiny_fit import Fit, tiny_fit
+
+
+def fitted(model: Path, folder: Path, capsys: pytest.CaptureFixture[str], **more: Any) -> tuple[Fit, list[str]]:
+    fit = tiny_fit(model, folder / "small", callbacks=[SayPlan()], **more).run()
+    return fit, capsys.readouterr().out.splitlines()
+
+
+def test_the_first_lines_say_what_will_happen(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit, lines = fitted(tiny_model, tmp_path, capsys)
+    assert lines[0] == "small: Predict, stage predict"
+    assert lines[1].endswith("float32; LoRA r 4 on all-linear")
+    assert lines[2:4] == [
+        "  data      12 train, 6 dev, 10 val, 4 test examples; metric digest",
+        "  schedule  p -> w -> p (p: RandomDemoSearch; w: 2 epochs on up to 2 attempts an example)",
+    ]
+    # vanilla 10; p: 12 + 6 candidates of 6 + 10, twice; w: 12 or 24 + 10 x (2 epochs + 2); test 4
+    assert lines[4] == "  in all    182 to 194 runs of the program"
+    assert fit.module.lm.usage.calls <= 190
+
+
+def test_what_the_run_then_does_stays_within_what_was_said(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit, _ = fitted(tiny_model, tmp_path, capsys, bootstrapping=Bootstrapping(attempts=4))
+    history, data = fit.alternate.history, fit.data
+    for index in range(1, len(history)):
+        _, before = runs_left(fit.alternate, data, index - 1)
+        _, after = runs_left(fit.alternate, data, index)
+        assert history[index]["lm_calls"] <= before - after
+
+
+def test_every_boundary_says_score_cost_and_time_left(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit, lines = fitted(tiny_model, tmp_path, capsys)
+    said = [line for line in lines if re.match(r"\[\d/3\] .*: val score", line)]
+    assert [line.split(":")[0] for line in said] == ["[0/3] vanilla", "[1/3] p", "[2/3] p -> w", "[3/3] p -> w -> p"]
+    for line, record in zip(said, fit.alternate.history, strict=True):
+        assert f"val score {record['val_score']:.3f} ({record['lm_calls']} LM calls, " in line
+    assert said[0].endswith("left, and the training")
+    assert re.search(r"; about \d+ s left$", said[2])
+    assert "left" not in said[3]
+    (epoch,) = [line for line in lines if line.startswith("first epoch done")]
+    assert "the training" not in epoch
+
+
+def test_reused_traces_need_no_runs(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit, _ = fitted(tiny_model, tmp_path, capsys, schedule="w")
+    fit.data.reused_traces = "somewhere"
+    assert runs_left(fit.alternate, fit.data, 0) == (40 + 4, 40 + 4)

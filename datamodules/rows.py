@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.programs import Example
+from cotune.programs.faults import shown
 
 Row = Mapping[str, Any]
 Fields = Sequence[str] | Mapping[str, str]
@@ -153,12 +154,12 @@ def _example(row: Any, inputs: Mapping[str, str], labels: Mapping[str, str], id_
 def _value(row: Row, column: str) -> Any:
     """The row's value of a column, if a program can be given it."""
     if column not in row:
-        has = ", ".join(repr(name) for name in list(row)[:20] if isinstance(name, str))
+        has = ", ".join(shown(name, limit=60) for name in list(row)[:20] if isinstance(name, str))
         raise DataError(f"field {column!r} is missing; the row has {has or 'none'}.")
     value = row[column]
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        shown = "empty (null)" if value is None else repr(value)
-        raise DataError(f"field {column!r} is {shown}; {_ALLOWED}. Fill it in, or remove the row.")
+        said = "empty (null)" if value is None else repr(value)
+        raise DataError(f"field {column!r} is {said}; {_ALLOWED}. Fill it in, or remove the row.")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise DataError(f"field {column!r} is a whole number beyond 64 bits; write it as text.")
     texts = value if isinstance(value, list) else [value]
@@ -331,7 +332,7 @@ def _check_header(header: Sequence[str], where: str) -> None:
         raise DataError(f"{where} is empty; its first line names the columns.")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise DataError(f'{where} has two columns named "{twice[0]}"; give each its own name.')
+        raise DataError(f'{where} has two columns named "{shown(twice[0], by=str, limit=60)}"; give each its own name.')
 
 
 def _no_file(path: Path) -> str:

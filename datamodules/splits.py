@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cotune.programs import Example
+from cotune.programs.faults import shown
 
 NAMES = ("train", "dev", "val", "test")
 """train bootstraps demos and traces, dev scores candidates, val chooses between steps, test is touched once."""
@@ -54,7 +55,7 @@ class Splits:
                 other = home.setdefault(example.id, name)
                 if other != name:
                     raise ValueError(
-                        f'example "{example.id}" is in both {other} and {name}; the sets must be disjoint.'
+                        f'example "{_name(example.id)}" is in both {other} and {name}; the sets must be disjoint.'
                     )
             row_by_id(getattr(self, name), name)
 
@@ -121,7 +122,7 @@ def row_by_id(examples: Sequence[Example], where: str) -> dict[str, int]:
     for row, example in enumerate(examples, 1):
         first = rows.setdefault(example.id, row)
         if first != row:
-            raise ValueError(f'rows {first} and {row} of {where} have the same id "{example.id}". {_UNIQUE}')
+            raise ValueError(f'rows {first} and {row} of {where} have the same id "{_name(example.id)}". {_UNIQUE}')
     return rows
 
 
@@ -186,5 +187,10 @@ def _check_disjoint(pools: Mapping[str, Sequence[Example]]) -> None:
             other, other_row = home.setdefault(id_, (name, row))
             if other != name:
                 raise ValueError(
-                    f'example "{id_}" is both row {other_row} of {other} and row {row} of {name}. {_UNIQUE}'
+                    f'example "{_name(id_)}" is both row {other_row} of {other} and row {row} of {name}. {_UNIQUE}'
                 )
+
+
+def _name(id_: str) -> str:
+    """An id as a message shows it: ids of data may be long, or of several lines."""
+    return shown(id_, by=str, limit=60)

@@ -9,7 +9,7 @@ from typing import Any
 _SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 """What templates may ask of their caller. Programs have reasoning as a field of their own, so Qwen3 and its like do not
 think besides; and Llama 3.1 and later write the day into the prompt, with which a run continued tomorrow would be
-another run: they get the date that their template itself falls back to. A template that knows neither takes no notice."""
+another run: they get the date that their template itself falls back to. Other templates take no notice."""
 
 _FIRST_SENTINEL = 0xF0000  # the private use planes: text as good as never holds these, and is hidden itself if it does
 _PRIVATE = f"[{chr(_FIRST_SENTINEL)}-{chr(0x10FFFF)}]"

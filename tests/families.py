@@ -150,6 +150,7 @@ class Family:
 _LLAMA_3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>")
 _CHATML_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 _GEMMA_TOKENS = ("<bos>", "<eos>", "<end_of_turn>", "<start_of_turn>")
+_PHI_TOKENS = ("<|begin|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 FAMILIES = {
     "mistral-v0.2": Family(MistralConfig, MISTRAL, ("<s>", "</s>"), options=(("sliding_window", None),)),
@@ -160,7 +161,5 @@ FAMILIES = {
     "gemma-3": Family(Gemma3TextConfig, GEMMA_3, _GEMMA_TOKENS, options=(("head_dim", 16), ("sliding_window", 64))),
     "qwen2.5": Family(Qwen2Config, QWEN_2, _CHATML_TOKENS),
     "qwen3": Family(Qwen3Config, QWEN_3, _CHATML_TOKENS, ("<think>", "</think>"), options=(("head_dim", 16),)),
-    "phi-4": Family(
-        Phi3Config, PHI_4, ("<|begin|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-    ),
+    "phi-4": Family(Phi3Config, PHI_4, _PHI_TOKENS),
 }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.boundary import Boundary, BoundaryListener
-from cotune.callbacks.record_run import write_whole
-from cotune.programs import Rollout, prompts_to_dict
+from cotune.callbacks.redact import redacted_text
+from cotune.datamodules.durable import write_whole
+from cotune.programs import Failure, Rollout, prompts_to_dict
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -107,9 +108,14 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
         ],
         "prediction": None if rollout.prediction is None else dict(rollout.prediction),
         "score": rollout.score,
-        "error": None if rollout.error is None else {"kind": rollout.error.kind, "message": rollout.error.message},
+        "error": None if rollout.error is None else _error(rollout.error),
         "cut": "",
     }
+
+
+def _error(error: Failure) -> dict[str, str]:
+    # The user's code may have put the address it called, key included, into its message.
+    return {"kind": error.kind, "message": redacted_text(error.message)}
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         ReportError: a folder is no run, or there are fewer than two.
     """
-    from cotune.callbacks.record_run import write_whole
+    from cotune.datamodules.durable import write_whole
     from cotune.report.comparison import compare_runs
     from cotune.report.page import render_comparison
     from cotune.report.run_record import ReportError, read_run

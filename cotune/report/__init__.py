@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         ReportError: the folder is no run, or it has nothing to show yet.
     """
-    from cotune.callbacks.record_run import write_whole
+    from cotune.datamodules.durable import write_whole
     from cotune.report.page import render_report
     from cotune.report.run_record import ReportError, read_run
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from cotune.callbacks.redact import redacted, redacted_text
+
 Json = Mapping[str, Any]
 """A JSON object."""
 
 _T = TypeVar("_T")
-_SECRET = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|access_key|auth)$", re.IGNORECASE)
-_SECRET_WORD = re.compile(
-    r"(--(?:\S*[._-])?(?:token|secret|password|passwd|api_?key|access_key|auth))(=|\s+)(\S+)", re.IGNORECASE
-)
-HIDDEN = "(hidden)"
 _HISTORY = {"index", "step", "prefix", "prompts", "val_score", "lm_calls", "seconds"}
 _ROLLOUT = {"example", "inputs", "labels", "steps", "prediction", "score", "error"}
 
@@ -105,7 +101,7 @@ class RunRecord:
 
     @property
     def command(self) -> str:
-        return hide_in_command(str(self.summary.get("command", "")))
+        return redacted_text(str(self.summary.get("command", "")))
 
     def size(self, part: str) -> int | None:
         """Number of examples in val or test, from the rollouts or else from the configuration."""
@@ -157,27 +153,6 @@ def setting(config: Json, path: str, default: Any) -> Any:
             return default
         value = value[part]
     return default if value is None else value
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    """The value with everything hidden whose name says that it is a secret.
-
-    >>> without_secrets({"api_key": "abc", "cache_tokens": 16})
-    {'api_key': '(hidden)', 'cache_tokens': 16}
-    """
-    if isinstance(value, Mapping):
-        return {key: without_secrets(part, str(key)) for key, part in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(part, name) for part in value]
-    return HIDDEN if isinstance(value, str) and value and _SECRET.search(name) else value
-
-
-def hide_in_command(command: str) -> str:
-    """
-    >>> hide_in_command("fit --trainer.logger.api_key abc --name x")
-    'fit --trainer.logger.api_key (hidden) --name x'
-    """
-    return _SECRET_WORD.sub(rf"\1\2{HIDDEN}", command)
 
 
 def _history_path(folder: Path) -> Path:
@@ -245,7 +220,7 @@ def _read_config(path: Path) -> tuple[str, Json]:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ReportError(f'"{path}" is damaged: {" ".join(str(error).split())}') from error
-    config = without_secrets(loaded or {})
+    config = redacted(loaded or {})
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True), config
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.callbacks.record_boundaries import RecordBoundaries, rollout_lines
+from cotune.callbacks.record_boundaries import RecordBoundaries, rollout_lines, rollout_record
 from cotune.programs import Completion, Example, Failure, Rollout, prompts_from_dict, prompts_id
 from cotune.programs.rollout import Step
 from tiny_fit import BrokenOffError, Fit, tiny_fit
@@ -83,6 +84,13 @@ def test_a_long_text_is_cut_in_its_middle_and_says_so() -> None:
 def test_a_text_that_no_file_can_hold_does_not_end_the_run() -> None:
     (line,) = rollout_lines([_rollout("e", "half a \ud83d sign")], max_bytes=10**6, max_characters=200)
     assert json.loads(line)["steps"][0]["completion"] == "half a ? sign"
+
+
+def test_a_key_in_what_the_users_code_raised_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCH_API_KEY", "sk-0123456789")
+    error = Failure("program", "HTTPError at search?key=sk-0123456789")
+    row = rollout_record(replace(_rollout("e", "text"), error=error))
+    assert row["error"] == {"kind": "program", "message": "HTTPError at search?key=***"}
 
 
 def test_no_rollouts_are_recorded_at_0_megabytes(tiny_model: Path, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_typo_in_a_config_is_named_with_the_nearest_right(run: Run, right: str
 
 def test_an_unknown_command_is_named(run: Run) -> None:
     message = one_error(run("fti"))
-    assert message.startswith('unknown command "fti"; commands are fit, validate, test, ask, doctor, export, predict')
+    assert message == f'unknown command "fti"; commands are fit, validate, test, {", ".join(OWN_COMMANDS)}.'
 
 
 def test_a_config_that_is_missing_is_named(run: Run) -> None:

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types bench bench-full
+.PHONY: help setup demo test lint types bench bench-full faults
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ bench: .venv/.bench-ready  ## measure speed beside other engines, small sizes (m
 
 bench-full: .venv/.bench-ready  ## the figures of benchmarks/README.md (hours; nothing else should run)
 	@$(BIN)/python -m benchmarks --full
+
+faults: setup  ## kill, starve, damage and confuse runs, and write docs/FAULTS.md (hours; it goes on where it was stopped)
+	@PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
 # mypy cannot follow the mapped folders of an editable install, so it reads the built package, as users get it. The wheel
 # is built outside the repository: a build/ folder left here would feed deleted modules into the next wheel.

@@ -1,0 +1,44 @@
+"""Every named crash point, every time it is passed: the run dies there, and the same command again ends the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+
+from cotune.datamodules.crash_point import POINTS
+
+from faults.kills import Reference, continuing_line, resumed_equal
+from faults.nursery import fresh, last_line, run_to_end
+from faults.small_run import Job
+from faults.trials import Trial, Trials
+from faults.units import counting, units
+
+
+def every_crash_point(trials: Trials, job: Job, expected: Reference, *, most: int) -> None:
+    """Each point at its first, second, third … passing, until a run passes it less often than that."""
+    for point in POINTS:
+        for k in count(1):
+            passed = trials.run("crash points", f"{point}:{k}", lambda p=point, n=k: crash_trial(job, expected, p, n))
+            if k >= most or passed.get("end"):
+                break
+
+
+def crash_trial(job: Job, expected: Reference, point: str, k: int) -> Trial:
+    """A run that dies at the k-th passing of a point, and then is let end. `end`: it did not come to that."""
+    fresh(job.folder)
+    arm = counting(job.folder / "units")
+    crashing = replace(job, environment={**job.environment, "COTUNE_CRASH": f"{point}:{k}"})
+    first = run_to_end(crashing, arm)
+    if first.code == 0:
+        return {"ok": True, "end": True, "kills": 0, "redone": 0, "silent": 0, "said": ""}
+    if first.code != -9:
+        return {"ok": False, "kills": 0, "redone": 0, "silent": 0, "said": last_line(first.text)}
+    equal, second = resumed_equal(job, expected, arm=arm)
+    redone = units(job.folder / "units") - expected.units
+    return {
+        "ok": equal and redone.within(1),
+        "kills": 1,
+        "redone": redone.total,
+        "silent": int(second.code == 0 and not equal),
+        "said": continuing_line(second.text) if equal else last_line(second.text),
+    }

@@ -1,0 +1,32 @@
+"""Two runs in one directory: one proceeds and ends as if it were alone, the other says why it does not."""
+
+from __future__ import annotations
+
+import random
+
+from faults.kills import Reference
+from faults.nursery import fork, fresh, last_line
+from faults.small_run import Job, outcome
+from faults.trials import Trial
+
+
+def two_runs_trial(job: Job, expected: Reference, *, seed: str) -> Trial:
+    """The same command twice: at once, or the second at a random moment of the first."""
+    rng = random.Random(seed)
+    fresh(job.folder)
+    first = fork(job)
+    first.wait_until(0.0 if rng.random() < 0.3 else rng.uniform(0, 0.8 * expected.seconds))
+    other = Job(job.words, job.folder.with_name(job.folder.name + "-second"))
+    fresh(other.folder)
+    second = fork(other)
+    codes = (first.wait(), second.wait())
+    refused = second if codes[0] == 0 else first
+    equal = sorted(codes) == [0, 2] and outcome(job.run) == expected.result
+    said = last_line(refused.text)
+    return {
+        "ok": equal and "in use" in said and "Traceback" not in refused.text,
+        "exit codes": codes,
+        "redone": 0,
+        "silent": int(codes == (0, 0) or (0 in codes and not equal)),
+        "said": said,
+    }

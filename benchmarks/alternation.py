@@ -85,7 +85,7 @@ class Side:
 
     @property
     def starting(self) -> float:
-        return sum(seconds for part, seconds in self.seconds.items() if "start" in part)
+        return sum(seconds for part, seconds in self.seconds.items() if part.startswith("start of "))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -147,7 +147,7 @@ def cotune_side(plan: Plan, folder: Path) -> Side:
     run = folder / "alternation"
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     history = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-    side.seconds = {"start and end": side.seconds["all"] - summary["seconds"]["total"]}
+    side.seconds = {"imports, loading, test and export": side.seconds["all"] - summary["seconds"]["total"]}
     side.seconds |= {f"{n} {b['prefix'] or 'vanilla'}": b["seconds"] for n, b in enumerate(history)}
     side.calls, side.test_score = summary["lm_calls"], summary["test_score"]
     side.tried = [len(b["candidates"]) for b in history if b["step"] == "p"]
@@ -181,18 +181,19 @@ def peer_side(plan: Plan, folder: Path, *, steps: int) -> Side:
         side.pairs = len(chats)
         if not chats:
             raise UnequalWorkError("DSPy's program solved no train example, so TRL has nothing to train on.")
-        with side.part("start of TRL and training"), _trl(plan) as trl:
+        with side.part("start of TRL"):
+            trl = Worker("trl_lora", python=interpreter("trl"), environment=_threads(plan))
+            trl.call("start")
+        with side.part("w"), trl:
+            settings = {"batch_size": plan.batch_size, "rank": plan.rank, "alpha": plan.alpha, "rate": plan.rate}
             side.steps = trl.call(
                 "train",
                 model=str(embedded_model()),
                 chats=chats,
                 out=str(tuned),
                 steps=steps,
-                batch_size=plan.batch_size,
-                rank=plan.rank,
-                alpha=plan.alpha,
-                rate=plan.rate,
                 threads=plan.threads,
+                **settings,
             )["steps"]
         with _served(str(tuned), plan, side) as server:
             dspy.call("connect", url=server.url, model=server.name)
@@ -236,11 +237,11 @@ def _figures(report: Report, rounds: Sequence[tuple[Side, Side]]) -> None:
         return [of(theirs) / of(ours) for ours, theirs in rounds]
 
     report.add("p -> w -> p: ratio to DSPy + server + TRL", ratio(lambda s: s.total), "x", target=TARGET)
-    report.add("the same without start-ups", ratio(lambda s: s.total - s.starting), "x")
+    report.add("the same without the peer's start-ups", ratio(lambda s: s.total - s.starting), "x")
     report.add("the same a call of the LM", ratio(lambda s: s.total / s.calls), "x")
     report.add("cotune", [ours.total for ours, _ in rounds], "s")
     report.add("DSPy + server + TRL", [theirs.total for _, theirs in rounds], "s")
-    report.add("its starts of DSPy and the server", [theirs.starting for _, theirs in rounds], "s")
+    report.add("of it starting DSPy, TRL and the server", [theirs.starting for _, theirs in rounds], "s")
 
 
 @contextmanager
@@ -251,10 +252,6 @@ def _served(folder: str, plan: Plan, side: Side) -> Iterator[Server]:
     with server:
         yield server
         side.calls += server.completed()
-
-
-def _trl(plan: Plan) -> Worker:
-    return Worker("trl_lora", python=interpreter("trl"), environment=_threads(plan))
 
 
 def _splits(plan: Plan) -> Splits:

@@ -9,6 +9,14 @@ from typing import Any
 from benchmarks.workers.protocol import serve
 
 
+def start() -> dict[str, Any]:
+    """Imports the libraries, which takes a good part of a short training."""
+    import peft
+    import trl
+
+    return {"versions": {"trl": trl.__version__, "peft": peft.__version__}}
+
+
 def train(
     *,
     model: str,
@@ -62,4 +70,4 @@ def train(
 
 
 if __name__ == "__main__":
-    serve({"train": train})
+    serve({"start": start, "train": train})

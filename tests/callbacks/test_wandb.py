@@ -281,14 +281,31 @@ def test_a_killed_and_continued_run_is_one_run_without_doubled_or_missing_points
 
 
 def test_points_that_are_given_back_are_used_again_and_no_others(tmp_path: Path) -> None:
-    points = Points(tmp_path / "points.csv", keep=False)
+    points = Points(tmp_path / "points.jsonl", keep=False)
     given = [(0, 0), (0, None), (1, None), (2, 1), (1, None)]  # the last: an epoch's mean, logged after its boundary
-    assert [points.take(step=step, boundary=boundary) for step, boundary in given] == [0, 1, 2, 3, 4]
+    assert [points.take({}, step=step, boundary=boundary) for step, boundary in given] == [0, 1, 2, 3, 4]
     with points.path.open("a") as file:
-        file.write("5,2")  # cut short by a kill
+        file.write('{"number": 5, "st')  # cut short by a kill
     points = Points(points.path, keep=True)
     points.forget(step=2, boundaries=1)
-    assert [points.take(step=2, boundary=None) for _ in range(3)] == [3, 5, 6]
+    assert [point.number for point in points.behind] == [0, 1, 2]
+    assert [points.take({}, step=2, boundary=None) for _ in range(3)] == [3, 5, 6]
+
+
+def test_what_a_kill_kept_from_w_and_bs_file_is_written_by_the_next_process(tmp_path: Path) -> None:
+    first = RunLogger(tmp_path)
+    for step in range(2):
+        first.log_metrics({"train/loss": 0.5}, step=step)
+    wandb.finish()
+    first._experiment = cast(Any, FakeRun())  # as good as killed: what it logs now reaches no file
+    for step in range(2, 4):
+        first.log_metrics({"train/loss": float(step)}, step=step)
+    second = RunLogger(tmp_path, keep=True)
+    second.forget(step=3, boundaries=0)
+    second.log_metrics({"train/loss": 9.0}, step=3)
+    wandb.finish()
+    before, after = ([(p["_step"], p["train/loss"]) for p in file.history] for file in _files(tmp_path))
+    assert (before, after) == ([(0, 0.5), (1, 0.5)], [(2, 2.0), (3, 9.0)])
 
 
 class FakeRun:

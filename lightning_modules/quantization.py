@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -145,3 +146,12 @@ def _layer(quantization: Quantization, device: str) -> nn.Module:
     layer.load_state_dict({"weight": torch.linspace(-99, 99, 64 * 64).sin().reshape(64, 64)})
     prepare_layers(layer, dtype=torch.float32)
     return layer.to(device)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Neither that an unused kernel of the Hub is missing nor, at every layer, what int8 does to its inputs."""
+    return not any(part in str(record.msg) for part in ("kernels-community", "inputs will be cast from"))
+
+
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).addFilter(_worth_saying)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,3 +123,15 @@ def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
     (tmp_path / "half.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFoundError, match=r"half\.gguf is no GGUF file that transformers can read"):
         LanguageModel(str(tmp_path / "half.gguf")).load()
+
+
+def test_what_bitsandbytes_says_in_vain_is_not_shown_and_the_rest_is(
+    wide_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = saved_quantised(tmp_path / "saved", wide_model, "int8")
+    lm = LanguageModel(str(folder), device="cpu", lora=LoRA(r=4))
+    lm.load()
+    lm.generate([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=2))
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+    logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
+    assert "something else" in caplog.text

@@ -162,7 +162,13 @@ def peer_side(plan: Plan, folder: Path, *, steps: int) -> Side:
     side, sets = Side(), _splits(plan)
     train, dev, val, test = (_rows(getattr(sets, name)) for name in ("train", "dev", "val", "test"))
     tuned = folder / "tuned"
-    searching = {"train": train, "dev": dev, "candidates": plan.candidates, "demos": plan.demos, "labelled": plan.demos}
+    searching: dict[str, Any] = {
+        "train": train,
+        "dev": dev,
+        "candidates": plan.candidates,
+        "demos": plan.demos,
+        "labelled": plan.demos,
+    }
     with side.part("start of DSPy"):
         dspy = Worker("dspy_search", python=interpreter("dspy"), environment=_threads(plan))
         settings = {"signature": SIGNATURE, "instruction": INSTRUCTION, "descriptions": DESCRIPTIONS}
@@ -185,7 +191,12 @@ def peer_side(plan: Plan, folder: Path, *, steps: int) -> Side:
             trl = Worker("trl_lora", python=interpreter("trl"), environment=_threads(plan))
             trl.call("start")
         with side.part("w"), trl:
-            settings = {"batch_size": plan.batch_size, "rank": plan.rank, "alpha": plan.alpha, "rate": plan.rate}
+            shape: dict[str, Any] = {
+                "batch_size": plan.batch_size,
+                "rank": plan.rank,
+                "alpha": plan.alpha,
+                "rate": plan.rate,
+            }
             side.steps = trl.call(
                 "train",
                 model=str(embedded_model()),
@@ -193,7 +204,7 @@ def peer_side(plan: Plan, folder: Path, *, steps: int) -> Side:
                 out=str(tuned),
                 steps=steps,
                 threads=plan.threads,
-                **settings,
+                **shape,
             )["steps"]
         with _served(str(tuned), plan, side) as server:
             dspy.call("connect", url=server.url, model=server.name)

@@ -84,7 +84,7 @@ def slope(curve: Mapping[int, float]) -> float:
     points = [(math.log(size), math.log(seconds)) for size, seconds in curve.items()]
     middle_x, middle_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     above = sum((x - middle_x) * (y - middle_y) for x, y in points)
-    return above / sum((x - middle_x) ** 2 for x, _ in points)
+    return float(above / sum((x - middle_x) ** 2 for x, _ in points))
 
 
 def _tell(report: Report, axis: str, curve: Mapping[int, Sequence[float]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.diagnosis import diagnose, trace_coverage
 from cotune.callbacks.epoch_means import Sums, add_epoch_sums, epoch_sums
 from cotune.callbacks.progress import StepProgress, say_if_piped, training_bar_paused
 from cotune.callbacks.schedule import parse_schedule, prefix_name
@@ -34,8 +35,8 @@ from cotune.prompting import Found, PromptSearch, RandomDemoSearch, SearchTask
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-_SAVING_SHARE = 0.02
-"""Most of a weight step's time that saving may take, where the interval is left to Alternate."""
+_SAVING_SHARE = 0.015
+"""Most of a run's time that saving may take, where it is left to Alternate when to save."""
 
 
 class Stopping(Protocol):
@@ -67,9 +68,18 @@ class Alternate(Callback):
         keep: "best" (by val) or "last" prefix.
         keep_best_epoch: end a weight step with the adapter of its best epoch by val, not of its last.
         try_both_prompts: score new weights also with the prompts from before the step (the paper keeps the pairs' own).
+        average_last: after a weight step's last epoch, also score the average of its last so many epochs' adapters, on
+            val like an epoch; it is kept if it is better than the best epoch (without `keep_best_epoch`: in any case).
+            Of one training run, late adapters are near each other, and the average of their factors is nearly the
+            average of their products. 0 makes none.
         search_examples: how many train examples a prompt step bootstraps from; null for all.
-        save_every: optimiser steps between two saves inside a weight step, all of which a kill can cost. "auto" saves
-            as often as keeps saving under 2 % of the time. The result does not depend on it.
+        lm_calls: let the last step, a prompt step, go on trying candidates until the run has made so many LM calls:
+            a control for another schedule that spends as many. Null: the search's own size.
+        test_prefixes: also score every prefix on test, as tables need it. No choice is made by these scores; each is
+            recorded, and its cost apart from the step's. Off: test is run once, at the very end.
+        save_every: optimiser steps between two saves, all of which a kill can cost; boundaries are saved as well.
+            "auto" saves as often as keeps saving under 2 % of the time, and lets a boundary pass that comes too soon
+            after a save if completions are kept, from which it is reached again in moments. No result depends on it.
         folder: where checkpoints and traces go; null takes the trainer's default_root_dir.
         seed: of the searches and the trace collections.
 
@@ -87,7 +97,10 @@ class Alternate(Callback):
         keep: Literal["best", "last"] = "best",
         keep_best_epoch: bool = True,
         try_both_prompts: bool = True,
+        average_last: int = 0,
         search_examples: int | None = None,
+        lm_calls: int | None = None,
+        test_prefixes: bool = False,
         save_every: int | Literal["auto"] = "auto",
         folder: str | None = None,
         seed: int = 0,
@@ -99,9 +112,14 @@ class Alternate(Callback):
             raise ValueError(f"search_examples {search_examples} is below 1; null takes the whole train set.")
         if save_every != "auto" and save_every < 1:
             raise ValueError(f'save_every {save_every} is below 1; it is a number of optimiser steps, or "auto".')
+        if average_last < 0 or average_last == 1 or average_last > epochs:
+            raise ValueError(f"average_last {average_last} is none of 0 (off) and 2 to epochs ({epochs}).")
+        if lm_calls is not None and self.steps[-1] != "p":
+            raise ValueError(f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.steps)}".')
         self.search = search or RandomDemoSearch()
         self.epochs, self.weights, self.keep = epochs, weights, keep
         self.keep_best_epoch, self.try_both_prompts = keep_best_epoch, try_both_prompts
+        self.average_last, self.lm_calls, self.test_prefixes = average_last, lm_calls, test_prefixes
         self.search_examples, self.save_every = search_examples, save_every
         self.folder, self.seed = folder, seed
         self.stopping: Stopping | None = None
@@ -111,6 +129,9 @@ class Alternate(Callback):
         self._incumbent: Prompts = {}
         self._best: dict[str, Any] = {}
         self._best_epoch: dict[str, Any] = {}
+        self._late: dict[str, Any] = {}  # sum and number of the late epochs' adapters
+        self._val_scores: dict[str, float] = {}  # example -> score at the last boundary
+        self._coverage: dict[str, Any] = {}
         self._report = Report()
         self._collected = False  # the traces of the present weight step are there, and its pairs' prompts are set
         self._usage = Usage()  # the LM's own, so that a checkpoint made at any time holds its count
@@ -186,8 +207,10 @@ class Alternate(Callback):
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch += 1
-        _, data = _ours(trainer, pl_module)
+        module, data = _ours(trainer, pl_module)
         data.epoch = self.epoch
+        if self.average_last and self.epoch > self.epochs - self.average_last:
+            self._late = _added(self._late, module.lm.adapter_state())
         if self.epoch < self.epochs:
             if self._save_is_due(trainer):
                 self._save(trainer)
@@ -205,6 +228,8 @@ class Alternate(Callback):
             "incumbent": prompts_to_dict(self._incumbent),
             "best": self._best,
             "best_epoch": self._best_epoch,
+            "late": self._late,
+            "val_scores": self._val_scores,
             "report": vars(self._report),
             "collected": self._collected,
             "usage": vars(self._usage),
@@ -235,6 +260,7 @@ class Alternate(Callback):
         self.history, self.epoch = state_dict["history"], state_dict["epoch"]
         self._incumbent = prompts_from_dict(state_dict["incumbent"])
         self._best, self._best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self._late, self._val_scores = state_dict.get("late", {}), state_dict.get("val_scores", {})
         self._report, self._collected = Report(**state_dict["report"]), state_dict["collected"]
         self._usage, self._spent = Usage(**state_dict["usage"]), Usage(**state_dict["spent"])
         self._elapsed, self._epoch_sums = state_dict["elapsed"], state_dict["epoch_sums"]
@@ -277,6 +303,7 @@ class Alternate(Callback):
                 threshold=data.bootstrapping.threshold,
                 seed=_seed(self.seed, "search", self.position),
                 max_error_rate=module.max_error_rate,
+                lm_calls=self._calls_left(data) if self.position == len(self.steps) - 1 else 0,
                 progress=progress,
             )
             with isolate_rng():
@@ -297,6 +324,7 @@ class Alternate(Callback):
             if self.weights == "fresh" and "w" in self.steps[: self.position]:
                 module.lm.reset_adapter(seed=_seed(self.seed, "adapter", self.position))
             _record_prompts(module.prompts, folder / "prompts.json")
+        self._coverage = trace_coverage(traces, data.splits.train)
         maker = PairMaker(
             module.program,
             module.template,
@@ -314,7 +342,7 @@ class Alternate(Callback):
         module.begin_weight_step(steps=steps * self.epochs, done=module.weight_step if resumed else 0)
         if not resumed:
             self._collected = True
-            self._save(trainer)
+            self._save_unless_too_soon(trainer)
 
     def _between_batches(self, trainer: Trainer) -> None:
         """Saves inside an epoch, where it is due or the process is to end; only right after an optimiser step."""
@@ -328,6 +356,12 @@ class Alternate(Callback):
             self._epoch_sums = {}
         if self.stopping is not None:
             self.stopping.check()
+
+    def _save_unless_too_soon(self, trainer: Trainer) -> None:
+        """Saves, unless that would cost too much and what has happened since can be gone through again quickly."""
+        module, _ = _ours(trainer)
+        if self.save_every != "auto" or module.lm.store is None or self._save_is_due(trainer):
+            self._save(trainer)
 
     def _save_is_due(self, trainer: Trainer) -> bool:
         if self.save_every == "auto":
@@ -371,6 +405,8 @@ class Alternate(Callback):
         module, data = _ours(trainer)
         if not self._best_epoch:  # validation is switched off, or comes more rarely than weight steps end
             self._offer_epoch(module, self._score(module, data.splits.val, "val"))
+        if self._late:
+            self._offer_average(module, data)
         module.lm.load_adapter_state(self._best_epoch["adapter"])
         done = self._score(module, data.splits.val, "pairs' prompts")
         tried: dict[str, tuple[Prompts, list[Rollout]]] = {self._pairs_name(module): (module.prompts, done)}
@@ -381,9 +417,19 @@ class Alternate(Callback):
         kept = max(tried, key=lambda name: mean_score(tried[name][1]))
         module.prompts, done = tried[kept]
         scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
-        epoch = self._best_epoch["epoch"]
-        self.epoch, self._best_epoch, self._collected = 0, {}, False
-        self._arrive(trainer, step="w", rollouts=done, scores=scores, traces=self._report, epoch=epoch)
+        more = {"epoch": self._best_epoch["epoch"], "averaged": self._best_epoch.get("averaged", 0)}
+        self.epoch, self._best_epoch, self._collected, self._late = 0, {}, False, {}
+        more |= {"traces": self._report, "coverage": self._coverage}
+        self._arrive(trainer, step="w", rollouts=done, scores=scores, **more)
+
+    def _offer_average(self, module: ProgramModule, data: TraceDataModule) -> None:
+        """Keeps the average of the late epochs' adapters if val says it is the best, or the last is to be kept."""
+        count = self._late["count"]
+        average = {name: tensor / count for name, tensor in self._late["sum"].items()}
+        module.lm.load_adapter_state(average)
+        score = mean_score(self._score(module, data.splits.val, f"average of {count} epochs"))
+        if not self.keep_best_epoch or score > self._best_epoch["score"]:
+            self._best_epoch = {"score": score, "epoch": self.epoch, "adapter": average, "averaged": count}
 
     def _arrive(
         self,
@@ -397,8 +443,12 @@ class Alternate(Callback):
     ) -> None:
         """Records a boundary, remembers it if it is the best so far, tells the listeners and saves."""
         crash_point("boundary-before")
-        module, _ = _ours(trainer)
-        index, score = len(self.history), mean_score(rollouts)
+        module, data = _ours(trainer)
+        index, score, cost = len(self.history), mean_score(rollouts), self._cost(module)
+        if self.test_prefixes:
+            more["tested"] = self._score(module, data.splits.test, "test")
+            more["test_cost"] = self._cost(module)
+        before = self._val_scores if index else None
         boundary = Boundary(
             index=index,
             step=step,
@@ -408,12 +458,14 @@ class Alternate(Callback):
             val_score=score,
             scores=scores or {"current": score},
             rollouts=rollouts,
-            cost=self._cost(module),
+            cost=cost,
+            diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold),
             found=found,
             notes=found.notes if found else (),
             **more,
         )
         self.history.append(boundary.record())
+        self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
         self._incumbent = module.prompts
         if self.keep == "last" or not self._best or score > self._best["score"]:
             self._best = {
@@ -425,7 +477,9 @@ class Alternate(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BoundaryListener):
                 callback.on_boundary(trainer, module, boundary)
-        self._save(trainer)
+        # At the end of the schedule the best prefix is saved instead, right after this.
+        if index < len(self.steps):
+            self._save_unless_too_soon(trainer)
         crash_point("boundary-after")
 
     def _finish(self, trainer: Trainer) -> None:
@@ -451,6 +505,13 @@ class Alternate(Callback):
         if self.search_examples is None or self.search_examples >= len(train):
             return train
         return random.Random(_seed(self.seed, "examples", self.position)).sample(train, self.search_examples)
+
+    def _calls_left(self, data: TraceDataModule) -> int:
+        """LM calls that the last search may make, so that with the scoring behind it the run has made `lm_calls`."""
+        if self.lm_calls is None:
+            return 0
+        spent = sum(int(record["lm_calls"]) for record in self.history)
+        return max(self.lm_calls - spent - int(self.history[0]["lm_calls"]), 1)
 
     def _cost(self, module: ProgramModule) -> dict[str, Any]:
         """What the LM and the clock say has been spent since the last boundary."""
@@ -506,6 +567,13 @@ def _check_setup(trainer: Trainer, module: LightningModule) -> None:
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
             raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+
+
+def _added(late: dict[str, Any], adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A sum of adapters with one more in it; plain types, as checkpoints hold it."""
+    if not late:
+        return {"count": 1, "sum": adapter}
+    return {"count": late["count"] + 1, "sum": {name: late["sum"][name] + t for name, t in adapter.items()}}
 
 
 _TRAINERS_OWN = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "MixedPrecision")

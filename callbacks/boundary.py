@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cotune.datamodules.collect import Report
-from cotune.programs import Faults, Prompts, Rollout, faults_of, prompts_id
+from cotune.programs import Faults, Prompts, Rollout, faults_of, mean_score, prompts_id
 from cotune.programs.faults import faults_from_dict, faults_to_dict, merged
 from cotune.prompting import Found
 from lightning.pytorch import LightningModule, Trainer
@@ -30,6 +30,11 @@ class Boundary:
         found: the search's result, after a prompt step.
         traces: what collecting gave, after a weight step.
         epoch: the epoch whose adapter was kept (from 1), after a weight step.
+        averaged: how many epochs' adapters the kept one is the average of; 0 where it is an epoch's own.
+        diagnosis: passed, wrong, unreadable, won and lost examples; see `diagnose`.
+        coverage: whose traces passed, after a weight step; see `trace_coverage`.
+        tested: rollouts on test, where Alternate was asked for them; no choice is made by them.
+        test_cost: what those cost, which `cost` leaves out.
     """
 
     index: int
@@ -44,6 +49,11 @@ class Boundary:
     found: Found | None = None
     traces: Report | None = None
     epoch: int | None = None
+    averaged: int = 0
+    diagnosis: Mapping[str, Any] = field(default_factory=dict)
+    coverage: Mapping[str, Any] = field(default_factory=dict)
+    tested: Sequence[Rollout] | None = None
+    test_cost: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -72,8 +82,15 @@ class Boundary:
                 {"why": c.why, "id": c.id, "score": c.score, "pruned": c.pruned} for c in self.found.candidates
             ]
         if self.traces is not None:
-            record["traces"] = {"solved": self.traces.solved, **vars(self.traces)}
+            record["traces"] = {"solved": self.traces.solved, **vars(self.traces), **self.coverage}
             record["epoch"] = self.epoch
+            if self.averaged:
+                record["averaged"] = self.averaged
+        if self.diagnosis:
+            record["diagnosis"] = dict(self.diagnosis)
+        if self.tested is not None:
+            record["test_score"] = mean_score(self.tested)
+            record["test_cost"] = dict(self.test_cost)
         if self.faults:
             record["faults"] = faults_to_dict(self.faults)
         if self.notes:

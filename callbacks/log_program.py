@@ -166,7 +166,21 @@ def scalars(boundary: Boundary) -> dict[str, float]:
         named |= {"traces/runs": boundary.traces.runs}
     if boundary.epoch is not None:
         named["boundary/kept_epoch"] = boundary.epoch
-    return {name: float(value) for name, value in named.items()}
+    return {name: float(value) for name, value in {**named, **_diagnosed(boundary)}.items()}
+
+
+def _diagnosed(boundary: Boundary) -> dict[str, float]:
+    """What a step won and lost, and the share of each label's examples that pass."""
+    found = boundary.diagnosis
+    named: dict[str, float] = {"boundary/wrong": found["wrong"]} if found else {}
+    named |= {f"boundary/{name}": len(found[name]) for name in ("won", "lost") if name in found}
+    named |= {
+        f"boundary/passed/{label}": passed / total for label, (passed, total) in found.get("by_label", {}).items()
+    }
+    by_label = boundary.coverage.get("by_label", {})
+    named |= {f"traces/by_stage/{stage}": count for stage, count in boundary.coverage.get("by_stage", {}).items()}
+    named |= {f"traces/by_label/{label}": solved / total for label, (solved, total) in by_label.items()}
+    return named
 
 
 def _log_tensorboard(logger: TensorBoardLogger, boundary: Boundary, history: Sequence[Mapping[str, Any]]) -> None:

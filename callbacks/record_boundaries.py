@@ -18,8 +18,9 @@ class RecordBoundaries(Callback, BoundaryListener):
     """Writes what a reader of the run wants to look up, one file a boundary, each whole or absent.
 
     `boundaries/0.json` holds the prompts and, after a prompt step, its candidates; `rollouts/val-0.jsonl` the runs on
-    val that gave the boundary its score, a line an example; `rollouts/test.jsonl` those of the closing test. A resumed
-    run that comes to a boundary again replaces that boundary's files.
+    val that gave the boundary its score, a line an example; `rollouts/test.jsonl` those of the closing test, and
+    `rollouts/test-0.jsonl` those of a boundary where `Alternate.test_prefixes` asks for them. A resumed run that comes
+    to a boundary again replaces that boundary's files.
 
     Args:
         folder: the run's folder; null takes the trainer's default_root_dir.
@@ -44,6 +45,8 @@ class RecordBoundaries(Callback, BoundaryListener):
             name = f"boundaries/{boundary.index}.json"
             write_whole(self._path(trainer, name), json.dumps(boundary_record(boundary), ensure_ascii=False) + "\n")
             self._write(trainer, f"rollouts/val-{boundary.index}.jsonl", boundary.rollouts)
+            if boundary.tested is not None:
+                self._write(trainer, f"rollouts/test-{boundary.index}.jsonl", boundary.tested)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only the test that closes a fit is the run's own; `cotune test` may score anything.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     records, damage = read_history(folder / "history.jsonl")
     kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
-    for name in ("after", "val score", "format failures", "LM calls", "seconds"):
+    for name in ("after", "val score", "won", "lost", "wrong", "format failures", "LM calls", "seconds"):
         table.add_column(name, justify="left" if name == "after" else "right")
     for record in records:
         best = record["prefix"] == summary["best"]
         table.add_row(
             record["prefix"] + (" *" if best else ""),
             f"{record['val_score']:.3f}",
+            *_diagnosed(record),
             str(record["failures"].get("format", 0)),
             f"{record['lm_calls']:,}",
             f"{record['seconds']:.0f}",
@@ -47,6 +48,8 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if damage:
         console.print(damage, highlight=False, markup=False, soft_wrap=True)
+    for line in coverage_lines(records):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -64,6 +67,27 @@ def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
         except ValueError:
             break
     return records, f"{damage} Shown are {len(records)} of {len(lines)} records; any of them may be wrong."
+
+
+def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each weight step, how many examples had a passing trace, by label and by stage."""
+    lines = []
+    for record in records:
+        found = record.get("traces") or {}
+        labels = [f"{label} {solved} of {total}" for label, (solved, total) in found.get("by_label", {}).items()]
+        stages = [f"{stage} {count}" for stage, count in found.get("by_stage", {}).items()]
+        parts = [*labels, *(stages if len(stages) > 1 else [])]
+        if found and "solved" in found:
+            head = f"Traces for {record['prefix']}: {found['solved']} of {found['examples']} examples"
+            lines.append(f"{head} ({'; '.join(parts)})" if parts else head)
+    return lines
+
+
+def _diagnosed(record: Mapping[str, Any]) -> list[str]:
+    """Cells of examples won, lost and wrong; empty where the record has none."""
+    found = record.get("diagnosis") or {}
+    moved = [str(len(found[name])) if name in found else "" for name in ("won", "lost")]
+    return [*moved, str(found["wrong"]) if found else ""]
 
 
 def fault_lines(summary: Mapping[str, Any]) -> list[str]:

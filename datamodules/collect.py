@@ -17,6 +17,7 @@ from cotune.programs import (
     Example,
     Metric,
     Program,
+    Prompt,
     Prompts,
     Rollout,
     Sampling,
@@ -29,6 +30,10 @@ from cotune.programs import (
     rollouts,
 )
 from cotune.programs.faults import KINDS, faults_from_dict, faults_to_dict, merged
+from cotune.programs.program import as_text
+
+_Written = tuple[str, ...]
+"""The completions of a run, which tell it from others of its example."""
 
 _DRAW_SHARED_BY = 8
 """Examples that share one draw of demos: sharing saves prefill, more draws find more traces."""
@@ -40,25 +45,40 @@ class Bootstrapping:
 
     Attributes:
         threshold: score from which a run counts as a success (lambda in the paper; 1 for a binary metric).
-        attempts: runs of an example until one succeeds. The first is with the current prompts, as in the paper.
+        attempts: runs of an example until enough succeed. The first is with the current prompts, as in the paper.
+        traces_per_example: successes that are enough. All examples have the same cap, so easy ones do not dominate; a
+            success whose completions are those of an earlier one of its example does not count.
+        hints: further attempts for examples without any success, which are shown the gold answer as a hint (STaR,
+            Zelikman et al., 2022). Training pairs never hold the hint. Such successes are counted apart.
         temperature: of the attempts after the first.
         fresh_demos: later attempts show this many freshly drawn demos a stage, never one of the example's own: labelled
             examples where a stage's inputs and output have labels, and earlier successes. 0 keeps the current prompts.
         pairs: prompts that stand in the training pairs: "initial" (zero-shot, as in the paper) or "current".
+        balance_stages: train on as many pairs of each stage, those of rarer stages repeated within an epoch.
         demo_share: share of the batches whose pairs carry 1 to `fresh_demos` demos of other rows, so that the tuned
             weights still know what to do with demos. 0 in the paper.
     """
 
     threshold: float = 1.0
     attempts: int = 10
+    traces_per_example: int = 1
+    hints: int = 0
     temperature: float = 0.7
     fresh_demos: int = 3
     pairs: Literal["initial", "current"] = "initial"
+    balance_stages: bool = False
     demo_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ValueError(f"attempts {self.attempts} is below 1.")
+        if not 1 <= self.traces_per_example <= self.attempts:
+            raise ValueError(
+                f"traces_per_example {self.traces_per_example} is outside 1 to attempts ({self.attempts}): an attempt "
+                "gives one trace at most."
+            )
+        if self.hints < 0:
+            raise ValueError(f"hints {self.hints} is below 0; it is a number of attempts, 0 gives none.")
         if self.fresh_demos < 0:
             raise ValueError(f"fresh_demos {self.fresh_demos} is below 0.")
         if not 0 < self.threshold <= 1:
@@ -76,7 +96,8 @@ class Trace:
     """One stage call of a successful run.
 
     `call` is its place among the run's calls; `messages` are those it was generated from, `completion_ids` the very
-    ids that were written, `complete` whether the last of them ends the turn.
+    ids that were written, `complete` whether the last of them ends the turn; `hinted` whether the run was shown the
+    gold answer.
     """
 
     example: str
@@ -91,6 +112,7 @@ class Trace:
     completion_ids: Sequence[int]
     complete: bool
     prompts: str
+    hinted: bool = False
 
     @property
     def demo(self) -> Demo:
@@ -113,6 +135,12 @@ class Report:
     """runs that succeeded with a completion cut at max_new_tokens: not learnt from, or the LM would never end."""
     faults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """the user's code's faults by kind, each with its first example, in plain types: checkpoints hold reports"""
+    hinted: int = 0
+    """of the solved examples, those that needed a hint"""
+    more: int = 0
+    """further successes of solved examples, where `traces_per_example` asks for them"""
+    repeated: int = 0
+    """successes that were an earlier one of their example over again"""
 
     @property
     def solved(self) -> int:
@@ -122,7 +150,9 @@ class Report:
         why = {"wrong answer": self.wrong, "unreadable": self.format, "cut at max_new_tokens": self.cut}
         why |= {f"{kind} faults": getattr(self, kind) for kind in KINDS}
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
-        return f"{self.solved} of {self.examples} examples solved in {self.runs} runs (failed: {failed})"
+        hinted = f", {self.hinted} of them with a hint" if self.hinted else ""
+        more = f", {self.more} further traces of them" if self.more else ""
+        return f"{self.solved} of {self.examples} examples solved{hinted} in {self.runs} runs{more} (failed: {failed})"
 
 
 class NoTracesError(RuntimeError):
@@ -143,15 +173,22 @@ def collect(
     max_error_rate: float = 0.5,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[Trace], Report]:
-    """Runs the program on each example until a run succeeds, or the attempts are used up.
+    """Runs the program on each example until enough runs succeed, or the attempts are used up.
 
     Returns:
-        Every stage call of the first successful run of each example, in the order they were found; and the counts.
+        Every stage call of the first successful runs of each example, in the order they were found; and the counts.
     """
     report, traces = Report(examples=len(examples)), list[Trace]()
     pool: dict[str, list[Demo]] = labelled_demos(program, examples)
+    written: dict[str, set[_Written]] = {example.id: set() for example in examples}
     unsolved = list(examples)
-    for attempt in range(options.attempts):
+    last = options.attempts + options.hints - 1
+    for attempt in range(last + 1):
+        hinting = attempt >= options.attempts
+        if attempt == options.attempts:
+            unsolved = [example for example in unsolved if not written[example.id]]
+            if not unsolved:
+                break
         # No run may read its own answer off a demo, so an example's own demos are hidden from it.
         given: list[Prompts] = [hide_own_demos(prompts, example.id) for example in unsolved]
         drawn = sampling
@@ -160,11 +197,12 @@ def collect(
             if options.fresh_demos:
                 rng = random.Random(f"{seed}|{attempt}")
                 given = fresh_prompts(prompts, unsolved, pool, count=options.fresh_demos, rng=rng)
+        shown = [hinted(p, e) for p, e in zip(given, unsolved, strict=True)] if hinting else given
         done = rollouts(
             program,
             unsolved,
             lm=lm,
-            prompts=given,
+            prompts=shown,
             template=template,
             metric=metric,
             sampling=drawn,
@@ -173,21 +211,38 @@ def collect(
             # Later attempts see only the unsolved, among which faults may well be the most without being many.
             max_error_rate=max_error_rate if attempt == 0 else 1.0,
         )
-        passed = {r.example.id: r for r in done if _outcome(r, options.threshold) == "passed"}
         _count(report, done, options.threshold)
-        report.solved_at_attempt.append(len(passed))
+        solved = sum(map(bool, written.values()))
         for place, rollout in enumerate(done):
-            if rollout.example.id in passed:
-                found = _traces(rollout, attempt, prompts_id(given[place]))
-                traces += found
-                for trace in found:
-                    pool.setdefault(trace.stage, []).append(trace.demo)
-        unsolved = [example for example in unsolved if example.id not in passed]
+            if _outcome(rollout, options.threshold) == "passed":
+                before = written[rollout.example.id]
+                said = tuple(step.completion.text for step in rollout.steps)
+                report.repeated += said in before
+                if said not in before:
+                    report.more += bool(before)
+                    before.add(said)
+                    found = _traces(rollout, attempt, prompts_id(shown[place]), hinted=hinting)
+                    traces += found
+                    for trace in found:
+                        pool.setdefault(trace.stage, []).append(trace.demo)
+        newly = sum(map(bool, written.values())) - solved
+        report.solved_at_attempt.append(newly)
+        report.hinted += newly if hinting else 0
+        enough = 1 if hinting else options.traces_per_example
+        unsolved = [example for example in unsolved if len(written[example.id]) < enough]
         if progress is not None:
-            progress(len(passed) if attempt + 1 < options.attempts else len(passed) + len(unsolved))
+            without = sum(not found for found in written.values())
+            progress(newly + without if attempt == last or not unsolved else newly)
         if not unsolved:
             break
     return traces, report
+
+
+def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
+    """The prompts with the example's labels as a hint behind each stage's instruction."""
+    gold = "; ".join(f"{name}: {as_text(value)}" for name, value in example.labels.items())
+    hint = f"Hint, which your reply must not mention: the final result should be {gold}."
+    return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
 
 
 def fresh_prompts(
@@ -312,7 +367,7 @@ def _count(report: Report, done: Sequence[Rollout], threshold: float) -> None:
     report.faults = faults_to_dict(merged(faults_from_dict(report.faults), faults_of(done)))
 
 
-def _traces(rollout: Rollout, attempt: int, used: str) -> list[Trace]:
+def _traces(rollout: Rollout, attempt: int, used: str, *, hinted: bool) -> list[Trace]:
     return [
         Trace(
             example=rollout.example.id,
@@ -327,6 +382,7 @@ def _traces(rollout: Rollout, attempt: int, used: str) -> list[Trace]:
             completion_ids=step.completion.completion_ids,
             complete=step.completion.finished == "eos",
             prompts=used,
+            hinted=hinted,
         )
         for call, step in enumerate(rollout.steps)
     ]

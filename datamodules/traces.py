@@ -65,7 +65,7 @@ class EpochBatches(Dataset[Batch]):
         self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
     ) -> None:
         self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
-        order = list(range(len(traces)))
+        order = rows_of_an_epoch(traces, options)
         random.Random(seed).shuffle(order)
         count = -(-len(order) // batch_size)
         self.plan = [order[i::count] for i in range(count)]
@@ -98,6 +98,23 @@ class EpochBatches(Dataset[Batch]):
             pool = [trace.demo for trace in self.traces if trace.stage == stage]
             drawn[stage] = draw_demos(pool, rng.randint(1, self.options.fresh_demos), rng, exclude_sources=shown)
         return drawn
+
+
+def rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[int]:
+    """Places of the traces that an epoch trains on, some of them more than once where stages are balanced.
+
+    >>> from types import SimpleNamespace as Row
+    >>> rows = [Row(stage="hop"), Row(stage="hop"), Row(stage="hop"), Row(stage="answer")]
+    >>> rows_of_an_epoch(rows, Bootstrapping(balance_stages=True))
+    [0, 1, 2, 3, 3, 3]
+    """
+    if not options.balance_stages:
+        return list(range(len(traces)))
+    stages: dict[str, list[int]] = {}
+    for place, trace in enumerate(traces):
+        stages.setdefault(trace.stage, []).append(place)
+    most = max(map(len, stages.values()), default=0)
+    return [places[i % len(places)] for places in stages.values() for i in range(most)]
 
 
 class EpochLoader(DataLoader[Batch]):
@@ -224,7 +241,7 @@ class TraceDataModule(LightningDataModule, ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._traces) // self.batch_size)
+        return -(-len(rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
 
     def epoch_batches(self) -> EpochBatches:
         """The batches of the current epoch.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 from cotune.programs import Demo, Prompts, prompts_id
 from cotune.programs.demos import draw_demos, labelled_demos
 from cotune.prompting.bootstrap import Solved, bootstrap
-from cotune.prompting.evaluate import Proposal, choose
+from cotune.prompting.evaluate import CountingLM, Proposal, choose, go_on
 from cotune.prompting.search import Found, PromptSearch, SearchTask
 
 DemoSet = Mapping[str, Sequence[Demo]]
@@ -25,7 +26,8 @@ class RandomDemoSearch(PromptSearch):
     1. "incumbent" and "zero-shot" (the initial prompts);
     2. "labels-only": for each stage, demos made of labels alone, where the stage's inputs are inputs of the example;
     3. "bootstrap unshuffled": the first `max_demos` successes in train order;
-    4. "random 1" to "random n": a random number, 1 to `max_demos`, of random successes.
+    4. "random 1" to "random n": a random number, 1 to `max_demos`, of random successes; more of them, one by one, where
+       the task asks for more LM calls than these take.
 
     In 3 and 4 whole rollouts are drawn, so the demos of different stages show the same examples; where a rollout called
     a stage more than once, one of the calls is drawn. A stage with fewer than `max_labelled_demos` is filled up to that
@@ -69,6 +71,8 @@ class RandomDemoSearch(PromptSearch):
         return self.attempts * train + (4 + self.num_candidates) * dev
 
     def search(self, task: SearchTask) -> Found:
+        calls = CountingLM(task.lm)
+        task = replace(task, lm=calls)
         start = task.initial if self.restart else task.incumbent
         made = bootstrap(task, start, attempts=self.attempts)
         labelled = labelled_demos(task.program, task.train)
@@ -78,7 +82,14 @@ class RandomDemoSearch(PromptSearch):
                 proposals.append(Proposal(_with_demos(start, demos), why, parent=prompts_id(start)))
             else:
                 notes.append(f'"{why}" skipped: there are no demos for it')
-        return choose(task, proposals, chunk=self.chunk, racing=self.racing, notes=notes, faults=made.faults)
+        found = choose(task, proposals, chunk=self.chunk, racing=self.racing, notes=notes, faults=made.faults)
+        if calls.calls >= task.lm_calls:
+            return found
+        more = (
+            Proposal(_with_demos(start, demos), why, parent=prompts_id(start))
+            for why, demos in self._further_sets(made.solved, labelled, task.seed)
+        )
+        return go_on(task, found, more, until=lambda: calls.calls >= task.lm_calls, chunk=self.chunk)
 
     def _demo_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> list[tuple[str, DemoSet]]:
         """The demo sets to try, by name; an empty one has nothing to show."""
@@ -86,11 +97,18 @@ class RandomDemoSearch(PromptSearch):
             ("labels-only", self._filled((), labelled, seed, "labels-only")),
             ("bootstrap unshuffled", self._unshuffled(solved, labelled, seed)),
         ]
-        for number in range(1, self.num_candidates + 1):
-            why = f"random {number}"
-            drawn = _draw_solved(solved, self.max_demos, _rng(seed, why))
-            sets.append((why, self._filled(drawn, labelled, seed, why)))
+        sets += [self._random(number, solved, labelled, seed) for number in range(1, self.num_candidates + 1)]
         return sets
+
+    def _further_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> Iterator[tuple[str, DemoSet]]:
+        """Random sets beyond `num_candidates`, without end; none if there is nothing to draw from."""
+        if solved or labelled:
+            yield from (self._random(n, solved, labelled, seed) for n in count(self.num_candidates + 1))
+
+    def _random(self, number: int, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> tuple[str, DemoSet]:
+        why = f"random {number}"
+        drawn = _draw_solved(solved, self.max_demos, _rng(seed, why))
+        return why, self._filled(drawn, labelled, seed, why)
 
     def _unshuffled(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> DemoSet:
         # Without a success this would be labels-only under a wrong name.

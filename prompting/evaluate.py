@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
 
-from cotune.programs import Example, Faults, Prompts, Rollout, faults_of, prompts_id, rollouts
+from cotune.programs import (
+    LM,
+    Completion,
+    Example,
+    Faults,
+    Prompts,
+    Request,
+    Rollout,
+    Sampling,
+    faults_of,
+    prompts_id,
+    rollouts,
+)
 from cotune.programs.faults import check_errors, merged
 from cotune.prompting.racing import contenders
 from cotune.prompting.search import Candidate, Found, SearchTask
 
 _STRIDE = 16
 """Examples between two looks at a race. Fewer drop candidates sooner, and the best one more often."""
+
+
+_MOST_REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,50 @@ def choose(
     notes = (*notes, *repeats, *_error_notes(scored, len(task.dev)))
     faults = merged(faults, *(candidate.faults for candidate in scored))
     return Found(best.prompts, best.score, tuple(scored), notes, faults)
+
+
+def go_on(
+    task: SearchTask, found: Found, proposals: Iterable[Proposal], *, until: Callable[[], bool], chunk: int = 64
+) -> Found:
+    """Scores further proposals after a search, one by one, until enough has been done; ties go to the earlier.
+
+    Gives up, with a note, after a hundred proposals in a row that have been tried before.
+    """
+    tried, scored, notes, repeats = {c.id for c in found.candidates}, list(found.candidates), list(found.notes), 0
+    best, score, faults = found.prompts, found.score, found.faults
+    for proposal in proposals:
+        if until() or repeats == _MOST_REPEATS:
+            break
+        if prompts_id(proposal.prompts) in tried:
+            repeats += 1
+            continue
+        candidate = score_candidate(task, proposal, beat=score, chunk=chunk)
+        repeats, faults = 0, merged(faults, candidate.faults)
+        tried.add(candidate.id)
+        scored.append(candidate)
+        if not candidate.pruned and candidate.score > score:
+            best, score = candidate.prompts, candidate.score
+        if task.progress is not None:
+            task.progress.candidate(len(scored) - 1, len(scored), candidate, score)
+    if not until():
+        notes.append(f"there were no more candidates to try after {len(scored)}")
+    notes += _error_notes(scored[len(found.candidates) :], len(task.dev))
+    return Found(best, score, tuple(scored), tuple(notes), faults)
+
+
+class CountingLM:
+    """An LM that counts its calls, those answered from a store included.
+
+    Attributes:
+        calls: so far.
+    """
+
+    def __init__(self, lm: LM) -> None:
+        self._lm, self.calls = lm, 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.calls += len(requests)
+        return self._lm.generate(requests, sampling)
 
 
 def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple[Candidate, list[Candidate]]:

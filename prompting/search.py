@@ -101,6 +101,8 @@ class SearchTask:
         threshold: a rollout is a success if its score is at least this, in (0, 1] (the paper's lambda).
         seed: of all random draws, the search's and the LM's.
         max_error_rate: share of the examples of one pass on which the user's code may raise.
+        lm_calls: a search that can draw more candidates than its own arguments say does so until it has made so many
+            LM calls; 0 leaves its size to itself.
         progress: told what happens; None for silence.
 
     Raises:
@@ -120,6 +122,7 @@ class SearchTask:
     threshold: float = 1.0
     seed: int = 0
     max_error_rate: float = 0.5
+    lm_calls: int = 0
     progress: Progress | None = None
 
     def __post_init__(self) -> None:

@@ -262,7 +262,7 @@ def test_a_metric_that_always_raises_stops_the_run(tiny_model: Path, tmp_path: P
     def broken(example: Any, prediction: Any) -> float:
         raise KeyError("label")
 
-    with pytest.raises(FaultyProgramError, match=r"the metric raised on .* of 10 examples.*label"):
+    with pytest.raises(FaultyProgramError, match=r"the metric failed on .* of 10 examples.*label"):
         tiny_fit(tiny_model, tmp_path, metric=broken).run()
 
 
@@ -324,3 +324,128 @@ class Modes(Callback):
 
 def _with_score(rollout: Any, score: float) -> Any:
     return replace(rollout, score=score)
+
+
+# Test scores of prefixes, for tables
+
+
+def test_each_prefix_is_scored_on_test_if_asked_and_nothing_else_changes(
+    pwp: Fit, tiny_model: Path, tmp_path: Path
+) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, test_prefixes=True, callbacks=[seen := Seen()]).run()
+    extra = ("test_score", "test_cost")
+    tested = [{name: record.pop(name) for name in extra} for record in fit.alternate.history]
+    assert fit.outcome == pwp.outcome
+    ids = [[rollout.example.id for rollout in boundary.tested or ()] for boundary in seen.boundaries]
+    assert ids == [[example.id for example in fit.data.splits.test]] * 4
+    assert [record["test_score"] for record in tested] == [mean_score(b.tested or ()) for b in seen.boundaries]
+    assert [record["test_cost"]["lm_calls"] for record in tested] == [4] * 4
+
+
+def test_test_is_not_touched_unless_asked(pwp: Fit) -> None:
+    asked = {m["content"] for requests, _ in pwp.lm.seen for r in requests for m in r.messages[-1:]}
+    test = {f"petal_length: {e.inputs['petal_length']}" for e in pwp.data.splits.test}
+    train = {f"petal_length: {e.inputs['petal_length']}" for e in pwp.data.splits.train}
+    assert not any("test_score" in record for record in pwp.alternate.history)
+    assert not any(content.splitlines()[0] in test - train for content in asked if content not in _seen_elsewhere(pwp))
+
+
+def _seen_elsewhere(fit: Fit) -> set[str]:
+    """Last turns that examples of the other sets have; two flowers may share a length."""
+    others = [e for name in ("train", "dev", "val") for e in getattr(fit.data.splits, name)]
+    return {"\n".join(f"{name}: {value}" for name, value in e.inputs.items()) for e in others}
+
+
+# A control that spends as many LM calls
+
+
+def test_the_last_prompt_step_spends_the_calls_it_is_given(tiny_model: Path, tmp_path: Path) -> None:
+    plain = tiny_fit(tiny_model, tmp_path / "plain", "p -> p").run()
+    before = sum(record["lm_calls"] for record in plain.alternate.history)
+    wanted = before + 40
+    more = tiny_fit(tiny_model, tmp_path / "more", "p -> p", lm_calls=wanted).run()
+    spent = sum(record["lm_calls"] for record in more.alternate.history)
+    assert wanted <= spent < wanted + 6  # dev has six examples: the last candidate is scored to its end
+    assert more.alternate.history[:2] == _timeless(plain.alternate.history[:2], more.alternate.history[:2])
+    first, longer = (fit.alternate.history[2]["candidates"] for fit in (plain, more))
+    assert [c["id"] for c in longer[: len(first)]] == [c["id"] for c in first]
+    assert len(longer) > len(first)
+
+
+def _timeless(records: Sequence[dict[str, Any]], clock: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records with another run's seconds."""
+    names = ("seconds", "generating_seconds")
+    return [{**record, **{n: other[n] for n in names}} for record, other in zip(records, clock, strict=True)]
+
+
+def test_calls_to_spend_need_a_prompt_step_at_the_end() -> None:
+    with pytest.raises(ValueError, match='lm_calls is for a schedule that ends with "p"; this is "p -> w"'):
+        Alternate("p -> w", lm_calls=100)
+
+
+# The average of late epochs
+
+
+def test_the_average_of_late_adapters_is_offered_like_an_epoch(tiny_model: Path, tmp_path: Path) -> None:
+    adapters: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            adapters.append(pl_module.lm.adapter_state())
+
+    options: dict[str, Any] = {"epochs": 3, "average_last": 2, "keep_best_epoch": False, "keep": "last"}
+    fit = tiny_fit(tiny_model, tmp_path, "w", **options)
+    fit.trainer.callbacks.insert(0, Keep())
+    fit.run()
+    for name, tensor in fit.lm.adapter_state().items():
+        torch.testing.assert_close(tensor, (adapters[1][name] + adapters[2][name]) / 2)
+    assert (fit.alternate.history[-1]["epoch"], fit.alternate.history[-1]["averaged"]) == (3, 2)
+
+
+def test_an_average_that_is_no_better_than_the_best_epoch_is_not_kept(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_fit(tiny_model, tmp_path / "plain", "w").run()
+    real = Alternate._score
+
+    def worse(self: Alternate, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
+        done = real(self, module, examples, what, prompts)
+        return [_with_score(r, 0.0) for r in done] if what.startswith("average") else done
+
+    monkeypatch.setattr(Alternate, "_score", worse)
+    fit = tiny_fit(tiny_model, tmp_path / "average", "w", average_last=2).run()
+    assert fit.outcome["adapter"] == plain.outcome["adapter"]
+    assert "averaged" not in fit.alternate.history[-1]
+
+
+@pytest.mark.parametrize("count", [-1, 1, 6])
+def test_an_average_of_one_epoch_or_of_more_than_there_are_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"average_last {count} is none of 0"):
+        Alternate(epochs=5, average_last=count)
+
+
+# Diagnosis
+
+
+def test_each_boundary_says_what_the_step_won_and_lost(pwp: Fit) -> None:
+    first, *rest = pwp.alternate.history
+    assert "won" not in first["diagnosis"]
+    for record in pwp.alternate.history:
+        found = record["diagnosis"]
+        assert found["passed"] + found["wrong"] + sum(record["failures"].values()) == 10
+        assert found["passed"] == round(record["val_score"] * 10)
+        assert sum(record["diagnosis"]["unreadable"].values()) == record["failures"].get("format", 0)
+        assert sum(total for _, total in found["by_label"].values()) == 10
+    for before, after in zip(pwp.alternate.history, rest, strict=False):
+        gained = len(after["diagnosis"]["won"]) - len(after["diagnosis"]["lost"])
+        assert gained == after["diagnosis"]["passed"] - before["diagnosis"]["passed"]
+
+
+def test_a_weight_step_says_whose_traces_passed_by_stage_and_by_label(pwp: Fit) -> None:
+    traces = pwp.alternate.history[2]["traces"]
+    assert traces["by_stage"] == {"predict": traces["solved"]}
+    assert sum(solved for solved, _ in traces["by_label"].values()) == traces["solved"]
+    assert {label: total for label, (_, total) in traces["by_label"].items()} == {
+        label: sum(e.labels["answer"] == label for e in pwp.data.splits.train)
+        for label in ("setosa", "versicolor", "virginica")
+    }

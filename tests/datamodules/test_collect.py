@@ -29,11 +29,13 @@ from cotune.programs import (
 from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
+_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints")
+
 
 def run(
     lm: FakeLM, examples: list[Example], program: Program | None = None, *, attempts: int = 1, **changes: Any
 ) -> tuple[list[Trace], Report]:
-    options = {name: changes.pop(name) for name in ("threshold", "fresh_demos", "temperature") if name in changes}
+    options = {name: changes.pop(name) for name in _OPTIONS if name in changes}
     program = program or Loop(1)
     given: dict[str, Any] = {
         "program": program,
@@ -346,3 +348,71 @@ def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Bootstrapping(**settings)
+
+
+# Several traces an example, and hints
+
+
+def test_an_example_gives_as_many_traces_as_asked_for_and_a_repetition_does_not_count() -> None:
+    said = {"1": ["2", "2", "2.", "2"], "2": ["no", "4", "4", "4"]}
+    lm = FakeLM(lambda request: said[asked(request, "number")][len(lm.batches) - 1])
+    traces, report = run(lm, doubles(1, 2), attempts=4, traces_per_example=2)
+    assert [(trace.example, trace.attempt, trace.completion) for trace in traces] == [
+        ("1", 0, "2"),
+        ("2", 1, "4"),
+        ("1", 2, "2."),
+    ]
+    assert numbers(lm) == [["1", "2"], ["1", "2"], ["1", "2"], ["2"]]
+    assert report == Report(2, [1, 1, 0, 0], runs=7, wrong=1, more=1, repeated=3)
+    assert report.solved == 2
+
+
+def test_only_examples_without_any_success_get_a_hint_and_no_pair_holds_it() -> None:
+    def told(request: Request) -> str:
+        system = request.messages[0]["content"]
+        return "4" if "answer: 4" in system else "2" if asked(request, "number") == "1" else "no"
+
+    lm = FakeLM(told)
+    traces, report = run(lm, doubles(1, 2, 3), attempts=2, traces_per_example=2, hints=3)
+    assert numbers(lm) == [["1", "2", "3"], ["1", "2", "3"], ["2", "3"], ["3"], ["3"]]
+    assert [(trace.example, trace.hinted) for trace in traces] == [("1", False), ("2", True)]
+    assert (report.solved, report.hinted, report.solved_at_attempt) == (2, 1, [1, 0, 1, 0, 0])
+    assert "2 of 3 examples solved, 1 of them with a hint" in str(report)
+    assert all(("Hint" in request.messages[0]["content"]) == (n >= 6) for n, request in enumerate(lm.requests))
+    assert traces[1].inputs == {"number": "2"}  # what a pair is rendered from
+    assert "Hint" not in str(traces[1].outputs)
+
+
+def test_without_hints_and_further_traces_nothing_is_run_more_often_than_before() -> None:
+    lm = succeeds_at({"1": 0, "2": 1})
+    run(lm, doubles(1, 2), attempts=5, hints=2)
+    assert numbers(lm) == [["1", "2"], ["2"]]
+
+
+def test_the_pool_of_demos_does_not_show_hints() -> None:
+    lm = FakeLM(lambda request: doubling(request) if "Hint" in request.messages[0]["content"] else "no")
+    run(lm, doubles(*range(6)), attempts=1, hints=2)
+    turns = [
+        message["content"] for request in lm.requests for message in request.messages if message["role"] != "system"
+    ]
+    assert not any("Hint" in turn for turn in turns)
+
+
+def test_traces_written_before_there_were_hints_are_read(tmp_path: Path) -> None:
+    traces, _ = run(FakeLM(doubling), doubles(1))
+    save_traces(traces, tmp_path / "new")
+    old = load_from_disk(str(tmp_path / "new")).remove_columns("hinted")
+    old.save_to_disk(str(tmp_path / "old"))
+    assert load_traces(tmp_path / "old", Loop(1)) == traces == load_traces(tmp_path / "new", Loop(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hints": -1}, "hints -1 is below 0"),
+        ({"attempts": 2, "traces_per_example": 3}, r"outside 1 to attempts \(2\)"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Bootstrapping(**options)

@@ -133,6 +133,15 @@ def test_batches_depend_on_the_seed_alone_and_not_on_what_was_asked_before() -> 
     assert all_pairs(batches(20, demo_share=0.5, seed="b")) != all_pairs(second)
 
 
+def test_balanced_stages_have_as_many_pairs_each_and_every_row_comes_at_least_once() -> None:
+    traces = [*(trace(n) for n in range(7)), *(trace(n, stage="halve") for n in range(2))]
+    epoch = EpochBatches(traces, maker(), Bootstrapping(balance_stages=True), batch_size=4, seed="0")
+    rows = Counter(place for batch in epoch.plan for place in batch)
+    assert set(rows) == set(range(9))
+    assert sum(rows[place] for place in range(7)) == sum(rows[place] for place in (7, 8)) == 7
+    assert max(rows[place] for place in range(7)) == 1
+
+
 def test_the_rows_are_shuffled() -> None:
     assert batches(20).plan != batches(20, seed="1").plan
     assert [i for part in batches(20).plan for i in part] != list(range(20))

@@ -240,8 +240,9 @@ class CotuneCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         self._dump_config()
         model = redacted(self.config_dump["model"])
-        ours = [StopOnSignal(self.signals), SayPlan(), RecordRun(), ExportProgram(config=model)]
-        trainer.callbacks += ours  # type: ignore[attr-defined]
+        # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
+        trainer.callbacks.insert(0, StopOnSignal(self.signals))  # type: ignore[attr-defined]
+        trainer.callbacks += [SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]
         return trainer
 
     def after_fit(self) -> None:

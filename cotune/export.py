@@ -33,10 +33,10 @@ def parser() -> argparse.ArgumentParser:
         help="of the merged weights; that of the run without it",
     )
     made.add_argument(
-        "--as-trained",
+        "--unrounded",
         action="store_true",
-        help="merge into the weights as the run's quantization rounded them, so that the merged model writes what the "
-        "run's program wrote; without it the adapter is merged into the unrounded base",
+        help="merge into the base as it was before the run's quantization rounded it; without it the merged weights "
+        "are rounded as in the run, and write what its program wrote",
     )
     made.add_argument(
         "--base-model", metavar="ID", help="the Hub id by which others know the base, where the run had a local folder"
@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
         out,
         what=options.what,
         dtype=options.dtype,
-        as_trained=options.as_trained,
+        unrounded=options.unrounded,
         base_model=options.base_model,
         license_name=options.license,
         trust_remote_code=options.trust_remote_code,
@@ -86,7 +86,7 @@ def write_export(
     *,
     what: str = "adapter",
     dtype: str | None = None,
-    as_trained: bool = False,
+    unrounded: bool = False,
     base_model: str | None = None,
     license_name: str = "",
     trust_remote_code: bool = False,
@@ -110,7 +110,7 @@ def write_export(
         _copy_adapter(export / "adapter", out / "adapter", described["base"])
     into = ""
     if what != "adapter":
-        lm = _base_lm(described["base"], dtype, as_trained, trust_remote_code)
+        lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
         into = _merge(lm, described, export / "adapter", out / "merged")
     card = Card(
         name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
@@ -132,7 +132,7 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
         ExportError: no token, no right, no connection, or a base that exists on this machine only.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # its HTTP library's
 
     from cotune.tuned import ExportError
 
@@ -223,12 +223,12 @@ def _merge(lm: LanguageModel, described: dict[str, Any], adapter: Path, folder: 
     return save_merged(lm, adapter, folder, sampling=sampling)
 
 
-def _base_lm(base: dict[str, Any], dtype: str | None, as_trained: bool, trust: bool) -> LanguageModel:
-    """The base as the run read it; with the run's own quantisation only where the weights are wanted as trained."""
+def _base_lm(base: dict[str, Any], dtype: str | None, unrounded: bool, trust: bool) -> LanguageModel:
+    """The base as the run held it, or as it was before the run's own quantisation."""
     from cotune.lightning_modules import LanguageModel
 
     chosen: Any = dtype or base["dtype"]
-    rounding = base.get("by_run", {}) if as_trained else {}
+    rounding = {} if unrounded else base.get("by_run", {})
     return LanguageModel(base["model"], gguf_file=base["gguf_file"], dtype=chosen, trust_remote_code=trust, **rounding)
 
 

@@ -129,8 +129,8 @@ class Card:
         if "bitsandbytes" in self.merged_into:
             return " So the base is rounded as it was while tuning."
         return (
-            " The adapter was trained beside rounded weights, so the merged model can write other tokens than in the "
-            "run: score it before you rely on the table above (`cotune export --as-trained` keeps the rounding)."
+            " The adapter was trained beside rounded weights, so this model can write other tokens than in the run: "
+            "score it before you rely on the table above. Without `--unrounded` the rounding is kept."
         )
 
     def _settings(self) -> list[tuple[str, str]]:
@@ -178,12 +178,31 @@ class Card:
         ]
         if self.adapter:
             parts += ["cotune:\n\n" + _fenced(_COTUNE % (_slug(self.name), self._inputs()), "python")]
-            parts += ["PEFT:\n\n" + _fenced(_PEFT % (base, _slug(self.name)), "python")]
+            parts += ["PEFT:\n\n" + _fenced(self._peft(base), "python")]
         if self.merged_into:
             parts += ["transformers:\n\n" + _fenced(_TRANSFORMERS % {"folder": _slug(self.name)}, "python")]
         parts.append("vLLM:\n\n" + _fenced("\n".join(serve_commands(_slug(self.name), base, self)), "bash"))
+        if self.adapter and self._by_run():
+            parts.append(
+                "vLLM holds the base unquantised there, beside which the adapter can write other tokens than in the "
+                "run; merged weights (`cotune export --what merged`) do not have that trouble."
+            )
         refused = vllm_refusals(self.adapter)
         return [*parts, *(f"vLLM does not take this adapter: {why}." for why in refused)]
+
+    def _peft(self, base: str) -> str:
+        kind, double = self._by_run(), (self.described.get("base") or {}).get("by_run", {}).get("double_quantization")
+        if not kind:
+            return _PEFT % {"base": base, "folder": _slug(self.name), "more": "", "imports": ""}
+        dtype = (self.described.get("base") or {}).get("dtype", "float32")
+        four = f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={bool(double)}, '
+        held = "load_in_8bit=True" if kind == "int8" else f'{four}bnb_4bit_compute_dtype="{dtype}"'
+        more = f", quantization_config=BitsAndBytesConfig({held})"
+        return _PEFT % {"base": base, "folder": _slug(self.name), "more": more, "imports": ", BitsAndBytesConfig"}
+
+    def _by_run(self) -> str:
+        """The format into which the run itself rounded the base; "" where it took the base as it is."""
+        return (self.described.get("base") or {}).get("by_run", {}).get("quantization") or ""
 
     def _inputs(self) -> str:
         first = next(iter(self.described["stages"].values()))
@@ -198,10 +217,10 @@ tuned(%s)"""
 
 _PEFT = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM%(imports)s
 
-base = AutoModelForCausalLM.from_pretrained("%s", dtype="auto")
-model = PeftModel.from_pretrained(base, "%s/adapter")"""
+base = AutoModelForCausalLM.from_pretrained("%(base)s", dtype="auto"%(more)s)
+model = PeftModel.from_pretrained(base, "%(folder)s/adapter")"""
 
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -20,7 +20,8 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
 
     The base is read anew, and the sum is made and kept in `lm.dtype`: adding to a 4- or 8-bit weight would round the
     adapter away. Where `lm` has a quantization, or the checkpoint is one of bitsandbytes, the weights are rounded as
-    they were in the run, and unpacked again. The folder appears whole or not at all.
+    they were in the run, and unpacked: the adapter was trained to go with just these. The folder appears whole or not
+    at all.
 
     Args:
         lm: names the base; its own weights are not loaded.

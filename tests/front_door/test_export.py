@@ -127,13 +127,13 @@ def quantised(folder: Path, kind: Any) -> ProgramModule:
     return disturbed(ProgramModule(Predict(SIGNATURE), lm, sampling=Sampling(max_new_tokens=6)))
 
 
-def test_the_adapter_of_a_quantised_base_is_merged_into_the_unrounded_weights(tmp_path: Path) -> None:
+def test_on_request_the_adapter_of_a_quantised_base_is_merged_into_the_unrounded_weights(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     wide = save_wide_model(tmp_path / "wide")
     module = quantised(wide, "nf4")
     export_program(module, tmp_path / "one" / "export")
-    card = write_export(tmp_path / "one" / "export", tmp_path / "out", what="merged")
+    card = write_export(tmp_path / "one" / "export", tmp_path / "out", what="merged", unrounded=True)
     assert card.merged_into == "the unquantised base in float32"
     name = "model.layers.0.self_attn.q_proj"
     merged, base = load_file(tmp_path / "out/merged/model.safetensors"), load_file(wide / "model.safetensors")
@@ -145,16 +145,32 @@ def test_the_adapter_of_a_quantised_base_is_merged_into_the_unrounded_weights(tm
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_merged_as_trained_a_quantised_run_writes_the_same_tokens(tmp_path: Path, kind: Any) -> None:
+def test_merged_weights_of_a_quantised_run_are_rounded_as_in_it_and_write_the_same_tokens(
+    tmp_path: Path, kind: Any
+) -> None:
     from transformers import AutoModelForCausalLM
 
     module = quantised(save_wide_model(tmp_path / "wide"), kind)
     export_program(module, tmp_path / "one" / "export")
-    card = write_export(tmp_path / "one" / "export", tmp_path / "out", what="merged", as_trained=True)
+    card = write_export(tmp_path / "one" / "export", tmp_path / "out", what="merged")
     assert card.merged_into == f"the bitsandbytes {kind} weights of the base, unpacked to float32"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", dtype="auto")
     continued(merged, completions(module))
     assert "rounded as it was while tuning" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_cards_own_lines_for_peft_write_the_same_tokens_beside_a_quantised_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = quantised(save_wide_model(tmp_path / "wide"), "nf4")
+    export_program(module, tmp_path / "one" / "export")
+    write_export(tmp_path / "one" / "export", tmp_path / "one" / "export")
+    text = (tmp_path / "one" / "export" / "README.md").read_text()
+    code = text.partition("PEFT:\n\n```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "one")
+    names: dict[str, Any] = {}
+    exec(code.replace('"one/adapter"', '"export/adapter"'), names)
+    continued(names["model"].eval(), completions(module), module.lm.end_ids)
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")

@@ -137,7 +137,8 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
         parts.append(f"p: {type(alternate.search).__name__}")
     if "w" in alternate.steps:
         traces = "reused traces" if data.reused_traces else f"up to {data.bootstrapping.attempts} attempts an example"
-        parts.append(f"w: {alternate.epochs} epochs on {traces}")
+        epochs = f"{alternate.epochs} epoch{'s' if alternate.epochs > 1 else ''}"
+        parts.append(f"w: {epochs} on {traces}")
     return f" ({'; '.join(parts)})"
 
 

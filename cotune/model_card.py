@@ -155,7 +155,8 @@ class Card:
         if not a:
             return ""
         kind = "rank-stabilised, " if a.get("use_rslora") else ""
-        targets = a["target_modules"] if isinstance(a["target_modules"], str) else ", ".join(a["target_modules"])
+        named = [a["target_modules"]] if isinstance(a["target_modules"], str) else a["target_modules"]
+        targets = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in named))  # some runs name every layer
         return f"{kind}r {a['r']}, alpha {a['lora_alpha']}, on {targets}"
 
     def _prompts(self) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -43,8 +44,9 @@ class RunFolder:
 
     def release(self) -> None:
         if self._lock is not None:
-            self._lock.truncate(0)  # ended in order: nobody need wonder who it was
-            self._lock.close()
+            with suppress(OSError):  # a full disk is no reason to end badly
+                self._lock.truncate(0)  # ended in order: nobody need wonder who it was
+                self._lock.close()
             self._lock = None
 
     def _take_lock(self) -> None:
@@ -75,10 +77,16 @@ class RunFolder:
                 f"{self.path} was last held by {holder}, which has let go of it. If that process still runs, stop "
                 "one of the two: some network file systems do not carry locks between machines."
             )
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{_boot()}")
-        lock.flush()
         self._lock = lock
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}{_boot()}")
+            lock.flush()
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path / '.lock'} could not be written: {error.strerror}. Make room there or give another "
+                "--runs_dir, and start the same command again."
+            ) from error
 
     def _set_aside(self) -> None:
         number = 1

@@ -78,7 +78,7 @@ def write_beside(path: Path, write: Callable[[Any], Any]) -> tuple[Path, str]:
     beside = _beside(path)
     with beside.open("wb") as file:
         hashing = _Hashing(file)
-        write(hashing)
+        hashing.fill(write)
         file.flush()
         os.fsync(file.fileno())
     crash_point("blob-after-write")
@@ -149,7 +149,7 @@ def find_whole(path: Path) -> tuple[Path | None, str]:
     for place in places:
         if file_sum(place) == listed:
             return place, ""
-    if not places and listed is None:
+    if path not in places and listed is None:  # beside it there may be one whose writing was cut short
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if path not in places:
         return None, "is not there"
@@ -225,11 +225,28 @@ class _Hashing:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self._failed: OSError | None = None
+
+    def fill(self, write: Callable[[Any], Any]) -> None:
+        """Has `write` fill the file.
+
+        Raises:
+            OSError: what the system said, also where `write` made something else of it, as torch's zip writer does.
+        """
+        try:
+            write(self)
+        except Exception as error:
+            if self._failed is None or self._failed is error:
+                raise
+            raise self._failed from error
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        written = self.file.write(data)
-        return int(written)
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self._failed = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
@@ -11,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cotune.datamodules.crash_point import POINTS, parse_crash
 from cotune.datamodules.durable import (
     SUMS,
     DamagedFileError,
     NotWrittenError,
     damaged_file,
+    explained,
     new_folder,
     read_durably,
     read_sums,
+    write_beside,
     write_durably,
 )
 
@@ -89,6 +93,24 @@ def test_a_disk_that_fails_leaves_the_old_file_and_is_named(
         with pytest.raises(NotWrittenError, match=rf"{path} could not be written: {os.strerror(number)}\. What was"):
             write_durably(path, "new")
     assert read_durably(path) == "old"
+
+
+def test_a_first_file_whose_writing_was_cut_short_was_never_written(tmp_path: Path) -> None:
+    (tmp_path / "run.json.partial").write_text("half")
+    with pytest.raises(FileNotFoundError):
+        read_durably(tmp_path / "run.json")
+
+
+def test_the_systems_word_is_not_lost_in_torchs_zip_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, data: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(io.FileIO):
+        write = full
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Full(str(self), mode))
+    with pytest.raises(NotWrittenError, match="No space left"), explained(tmp_path / "last.ckpt"):
+        write_beside(tmp_path / "last.ckpt", lambda file: torch.save({"weights": torch.zeros(1000)}, file))
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,6 @@ def whole_trial(job: Job, template: Path, name: str, expected: Reference, *, see
     what, content = rng.choice(made)
     shutil.rmtree(job.folder, ignore_errors=True)
     shutil.copytree(template, job.folder)
-    (job.folder / "log.txt").unlink(missing_ok=True)
     (job.folder / name).write_bytes(content)
     equal, child = resumed_equal(job, expected)
     refused = child.code == 2 and "Traceback" not in child.text

@@ -63,7 +63,7 @@ def written_paths(job: Job) -> list[Path]:
         for name in re.findall(r'[<"](/[^<>"]*)[>"]', line):
             path = Path(name.removesuffix(" (deleted)"))
             reading = "openat(" in line and "O_CREAT" not in line
-            if path.is_relative_to(job.folder) and not reading and path.name not in ("log.txt", "stack.txt"):
+            if path.is_relative_to(job.folder) and not reading and path.suffix != ".txt":
                 found[path] = None
     return list(found)
 
@@ -96,11 +96,10 @@ def small_disk_trial(job: Job, expected: Reference, kilobytes: int) -> Trial:
 def short_write_trial(job: Job, expected: Reference, limit: int) -> Trial:
     """No file may grow past `limit` bytes: the write that would is cut short, and the next one fails (RLIMIT_FSIZE)."""
     fresh(job.folder)
-    log = job.folder / "log.txt"
     child = run_to_end(job, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)))
     if child.code == 0:
         return {"ok": True, "end": True, "redone": 0, "silent": 0, "said": ""}
-    if log.stat().st_size >= limit:
+    if child.log.stat().st_size >= limit:
         return {"ok": True, "redone": 0, "silent": 0, "said": "(its own log was what grew too long)"}
     return _after(job, expected, child)
 

@@ -67,6 +67,7 @@ def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1) -> T
         child = fork(job, count)
         if child.wait_until(moment):
             phases.append(child.phase())
+            time.sleep(rng.uniform(0, 0.02))  # it answers between two bytecodes, and is to be killed anywhere
             child.kill()
         elif child.wait() != 0:
             return _judged(job, expected, child, phases)

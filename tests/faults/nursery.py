@@ -7,7 +7,6 @@ finds no state of a run.
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import io
 import json
@@ -19,11 +18,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module, reload
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from faults.small_run import Job
@@ -54,12 +54,9 @@ class Child:
 
     pid: int
     job: Job
+    log: Path
     started: float
     status: int | None = None
-
-    @property
-    def log(self) -> Path:
-        return self.job.folder / "log.txt"
 
     @property
     def text(self) -> str:
@@ -95,7 +92,7 @@ class Child:
         return self.code is None
 
     def phase(self) -> str:
-        """Where the run is, by the stack that it writes when it is asked."""
+        """Where the run is, by the stack that it writes when it is asked, between two bytecodes."""
         dump = self.job.folder / "stack.txt"
         size = dump.stat().st_size
         os.kill(self.pid, signal.SIGUSR1)
@@ -109,7 +106,8 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL, to the child and whatever it has started."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self.wait(10)
 
 
@@ -133,18 +131,19 @@ def fork(job: Job, arm: Callable[[], None] | None = None, *, stopped: bool = Fal
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "stack.txt").write_text("")
+    log = job.folder / f"log-{len(list(job.folder.glob('log-*.txt')))}.txt"
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # until the child knows what to do with it
     pid = os.fork()
     if pid == 0:
-        _run(job, arm, stopped)
+        _run(job, log, arm, stopped)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
     with suppress(OSError):  # the child was faster, or is gone
         os.setpgid(pid, pid)  # here too, so that a kill right away finds the group
     if stopped:
         os.waitpid(pid, os.WUNTRACED)
-    return Child(pid, job, time.monotonic())
+    return Child(pid, job, log, time.monotonic())
 
 
 def in_child(work: Callable[[], Any]) -> Any:
@@ -221,14 +220,14 @@ def _parse_once() -> None:
         main(["fit", "--config", str(ROOT / "configs" / "iris.yaml"), "--print_config"])
 
 
-def _run(job: Job, arm: Callable[[], None] | None, stopped: bool) -> None:
+def _run(job: Job, log: Path, arm: Callable[[], None] | None, stopped: bool) -> None:
     """The child: never returns."""
     code = 70
     try:
         os.setpgid(0, 0)
         os.chdir(job.folder)
         os.environ.update(job.environment)
-        _redirect(job.folder / "log.txt")
+        _redirect(log)
         _answer_with_stack(job.folder / "stack.txt")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -253,15 +252,27 @@ def _run(job: Job, arm: Callable[[], None] | None, stopped: bool) -> None:
 
 
 def _answer_with_stack(dump: Path) -> None:
-    """Has SIGUSR1 write the stack, whoever puts back the handler that he found: Lightning does, for all signals."""
-    faulthandler.register(signal.SIGUSR1, file=dump.open("a"), all_threads=False)  # of others it is not safe
-    set_handler = signal.signal
+    """Has SIGUSR1 write the stack, whoever puts back the handler that he found: Lightning does, for all signals.
+
+    Not by faulthandler, which reads the stack at any instruction, and now and then one that is half made.
+    """
+    file, set_handler = os.open(dump, os.O_WRONLY | os.O_APPEND), signal.signal
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        os.write(file, "".join(f"{one.f_code.co_filename} in {one.f_code.co_name}\n" for one in _above(frame)).encode())
 
     def others(number: int, handler: Any) -> Any:
         return None if number == signal.SIGUSR1 else set_handler(number, handler)
 
+    signal.signal(signal.SIGUSR1, answer)
     signal.signal = others  # type: ignore[assignment]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def _above(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _redirect(log: Path) -> None:

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types bench bench-full faults
+.PHONY: help setup demo test lint types docs bench bench-full faults
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,10 @@ test: setup  ## run the tests
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+docs: setup  ## build the documentation as a site, any warning an error
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 bench: .venv/.bench-ready  ## measure speed beside other engines, small sizes (minutes; first it installs them)
 	@$(BIN)/python -m benchmarks
@@ -50,7 +54,7 @@ types: setup  ## check types on the built package
 		exit 1; }
 	@test -x $(BIN)/python || { echo "Making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv .venv; }
 	@echo "Installing cotune and its tested dependencies (a few minutes the first time)"
-	@$(PIP) install -c constraints.txt -e ".[dev,retrieval]"
+	@$(PIP) install -c constraints.txt -e ".[dev,docs,retrieval]"
 	@touch $@
 
 .venv/.bench-ready: .venv/.model-ready

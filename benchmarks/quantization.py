@@ -1,6 +1,7 @@
 """Which bases generate, train and export on this machine: every cell of the table in docs/models-and-quantization.md.
 
-    python benchmarks/quantization.py --json benchmarks/results/quantization-cpu.json
+    python benchmarks/quantization.py --gguf FILE --json benchmarks/results/quantization-cpu.json
+    python benchmarks/quantization.py --table benchmarks/results/quantization-cpu.json
 
 Runs the embedded model in each form through what a weight step does, in its order: generate, train, generate, save.
 A cell is "ok" only if all of these hold:
@@ -9,7 +10,8 @@ A cell is "ok" only if all of these hold:
 - training, after generating: every LoRA matrix gets a gradient that is not zero, the loss falls in eight steps, and the
   base's state_dict is byte for byte what it was when loaded, the loss too after asking for it;
 - adapter: saved and loaded beside the same base, it writes the same tokens;
-- merged: plain transformers loads it unquantised, and writes the same tokens, or, where the base was rounded, so many.
+- merged, into the base as it was rounded or, with --unrounded, as it was before: plain transformers loads it
+  unquantised, and of six greedy completions so many are the same.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="rows by name")
     parser.add_argument("--gguf", metavar="FILE", help="a GGUF file of the embedded model, for the row that reads one")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    parser.add_argument("--table", metavar="FILE", help="only print the table of such a file")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(Path(options.table).read_text(encoding="utf-8"))))
+        return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in bases(Path(folder), options.gguf).items():
@@ -72,7 +78,7 @@ def main() -> None:
             "torch": torch.__version__,
         }
         found = {"machine": {**machine, "python": platform.python_version()}, "rows": [asdict(row) for row in rows]}
-        Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        Path(options.json).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def bases(folder: Path, gguf: str | None) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -122,6 +128,7 @@ def measure(name: str, settings: Callable[[], dict[str, Any]], device: str, fold
         "training": lambda: training(module),
         "adapter": lambda: adapter(module, made, device, out),
         "merged": lambda: merged(module, out),
+        "merged, unrounded": lambda: merged(module, out, unrounded=True) if module.lm.quantization else "-",
     }
     for cell, step in steps.items():
         try:
@@ -179,10 +186,10 @@ def adapter(module: ProgramModule, settings: dict[str, Any], device: str, out: P
     return "ok" if completions(other) == completions(module) else "FAILS: other tokens"
 
 
-def merged(module: ProgramModule, out: Path) -> str:
+def merged(module: ProgramModule, out: Path, *, unrounded: bool = False) -> str:
     from transformers import AutoModelForCausalLM
 
-    card = write_export(out / "export", out / "merged-export", what="merged")
+    card = write_export(out / "export", out / "merged-export", what="merged", unrounded=unrounded)
     model = AutoModelForCausalLM.from_pretrained(out / "merged-export" / "merged", dtype="auto")
     if getattr(model, "is_quantized", False) or {p.dtype for p in model.parameters()} != {module.lm.dtype}:
         return "FAILS: the merged weights are not plain"
@@ -230,6 +237,17 @@ def digest(lm: LanguageModel) -> dict[str, str]:
         for name, tensor in lm.model.state_dict().items()
         if isinstance(tensor, torch.Tensor) and "lora_" not in name
     }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows as Markdown, short enough for the page."""
+    head = ["base", "weights", "rollouts", "training", "adapter", "merged", "merged, unrounded"]
+    lines = [[*head, "all of it on CUDA"], ["---"] * (len(head) + 1)]
+    for row in found["rows"]:
+        cells = [row["cells"][name].partition(";")[0].removesuffix(" completions equal") for name in head[2:]]
+        cells[0] = cells[0].partition(", ")[0]  # the speed says more of the neighbours than of the format
+        lines.append([row["base"], f"{row['weights_mb']:,.0f} MB", *cells, "not run"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def line(row: Row) -> str:

@@ -48,7 +48,7 @@ class Checkpoints:
             CheckpointError: there are some, and none is whole.
         """
         known = read_sums(self.folder)
-        wrong = []
+        wrong: list[str] = []
         for path in (self.folder / COMING, self.folder / LAST, self.folder / PREVIOUS):
             if not path.is_file():
                 continue

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
+from cotune.datamodules.durable import new_folder
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
@@ -48,14 +48,8 @@ def export_program(
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the export; an older one in its place is replaced only once the new one is complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Writes the export; an older one in its place is replaced only once the new one is complete and on disk."""
     base = describe_base(module.lm)
-    module.lm.save_adapter(partial / "adapter")
-    name_base(partial / "adapter", base["name"], base["revision"])
-    write_whole(partial / "prompts.json", json.dumps(prompts_to_dict(module.prompts), indent=2, ensure_ascii=False))
     described = {
         "base_model": module.lm.name,
         "base": base,
@@ -67,9 +61,11 @@ def export_program(
         "data": dict(data) if data is not None else None,
         "model": dict(config) if config is not None else None,
     }
-    write_whole(partial / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder) as partial:
+        module.lm.save_adapter(partial / "adapter")
+        name_base(partial / "adapter", base["name"], base["revision"])
+        write_whole(partial / "prompts.json", json.dumps(prompts_to_dict(module.prompts), indent=2, ensure_ascii=False))
+        write_whole(partial / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
 
 
 def describe_base(lm: LanguageModel) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class StopOnSignal(Callback):
         self.signals = signals
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.lm.before_wave = self.signals.check  # type: ignore[union-attr, assignment]
+        pl_module.lm.before_wave = self.signals.check  # type: ignore[union-attr]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Alternate):
                 callback.stopping = self.signals

@@ -22,8 +22,8 @@ from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
 from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
-from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.redact import redacted
+from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
@@ -33,6 +33,7 @@ from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
     RunIdentity,
     changed_data,
+    changed_options,
     counted_options,
     data_sums,
     differences,
@@ -107,10 +108,13 @@ class CotuneCLI(LightningCLI):
             with self.signals:
                 self._run(args)
         finally:
-            if self.run_folder is not None:
-                self.run_folder.release()
-            if hasattr(self, "model") and self.model.lm.store is not None:
-                self.model.lm.store.close()  # it opens again where it is asked again
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.run_folder is not None:
+            self.run_folder.release()
+        if hasattr(self, "model") and self.model.lm.store is not None:
+            self.model.lm.store.close()  # it opens again where it is asked again
 
     def _run(self, args: ArgsType) -> None:
         super().__init__(
@@ -172,7 +176,7 @@ class CotuneCLI(LightningCLI):
         self._before = read_identity(self.run_folder.path)
         self._options = counted_options(self._dumped())
         if self._before is not None:
-            self._refuse(differences(self._before.options, self._options))
+            self._refuse(changed_options(self._before, self._options))
             if self._before.finished:
                 raise RunFinishedError(self.run_folder.path)
         if config.get("ckpt_path") in (None, "last"):

@@ -111,6 +111,15 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def changed_options(then: RunIdentity, now: Mapping[str, Any]) -> list[str]:
+    """A phrase for each option that is another. One that this version of cotune has added or dropped is none."""
+    known = then.options
+    if then.versions.get("cotune") != version("cotune"):
+        shared = then.options.keys() & now.keys()
+        known, now = ({name: options[name] for name in shared} for options in (known, now))
+    return differences(known, now)
+
+
 def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """A phrase for each set whose examples are others."""
     return differences(*({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then, now)))

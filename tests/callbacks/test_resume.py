@@ -243,6 +243,21 @@ def test_a_checkpoint_cut_short_is_seen_and_the_one_before_it_taken(tiny_model: 
         Checkpoints(folder).newest()
 
 
+def test_a_checkpoint_that_a_kill_left_beside_its_place_is_found(tiny_model: Path, tmp_path: Path) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+    first = tiny_fit(tiny_model, tmp_path)
+    first.lm.breaks_at = len(whole.lm.seen) - 1
+    with pytest.raises(BrokenOffError):
+        first.run()
+    folder = first.last.parent
+    first.last.rename(folder / "last.ckpt.partial")  # listed, and the two renamings still to come
+    (folder / "previous.ckpt").rename(first.last)
+    newest, wrong = Checkpoints(folder).newest()
+    assert (newest, wrong) == (folder / "last.ckpt.partial", [])
+    assert tiny_fit(tiny_model, tmp_path).run(newest).outcome == whole.outcome
+    assert Checkpoints(folder).newest() == (folder / "last.ckpt", [])
+
+
 def test_a_disk_that_cannot_be_written_leaves_the_last_checkpoint(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

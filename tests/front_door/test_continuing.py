@@ -41,7 +41,7 @@ def stopped_in_training(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[s
     with monkeypatch.context() as patch:
         patch.setattr(Alternate, "_end_weight_step", stop)
         with pytest.raises(StoppedError):
-            run(*words)
+            run(*words, "--alternate.save_every", "1")
 
 
 def error(said: Said) -> str:

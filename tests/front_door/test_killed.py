@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL in the middle of a step ends, after the same command again, where it would have ended."""
+"""A run killed or stopped in the middle of a step ends, after the same command again, where it would have ended."""
 
 from __future__ import annotations
 
@@ -54,27 +54,25 @@ def _run_to_end(model: Path, folder: Path, *more: str) -> tuple[Any, ...]:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return _result(folder)
 
 
-def _kill_when(model: Path, folder: Path, sign: str) -> None:
-    """Starts the run, and kills it as soon as its output, or the list of its files, holds the sign."""
+def _started(model: Path, folder: Path, sign: str, *more: str) -> subprocess.Popen[bytes]:
+    """A run whose output, or whose list of files, holds the sign by now."""
     log = folder / "log.txt"
     with log.open("w") as out:
         process = subprocess.Popen(
-            _command(model, folder), env=_environment(folder), cwd=folder, stdout=out, stderr=subprocess.STDOUT
+            _command(model, folder, *more), env=_environment(folder), cwd=folder, stdout=out, stderr=subprocess.STDOUT
         )
-        deadline = time.monotonic() + 120
-        while sign not in log.read_text() and not (folder / "tiny" / sign).exists():
-            assert process.poll() is None, f"the run ended before {sign!r} was seen: {log.read_text()}"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (folder / "tiny" / "summary.json").exists()
+    deadline = time.monotonic() + 400
+    while sign not in log.read_text() and not (folder / "tiny" / sign).exists():
+        assert process.poll() is None, f"the run ended before {sign!r} was seen: {log.read_text()}"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +91,30 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def test_a_killed_run_ends_where_it_would_have_ended(
     sign: str, tiny_model: Path, tmp_path: Path, uninterrupted: tuple[Any, ...]
 ) -> None:
-    _kill_when(tiny_model, tmp_path, sign)
-    assert _run_to_end(tiny_model, tmp_path, "--ckpt_path", "last") == uninterrupted
+    process = _started(tiny_model, tmp_path, sign)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny" / "summary.json").exists()
+    assert _run_to_end(tiny_model, tmp_path) == uninterrupted
+
+
+@pytest.mark.parametrize(
+    ("number", "sign"),
+    [
+        pytest.param(
+            signal.SIGTERM, "[0/3] prompt step: candidate 1", id="SIGTERM while generating", marks=pytest.mark.slow
+        ),
+        pytest.param(signal.SIGTERM, "[1/3] weight step: epoch 1", id="SIGTERM while training"),
+        pytest.param(signal.SIGINT, "[1/3] weight step: epoch 1", id="Ctrl-C", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_says_so_and_goes_on(
+    number: signal.Signals, sign: str, tiny_model: Path, tmp_path: Path, uninterrupted: tuple[Any, ...]
+) -> None:
+    process = _started(tiny_model, tmp_path, sign)
+    process.send_signal(number)
+    assert process.wait(timeout=300) == 128 + number
+    said = (tmp_path / "log.txt").read_text()
+    assert "Traceback" not in said
+    assert "cotune: stopped. The same command goes on from here." in said
+    assert _run_to_end(tiny_model, tmp_path) == uninterrupted

@@ -1,0 +1,66 @@
+"""Claims about SIGTERM and Ctrl-C: the first waits for the end of a unit of work, the second does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
+from lightning.pytorch import Callback
+from tiny_fit import tiny_fit
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_where_work_is_under_way(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        signals.check()
+        signals.patient = True
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as stopped:
+            signals.check()
+    assert stopped.value.exit_code == 128 + number
+    assert "cotune: stopping after this batch; once more to stop at once." in capfd.readouterr().err
+    assert signal.getsignal(number) is before
+
+
+def test_where_nothing_can_be_lost_the_first_signal_ends_it() -> None:
+    with StopSignals(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    child = os.fork()
+    if child == 0:
+        with StopSignals() as signals:
+            signals.patient = True
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGINT
+
+
+class SignalAt(Callback):
+    """Sends the process a signal before a batch of training."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: object, pl_module: object, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.step:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_signal_in_training_saves_after_the_step_and_stops(step: int, tiny_model: Path, tmp_path: Path) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+    with StopSignals() as signals:
+        first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(signals), SignalAt(step)])
+        with pytest.raises(Stopped):
+            first.run()
+    assert first.trainer.global_step == step + 1
+    assert tiny_fit(tiny_model, tmp_path).run(first.last).outcome == whole.outcome

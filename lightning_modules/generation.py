@@ -170,8 +170,8 @@ class Decoder:
             ).logits[0]
         if len(packed.own.layers) != self.model.config.get_text_config().num_hidden_layers:
             raise ValueError(
-                f"only {len(packed.own.layers)} layers of {type(self.model).__name__} attend to keys and values of their "
-                "own. cotune generates with models all of whose layers do; recurrent layers are not known to it."
+                f"only {len(packed.own.layers)} layers of {type(self.model).__name__} attend to keys and values of "
+                "their own. cotune generates with models all of whose layers do; recurrent layers are not known to it."
             )
         return logits
 

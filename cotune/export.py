@@ -122,6 +122,7 @@ def write_export(
         license=license_name or _known_license(described["base"]),
     )
     _write(out / "README.md", card.text())
+    _list_sums(out)
     return card
 
 
@@ -201,6 +202,16 @@ def _check_target(out: Path, export: Path) -> None:
         and not (out / "program.json").is_file()
     ):
         raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
+
+
+def _list_sums(out: Path) -> None:
+    """Brings SHA256SUMS up to date: `load` compares the adapter with it, and `sha256sum -c` the rest."""
+    from cotune.datamodules.durable import file_sum, record_sums
+
+    files = [out / name for name in _FILES] + [
+        file for name in ("adapter", "merged") for file in (out / name).glob("*")
+    ]
+    record_sums(out, {file.relative_to(out).as_posix(): file_sum(file) for file in files})
 
 
 def _copy_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:

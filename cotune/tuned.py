@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.build import build_module
+from cotune.datamodules.durable import file_sum, read_sums
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Example, Program, Rollout, prompts_from_dict
 
@@ -60,7 +61,8 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
         trust_remote_code: run code that comes with the base model. Off even where the run had it on.
 
     Raises:
-        ExportError: no export, one that does not say how to build its program, or one of a program with other stages.
+        ExportError: no export, one whose weights are damaged, one that does not say how to build its program, or one of a
+            program with other stages.
         BuildError: a class that it names cannot be imported or takes other arguments now.
         ModelNotFoundError: the base model is not there.
 
@@ -70,6 +72,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
     described = read_export(folder)
     if not (folder / "adapter" / "adapter_config.json").is_file():
         raise ExportError(f'"{folder}" has no adapter/, only merged weights; export it with --what adapter or all.')
+    _check_weights(folder)
     module = module or _build(folder, described["model"], trust_remote_code)
     _check_stages(folder, described["stages"], module.program)
     if module.lm.model is not None:
@@ -116,6 +119,17 @@ def read_export(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise ExportError(f'"{folder}" is no whole export: it has no {name}.')
     return dict(_json(folder / "program.json"))
+
+
+def _check_weights(folder: Path) -> None:
+    """Weights that were damaged on their way answer nonsense and raise nothing. Prompts may well be edited by hand."""
+    for name, digest in read_sums(folder).items():
+        weights = folder / name
+        ours = name.startswith("adapter/") and name.endswith(".safetensors")
+        if ours and (not weights.is_file() or file_sum(weights) != digest):
+            raise ExportError(
+                f'"{weights}" is not what was exported (its SHA-256 differs). Copy it or export it again.'
+            )
 
 
 def program_inputs(program: Program) -> tuple[list[str], list[str]]:

@@ -15,6 +15,7 @@ import yaml
 from commands import Said
 from commands import cotune as command
 from cotune.callbacks.export_program import export_program
+from cotune.datamodules.durable import damaged_file
 from cotune.datamodules.iris import iris_examples
 from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
@@ -111,6 +112,7 @@ def test_transformers_alone_writes_the_same_tokens_with_merged_weights(
 
 def test_the_merged_model_ends_and_draws_as_the_program_did(export: Path, run: Any, finished: Any) -> None:
     assert run(str(export.parent), "--what", "all").code == 0
+    assert damaged_file(export) == ""
     settings = json.loads((export / "merged" / "generation_config.json").read_text())
     assert settings["max_new_tokens"] == finished.module.sampling.max_new_tokens
     assert not settings.get("do_sample")
@@ -273,6 +275,7 @@ def test_what_vllm_refuses_is_said(config: dict[str, Any], why: list[str]) -> No
 def test_an_export_elsewhere_is_loaded_as_the_run(export: Path, run: Any, finished: Any) -> None:
     said = run(str(export.parent), "--out", "elsewhere")
     assert said.code == 0, said.err
+    assert damaged_file(Path("elsewhere")) == ""
     assert cotune.load("elsewhere").module.lm.fingerprint() == finished.module.lm.fingerprint()
     # A second time replaces; a folder of other things is left alone.
     assert run(str(export.parent), "--out", "elsewhere").code == 0

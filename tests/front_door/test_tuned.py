@@ -127,7 +127,22 @@ def test_an_export_is_replaced_as_a_whole(finished: Any, tmp_path: Path) -> None
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").touch()
     export_program(finished.module, tmp_path / "export")
-    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["adapter", "program.json", "prompts.json"]
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == [
+        *("SHA256SUMS", "adapter", "program.json", "prompts.json")
+    ]
+
+
+def test_an_adapter_that_was_damaged_on_its_way_is_not_loaded(finished: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished.export, tmp_path / "export")
+    prompts = folder / "prompts.json"
+    prompts.write_text(prompts.read_text().replace("Classify", "Name"))
+    assert "Name" in cotune.load(folder).module.prompts["predict"].instruction, "prompts may be edited"
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors\" is not what was exported .* export it again"):
+        cotune.load(folder)
 
 
 def test_the_inputs_of_a_program_are_the_arguments_of_run() -> None:

@@ -128,6 +128,7 @@ def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: p
 def test_what_bitsandbytes_says_in_vain_is_not_shown_and_the_rest_is(
     wide_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, logger="bitsandbytes")  # the command line has it at ERROR
     folder = saved_quantised(tmp_path / "saved", wide_model, "int8")
     lm = LanguageModel(str(folder), device="cpu", lora=LoRA(r=4))
     lm.load()

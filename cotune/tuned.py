@@ -61,8 +61,8 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
         trust_remote_code: run code that comes with the base model. Off even where the run had it on.
 
     Raises:
-        ExportError: no export, one whose weights are damaged, one that does not say how to build its program, or one of a
-            program with other stages.
+        ExportError: no export, one whose weights are damaged, one that does not say how to build its program, or one
+            of a program with other stages.
         BuildError: a class that it names cannot be imported or takes other arguments now.
         ModelNotFoundError: the base model is not there.
 

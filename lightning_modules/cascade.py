@@ -55,8 +55,8 @@ class KeyValues:
                 for mine, theirs in zip(self.layers[layer], (keys, values), strict=True):
                     mine[row, :, :length] = theirs[source_row, :, :length]
             else:
-                states = (kept[source_row, :, :length].transpose(0, 1) for kept in (keys, values))
-                self.write(layer, *states, torch.full_like(places, row), places)
+                own_keys, own_values = (kept[source_row, :, :length].transpose(0, 1) for kept in (keys, values))
+                self.write(layer, own_keys, own_values, torch.full_like(places, row), places)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Packed:
         keys, values = self.own.part(layer, self.rows, length)
         bias = self._own_bias(options.window)
         if width == 1:  # decoding: heads that read the same keys become rows of one product
-            queries = queries_NHD.unflatten(1, (keys.shape[1], -1))
+            queries = queries_NHD.reshape(count, keys.shape[1], -1, queries_NHD.shape[-1])
             read, lse = _attention(queries, keys, values, bias, options)
             return read.flatten(1, 2), lse.flatten(1, 2)
         rows_N, columns_N = self._grid
@@ -251,7 +251,9 @@ def _shared(
 ) -> tuple[Tensor, Tensor]:
     """What N queries read from one prefix, (N, H, D), and the log-sum-exp of their scores, (N, H)."""
     count, heads = queries_NHD.shape[0], keys_1HPD.shape[1]
-    grouped = queries_NHD.unflatten(1, (heads, -1))  # (N, Hkv, G, D): G query heads read the same keys
+    grouped = queries_NHD.reshape(
+        count, heads, -1, queries_NHD.shape[-1]
+    )  # (N, Hkv, G, D): G query heads read the same keys
     per_head = grouped.shape[2]
     queries = grouped.transpose(0, 1).reshape(1, heads, count * per_head, -1)
     bias = None if bias_NP is None else bias_NP.repeat_interleave(per_head, 0)[None, None]

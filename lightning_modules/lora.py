@@ -195,7 +195,7 @@ _ROWS = 64
 
 
 def _can_lay_out(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bool(bf16)
@@ -212,7 +212,7 @@ def _laid_out(weight: Tensor) -> Tensor:
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     if not weight.is_mkldnn:
         return lambda x: F.linear(x, weight, bias)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 @contextmanager

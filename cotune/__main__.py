@@ -21,6 +21,7 @@ the run
   fit        a schedule of prompt and weight steps   cotune fit --config configs/iris.yaml
   validate   score the program on val                (with --ckpt_path last: a run's program)
   test       score the program on test
+  table      many runs as one table with error bars  cotune table --config configs/table/iris.yaml
 what came of it
   report     the run as one HTML page                cotune report runs/iris
   compare    runs side by side                       cotune compare runs/iris runs/iris-2

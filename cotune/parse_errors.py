@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin
 
-OWN_COMMANDS = ("ask", "compare", "doctor", "export", "predict", "preview", "report")
+OWN_COMMANDS = ("ask", "compare", "doctor", "export", "predict", "preview", "report", "table")
 """The commands that have a module and a parser of their own; fit, validate and test are Lightning's."""
 
 Options = Mapping[str, Any]

@@ -9,7 +9,7 @@ from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.programs.reasoning import DescribeThenDecide, Predict
-from cotune.programs.retrieval import BM25, Retriever, RetrieverError, retrieve
+from cotune.programs.retrieval import BM25, Dense, Encoder, Retriever, RetrieverError, SentenceEncoder, retrieve
 from cotune.programs.rollout import Rollout, Step, mean_score, rollouts
 from cotune.programs.signature import Signature
 from cotune.programs.template import ChatTemplate, ParseError, Template
@@ -21,7 +21,9 @@ __all__ = [
     "ChatTemplate",
     "Completion",
     "Demo",
+    "Dense",
     "DescribeThenDecide",
+    "Encoder",
     "Example",
     "Failure",
     "Fault",
@@ -39,6 +41,7 @@ __all__ = [
     "RetrieverError",
     "Rollout",
     "Sampling",
+    "SentenceEncoder",
     "Signature",
     "Stage",
     "Step",

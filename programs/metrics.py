@@ -46,10 +46,13 @@ def first_line_number(example: Example, prediction: Mapping[str, Any]) -> float:
 def last_number(text: str) -> float | None:
     """The last number in a text, thousands' commas removed; None if there is none.
 
+    A minus belongs to the number unless something stands right before it that it joins or is taken from: "5-3" ends
+    with 3, "x = -3" with -3.
+
     >>> last_number("12 boxes of 1,000 = 12,000.00 pens"), last_number("none")
     (12000.0, None)
     """
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    numbers = re.findall(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text.replace("\N{MINUS SIGN}", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 

@@ -35,5 +35,7 @@ class MultiHopQA(Program):
         passages: list[str] = []
         for hop in (self.first_hop, self.second_hop):
             found = yield hop(context=passages, question=question)
-            passages += [p for p in retrieve(self.retriever, found["search_query"], self.k) if p not in passages]
+            for passage in retrieve(self.retriever, found["search_query"], self.k):
+                if passage not in passages:
+                    passages.append(passage)
         return (yield self.answer(context=passages, question=question))

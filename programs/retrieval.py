@@ -1,13 +1,14 @@
-"""Retrieval: passages for a query, from a file of them."""
+"""Retrieval: passages for a query, from a file of them, by their words (BM25) or by their meaning (Dense)."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cotune.programs.faults import raised, shown
 
@@ -81,6 +82,132 @@ class BM25:
         self._index.index(bm25s.tokenize(self._passages, stopwords="en", show_progress=False), show_progress=False)
 
 
+class Encoder(Protocol):
+    """Texts as vectors, near each other where the texts are. Must give the same vectors for the same texts."""
+
+    def __call__(self, texts: Sequence[str], kind: Literal["query", "passage"]) -> Any:
+        """A row of numbers for each text (N, D); many models read queries and passages differently."""
+        ...
+
+
+class SentenceEncoder:
+    """An encoder of the sentence-transformers library (`pip install "cotune[dense]"`), loaded at the first text.
+
+    Args:
+        model: Hub id or local folder.
+        query_prefix, passage_prefix: what the model's card says stands before each ("query: " for the E5 family).
+        device: null takes CUDA when there is one.
+    """
+
+    def __init__(
+        self,
+        model: str = "sentence-transformers/all-MiniLM-L6-v2",
+        query_prefix: str = "",
+        passage_prefix: str = "",
+        device: str | None = None,
+    ) -> None:
+        self.name, self.device = model, device
+        self.prefixes = {"query": query_prefix, "passage": passage_prefix}
+        self._model: Any = None
+
+    def __call__(self, texts: Sequence[str], kind: Literal["query", "passage"]) -> Any:
+        if self._model is None:
+            try:
+                from sentence_transformers import SentenceTransformer
+            except ImportError as error:
+                raise ImportError(
+                    'SentenceEncoder needs the sentence-transformers library: pip install "cotune[dense]".'
+                ) from error
+            self._model = SentenceTransformer(self.name, device=self.device)
+        return self._model.encode([self.prefixes[kind] + text for text in texts], show_progress_bar=False)
+
+    def __repr__(self) -> str:
+        return f"SentenceEncoder({self.name!r}, {self.prefixes!r})"
+
+
+class Dense:
+    """Passages nearest to a query by the cosine of their vectors, over the same passage files as BM25.
+
+    The passages are encoded at the first query. All of them are compared: a file of millions wants a vector database,
+    which is another `Retriever`.
+
+    Args:
+        passages: jsonl file, as for BM25.
+        encoder: texts -> vectors.
+        vectors: .npy file that keeps the passages' vectors for the next run; made anew where passages or encoder (by
+            its repr) are others. Null keeps none.
+    """
+
+    def __init__(self, passages: str, encoder: Encoder | None = None, vectors: str | None = None) -> None:
+        self.path, self.encoder = Path(passages), encoder or SentenceEncoder()
+        self.vectors = None if vectors is None else Path(vectors)
+        self._passages: list[str] = []
+        self._matrix: Any = None
+
+    def __call__(self, query: str, k: int) -> Sequence[str]:
+        import numpy as np
+
+        if self._matrix is None:
+            self._build()
+        scores = self._matrix @ _unit_rows(self.encoder([query], "query"), 1)[0]
+        # A stable sort: of equal passages the earlier comes first, on every machine.
+        return [self._passages[i] for i in np.argsort(-scores, kind="stable")[:k]]
+
+    def _build(self) -> None:
+        if not self.path.is_file():
+            raise FileNotFoundError(f'passage file "{self.path}" does not exist; give a jsonl or jsonl.gz file.')
+        self._passages = _read_passages(self.path)
+        key = hashlib.sha256("\0".join([repr(self.encoder), *self._passages]).encode()).hexdigest()
+        kept = self._kept(key)
+        if kept is None:
+            kept = _unit_rows(self.encoder(self._passages, "passage"), len(self._passages))
+            self._keep(kept, key)
+        self._matrix = kept
+
+    def _kept(self, key: str) -> Any:
+        import numpy as np
+
+        if self.vectors is None or not self.vectors.is_file() or not self._key_path.is_file():
+            return None
+        if self._key_path.read_text(encoding="utf-8") != key:
+            return None
+        try:
+            return np.load(self.vectors, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None  # cut short by a kill: it is made again
+
+    def _keep(self, matrix: Any, key: str) -> None:
+        import numpy as np
+
+        if self.vectors is not None:
+            self._key_path.unlink(missing_ok=True)  # the key comes last: it vouches for the whole file
+            with self.vectors.open("wb") as file:
+                np.save(file, matrix, allow_pickle=False)
+            self._key_path.write_text(key, encoding="utf-8")
+
+    @property
+    def _key_path(self) -> Path:
+        assert self.vectors is not None
+        return self.vectors.with_name(f"{self.vectors.name}.key")
+
+
+def _unit_rows(vectors: Any, count: int) -> Any:
+    """Rows of length 1 as float32; a row of zeros stays.
+
+    Raises:
+        ValueError: it is no matrix of `count` rows of finite numbers.
+    """
+    import numpy as np
+
+    matrix = np.asarray(vectors, dtype=np.float32)
+    if matrix.ndim != 2 or len(matrix) != count or not np.isfinite(matrix).all():
+        raise ValueError(
+            f"the encoder gave an array of shape {matrix.shape} for {count} texts; it gives one row of finite numbers "
+            "for each."
+        )
+    return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
+
+
 def _read_passages(path: Path) -> list[str]:
     opener = gzip.open if path.suffix == ".gz" else open
     passages = []
@@ -93,7 +220,7 @@ def _read_passages(path: Path) -> list[str]:
         raise ValueError(f'passage file "{path}" cannot be read as UTF-8 text: {error}.') from error
     if not passages:
         raise ValueError(f'passage file "{path}" holds no passages; it needs one JSON object a line.')
-    return passages
+    return list(dict.fromkeys(passages))  # one that stands twice would take two of the k places
 
 
 def _passage(line: str, where: str) -> str:

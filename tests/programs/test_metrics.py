@@ -105,3 +105,49 @@ def test_gsm8k_without_an_answer_scores_0_and_without_a_gold_number_raises() -> 
 )
 def test_last_number(text: str, number: float | None) -> None:
     assert last_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        ("#### 18", 1.0),
+        ("1,8", 1.0),  # commas never part numbers
+        ("20 - 2 = 18", 1.0),
+        ("20-38", 0.0),
+        ("16-18", 1.0),  # a range, and no minus eighteen
+        ("(20)-18", 1.0),
+        ("18/1", 0.0),
+        ("18 %", 1.0),
+        ("€18,00", 0.0),  # a comma for decimals reads as 1800
+        ("１８", 1.0),  # full-width digits
+        ("18\r\nThe answer is 20.", 1.0),
+        ("18\u2028so 20", 1.0),  # U+2028 ends a line too
+    ],
+)
+def test_gsm8k_numbers_in_odd_places(said: str, score: float) -> None:
+    assert first_line_number(gold(answer="18"), {"answer": said}) == score
+
+
+@pytest.mark.parametrize("said", ["-18", "x = -18", "$-18", "it is −18", "(-18)"])
+def test_a_minus_in_front_counts_whatever_its_character(said: str) -> None:
+    assert first_line_number(gold(answer="-18"), {"answer": said}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "score"),
+    [
+        ("no", "No.", 1.0),
+        ("no", "no, he did not", 0.0),
+        ("An Officer and a Gentleman", "officer and gentleman", 1.0),
+        ("The Who", "who", 1.0),
+        ("the the", "The The", 1.0),  # nothing is left of either: compared as they stand
+        ("Ångström", "A\u030angstro\u0308m", 1.0),  # the sign, composed and decomposed
+        ("Straße", "strasse", 0.0),
+        ("“Yes”", '"Yes"', 0.0),  # only ASCII punctuation goes, as in the official script
+        ("1969–1974", "1969-1974", 0.0),
+        ("rock and roll", "rock & roll", 0.0),
+        ("New York", "new\tyork\n", 1.0),
+    ],
+)
+def test_hotpotqa_answers_in_odd_spellings(label: str, said: str, score: float) -> None:
+    assert exact_match(gold(answer=label), {"answer": said}) == score

@@ -100,3 +100,9 @@ def test_descriptions_go_to_the_stages_that_have_the_field() -> None:
     assert dict(stages["decide"].signature.descriptions) == about
     with pytest.raises(ValueError, match='description of "colour"'):
         DescribeThenDecide("length -> answer", "d", "e", {"colour": "red"})
+
+
+def test_a_passage_that_a_retriever_gives_twice_stands_in_the_context_once() -> None:
+    shelf = Shelf(first=["A", "A"], second=["B", "B"])
+    done = run_one(MultiHopQA(shelf, k=2), EXAMPLE, FakeLM(hopping))
+    assert done.steps[-1].inputs["context"] == "[1] A\n[2] B"

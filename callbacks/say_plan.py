@@ -115,9 +115,10 @@ def _runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
     if step == "p":
         searched = alternate.search.most_runs(min(alternate.search_examples or train, train), dev) or 0
         return searched + val, searched + val
-    scored = val * (alternate.epochs + 1 + alternate.try_both_prompts)
+    scored = val * (alternate.epochs + bool(alternate.average_last) + 1 + alternate.try_both_prompts)
+    options = data.bootstrapping
     attempts = 0 if data.reused_traces else train
-    return attempts + scored, attempts * data.bootstrapping.attempts + scored
+    return attempts + scored, attempts * (options.attempts + options.hints) + scored
 
 
 def spoken(seconds: float) -> str:

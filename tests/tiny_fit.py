@@ -141,4 +141,8 @@ def tiny_fit(
 
 def _without_clock(record: Mapping[str, Any]) -> dict[str, Any]:
     """Nor what the completion store answered, which depends on what ran before."""
-    return {name: value for name, value in record.items() if "seconds" not in name and name != "cached_calls"}
+    return {
+        name: _without_clock(value) if isinstance(value, Mapping) else value
+        for name, value in record.items()
+        if "seconds" not in name and name != "cached_calls"
+    }

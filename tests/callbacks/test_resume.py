@@ -32,6 +32,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "keep": "last",
         "lora": LoRA(r=4, alpha=8, dropout=0.2),
     },
+    "w -> p, averaged, tested": {
+        "schedule": "w -> p",
+        "epochs": 3,
+        "average_last": 2,
+        "keep_best_epoch": False,
+        "test_prefixes": True,
+    },
 }
 
 
@@ -55,6 +62,7 @@ def uninterrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ("w -> p -> w, fresh", [0.7, 0.9]),
         ("p -> w -> w, fresh, last, dropout", [0.6]),
         ("p -> w -> w, fresh, last, dropout", [0.97]),
+        ("w -> p, averaged, tested", [0.2, 0.9]),
     ],
 )
 def test_a_run_broken_off_while_generating_goes_on_as_if_nothing_had_happened(
@@ -81,6 +89,7 @@ def test_a_run_broken_off_while_generating_goes_on_as_if_nothing_had_happened(
         ("w -> p -> w, fresh", 0.9),
         ("p -> w -> w, fresh, last, dropout", 0.3),
         ("p -> w -> w, fresh, last, dropout", 0.6),
+        ("w -> p, averaged, tested", 0.95),  # in the last of the epochs that are averaged
     ],
 )
 def test_a_run_broken_off_while_training_goes_on_as_if_nothing_had_happened(

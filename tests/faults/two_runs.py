@@ -21,12 +21,15 @@ def two_runs_trial(job: Job, expected: Reference, *, seed: str) -> Trial:
     second = fork(other)
     codes = (first.wait(), second.wait())
     refused = second if codes[0] == 0 else first
-    equal = sorted(codes) == [0, 2] and outcome(job.run) == expected.result
-    said = last_line(refused.text)
+    equal = outcome(job.run) == expected.result
+    # On a busy machine one may have ended before the other begins, which then finds a finished run.
+    late = next((run for run in (first, second) if "is finished" in run.text), None)
+    said = last_line(refused.text) if late is None else "the run is finished"
+    one_of_both = sorted(codes) == [0, 2] and "in use" in said and "Traceback" not in refused.text
     return {
-        "ok": equal and "in use" in said and "Traceback" not in refused.text,
+        "ok": equal and (one_of_both or (late is not None and codes == (0, 0))),
         "exit codes": codes,
         "redone": 0,
-        "silent": int(codes == (0, 0) or (0 in codes and not equal)),
+        "silent": int(0 in codes and not equal) or int(codes == (0, 0) and late is None),
         "said": said,
     }

@@ -28,6 +28,7 @@ from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.lightning_modules import ProgramModule
+from cotune.option_errors import refused_options
 from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
@@ -228,8 +229,12 @@ class CotuneCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         assert self.run_folder is not None
-        with placed_loggers(self.config[self.subcommand], self.run_folder.path):
+        with refused_options(), placed_loggers(self.config[self.subcommand], self.run_folder.path):
             super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        with refused_options():
+            super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -297,7 +302,7 @@ def guarded(command: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get("COTUNE_DEBUG") or not _is_ours(error):
             raise
-        print(f"cotune: error: {error}", file=sys.stderr)
+        print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

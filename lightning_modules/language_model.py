@@ -39,6 +39,7 @@ from cotune.lightning_modules.quantization import (
 from cotune.programs import Completion, Request, Sampling
 from torch import Tensor, nn
 
+DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
 
@@ -112,6 +113,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         check_settings(quantization, double_quantization)
+        if dtype not in DTYPES:
+            raise ValueError(f'dtype "{dtype}" is none of {", ".join(DTYPES)}.')
         self.name, self.gguf_file, self.adapter = model, gguf_file, adapter
         self.quantization, self.double_quantization = quantization, double_quantization
         self.dtype: torch.dtype = getattr(torch, dtype)

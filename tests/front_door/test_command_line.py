@@ -160,6 +160,24 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
 # What only shows when a run starts
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("seed_everything", "-1", "-1 is not in bounds, numpy accepts from 0 to 4294967295"),
+        ("trainer.max_steps", "-5", "`max_steps` must be a non-negative integer or -1"),
+        ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
+        ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
+        ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
+        ("model.lm.dtype", "null", 'dtype "None" is none of float32, bfloat16, float16.'),
+        ("model.program.signature", "two\nlines", 'signature "two lines" has 0 arrows.'),
+    ],
+)
+def test_a_value_that_its_owner_refuses_is_one_line(
+    run: Run, tiny_model: Path, option: str, value: str, said: str
+) -> None:
+    assert said in one_error(run(*fit(tiny_model), f"--{option}={value}"))
+
+
 def test_an_unknown_step_is_named_before_anything_is_loaded(run: Run, tiny_model: Path) -> None:
     message = one_error(run(*fit(tiny_model, schedule="p -> x")))
     assert message == (

@@ -48,7 +48,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a warm-up measured: tokens and seconds of an LM call and of a training pair, in batches of a few rows, and
+    """What a warm-up measured: tokens and seconds of an LM call and of a training pair, and
     the seconds until a run's first call."""
 
     prompt_tokens: float

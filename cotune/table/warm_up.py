@@ -12,50 +12,68 @@ from cotune.cli import guarded
 from cotune.datamodules import Pair, collate
 from cotune.lightning_modules.gradients import BatchGradients
 from cotune.programs import Example, Prompt, draw_demos, labelled_demos
-from cotune.programs.rollout import Rollout, rollouts
+from cotune.programs.rollout import Rollout, Step, rollouts
 from cotune.table.cost import Pace
 from cotune.table.parts import Parts, parts_of
 
-_EXAMPLES = 8
+_FEW, _MORE = 2, 8
+"""Examples of the two passes that are timed: what a pass costs anyway, and what each row adds."""
+
+_ROWS = 64
+"""Rows of a pass of the real runs, as a search scores candidates; fewer where dev is smaller."""
+
 _DEMOS = 3
 
 
 def measure(parts: Parts) -> Pace:
     """The pace of these parts; loads the LM. `seconds_a_start` is what the measuring took: the rest is the start.
 
-    Half of the rollouts show demos, as half of a table's do. A first batch is not counted: it pays for what comes once.
+    All rollouts show demos, which is more than a run's do. A first pass is not counted: it pays for what comes once.
     """
     module, data = parts.module, parts.data
     module.configure_model()
     began = time.perf_counter()
-    examples = list(data.splits.train[:_EXAMPLES])
-    _run(parts, examples[:1], demos=False)
-    before = module.lm.usage
-    calls, tokens, seconds = before.calls, before.prompt_tokens, before.seconds
-    done = [*_run(parts, examples, demos=False), *_run(parts, examples, demos=True)]
-    usage = module.lm.usage
-    calls, tokens, seconds = usage.calls - calls, usage.prompt_tokens - tokens, usage.seconds - seconds
-    pairs = [
-        Pair(step.completion.prompt_ids, step.completion.completion_ids or (module.lm.end_ids[0],))
-        for rollout in done
-        for step in rollout.steps
-        if step.completion.finished != "too_long"
-    ]
-    a_pair = _seconds_a_pair(parts, pairs[: data.batch_size])
-    took = time.perf_counter() - began
-    return Pace(tokens / max(calls, 1), seconds / max(calls, 1), a_pair, seconds_a_start=took)
+    examples = list(data.splits.train[: _FEW + _MORE])
+    _run(parts, examples[:1])
+    _, few = _timed(parts, examples[:_FEW])
+    done, more = _timed(parts, examples[_FEW:])
+    steps = [step for rollout in done for step in rollout.steps]
+    a_pass, a_run = line_through((_FEW, few), (len(done), more))
+    calls_a_run = max(len(steps) / max(len(done), 1), 1.0)
+    a_call = (a_run + a_pass / min(_ROWS, max(data.sizes.dev, 1))) / calls_a_run
+    tokens = sum(len(step.completion.prompt_ids) for step in steps) / max(len(steps), 1)
+    a_pair = _seconds_a_pair(parts, [_pair(parts, step) for step in steps][: data.batch_size])
+    return Pace(tokens, a_call, a_pair, seconds_a_start=time.perf_counter() - began)
 
 
-def _run(parts: Parts, examples: Sequence[Example], *, demos: bool) -> list[Rollout]:
+def line_through(few: tuple[float, float], more: tuple[float, float]) -> tuple[float, float]:
+    """(seconds at 0 rows, seconds a row) of the line through two passes; neither below a tenth of the mean of a row.
+
+    >>> line_through((2, 6.0), (8, 12.0))
+    (4.0, 1.0)
+    """
+    (n, seconds), (m, longer) = few, more
+    if m <= n:
+        return 0.0, seconds / max(n, 1)
+    least = longer / m / 10
+    slope = max((longer - seconds) / (m - n), least)
+    return max(longer - m * slope, 0.0), slope
+
+
+def _timed(parts: Parts, examples: Sequence[Example]) -> tuple[list[Rollout], float]:
+    began = time.perf_counter()
+    done = _run(parts, examples)
+    return done, time.perf_counter() - began
+
+
+def _run(parts: Parts, examples: Sequence[Example]) -> list[Rollout]:
     module, data = parts.module, parts.data
     prompts = dict(module.initial_prompts)
-    if demos:
-        rng = random.Random(0)
-        shown = labelled_demos(module.program, data.splits.train)
-        asked = {example.id for example in examples}
-        for stage, prompt in prompts.items():
-            drawn = draw_demos(shown.get(stage, ()), _DEMOS, rng, exclude_sources=asked)
-            prompts[stage] = Prompt(prompt.instruction, tuple(drawn))
+    rng, shown = random.Random(0), labelled_demos(module.program, data.splits.train)
+    asked = {example.id for example in examples}
+    for stage, prompt in prompts.items():
+        drawn = draw_demos(shown.get(stage, ()), _DEMOS, rng, exclude_sources=asked)
+        prompts[stage] = Prompt(prompt.instruction, tuple(drawn))
     return rollouts(
         module.program,
         examples,
@@ -66,6 +84,14 @@ def _run(parts: Parts, examples: Sequence[Example], *, demos: bool) -> list[Roll
         sampling=module.sampling,
         max_error_rate=1.0,
     )
+
+
+def _pair(parts: Parts, step: Step) -> Pair:
+    """A step as it is trained on: behind the zero-shot prompt."""
+    module = parts.module
+    signature, prompt = module.program.stages[step.stage].signature, module.initial_prompts[step.stage]
+    ids = module.lm.encode(module.template.render(signature, prompt, step.inputs))
+    return Pair(ids, step.completion.completion_ids or (module.lm.end_ids[0],))
 
 
 def _seconds_a_pair(parts: Parts, pairs: list[Pair]) -> float:

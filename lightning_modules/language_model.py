@@ -84,6 +84,9 @@ class LanguageModel(nn.Module):
         lora: shape of the adapter.
         cache_tokens: bound on keys and values held while generating, in tokens: half for the rows that decode together,
             half for prefixes, which are kept while the weights stay.
+        keep_prompts: also keep the keys and values of whole prompts while the weights stay, within cache_tokens, so
+            that a prompt asked again is not read again. Of use where no completions are kept, which answer equal
+            requests at once. The last bits of logits then depend on what was asked before.
         merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
             and saves about a third of the time.
         completions: file in which every completion is kept, to be served again to equal requests of equal weights
@@ -107,6 +110,7 @@ class LanguageModel(nn.Module):
         device: str | None = None,
         lora: LoRA = LoRA(),  # noqa: B008 (frozen)
         cache_tokens: int = 32768,
+        keep_prompts: bool = False,
         merge_while_generating: bool = True,
         completions: str | None = None,
         trust_remote_code: bool = False,
@@ -118,7 +122,8 @@ class LanguageModel(nn.Module):
         self.name, self.gguf_file, self.adapter = model, gguf_file, adapter
         self.quantization, self.double_quantization = quantization, double_quantization
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self.device_name, self.lora, self.cache_tokens = device, lora, cache_tokens
+        self.device_name, self.lora = device, lora
+        self.cache_tokens, self.keep_prompts = cache_tokens, keep_prompts
         self.merge_while_generating, self.trust_remote_code = merge_while_generating, bool(trust_remote_code)
         self.usage = Usage()
         self.store: CompletionStore | None = None
@@ -360,6 +365,7 @@ class LanguageModel(nn.Module):
             window=self.window,
             cache_tokens=self.cache_tokens,
             weights=lambda: weights_version(self.model),
+            keep_rows=self.keep_prompts,
         )
 
     def _fast_adapter(self) -> Any:

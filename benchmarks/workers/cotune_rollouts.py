@@ -22,7 +22,7 @@ class Engine:
         torch.set_num_threads(threads)
         self.lms: dict[bool, LanguageModel] = {}
         for ends, kind in ((True, LanguageModel), (False, Endless)):
-            self.lms[ends] = language_model(kind, model, dtype=dtype, adapter=adapter)
+            self.lms[ends] = language_model(kind, model, dtype=dtype, adapter=adapter, keep_prompts=True)
             self.lms[ends].load()
         return {"seconds": time.perf_counter() - started, "versions": {"torch": torch.__version__}}
 

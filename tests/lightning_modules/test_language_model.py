@@ -56,6 +56,20 @@ def test_completions_hold_the_ids_they_were_generated_from_and_as(tiny_model: Pa
     assert first.finished == ("eos" if written[-1] in lm.end_ids else "length")
 
 
+def test_kept_prompts_are_not_read_again(tiny_model: Path) -> None:
+    lm = loaded(tiny_model, keep_prompts=True)
+    read = list[int]()
+    lm.model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True)
+    requests = asks("what is this?", "and what is that?")
+    first = lm.generate(requests, Sampling(max_new_tokens=1))
+    assert sum(read) > 2
+    read.clear()
+    assert [c.completion_ids for c in lm.generate(requests, Sampling(max_new_tokens=1))] == [
+        c.completion_ids for c in first
+    ]
+    assert read == [2]  # the last token of each
+
+
 def test_the_merged_copy_writes_what_base_and_adapter_write(tiny_model: Path) -> None:
     merged, apart = loaded(tiny_model), loaded(tiny_model, merge_while_generating=False)
     before = merged.generate(asks("hello", "bye"), Sampling(max_new_tokens=8))

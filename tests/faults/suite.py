@@ -112,7 +112,7 @@ class Suite:
                 self._damage(job, expected, template, f"{point} {name.removeprefix('runs/tiny/')}", name)
 
     def _damage(self, job: Job, expected: Reference, template: Path, key: str, name: str) -> None:
-        flips, cuts, whole = self._some(1000), self._some(200), int(20 * self.scale)
+        flips, cuts, whole = self._some(1000), self._some(200), int(6 * self.scale)
         self.trials.run(
             "damaged files",
             key,

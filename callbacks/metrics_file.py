@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.durable import write_whole
+from cotune.datamodules.durable import explained, write_whole
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
@@ -45,6 +45,10 @@ class _Writer(ExperimentWriter):
     def __init__(self, folder: str, *, keep: bool) -> None:
         self._keep = keep
         super().__init__(folder)
+
+    def save(self) -> None:
+        with explained(Path(self.metrics_file_path)):
+            super().save()
 
     def _check_log_dir_exists(self) -> None:
         """Called when the writer is made. The base class deletes the file, with a warning."""

@@ -10,6 +10,7 @@ import pytest
 from cotune.callbacks.log_program import LogProgram, scalars
 from cotune.callbacks.metrics_file import MetricsFile
 from cotune.callbacks.program_tables import prompt_difference
+from cotune.datamodules.durable import NotWrittenError
 from cotune.programs import Demo, Prompt
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
@@ -64,6 +65,13 @@ def test_rows_are_on_disk_at_once_and_a_new_column_loses_none(tmp_path: Path) ->
     logger.log_metrics({"b": 1.0}, step=0)
     logger.log_metrics({"a": 2.0}, step=1)
     assert _rows(tmp_path) == [{"a": "", "b": "1.0", "step": "0"}, {"a": "2.0", "b": "", "step": "1"}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_row_that_a_full_disk_does_not_take_names_the_file_and_the_cause(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(NotWrittenError, match=r"metrics.csv could not be written: No space left on device"):
+        MetricsFile(tmp_path, keep=True).log_metrics({"loss": 1.0}, step=0)
 
 
 def test_a_difference_names_what_came_and_what_went() -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
 from faults.kills import Reference, resumed_equal
 from faults.nursery import fork, fresh, last_line
@@ -32,9 +33,10 @@ def stop_trial(job: Job, expected: Reference, *, kind: str, seed: str) -> Trial:
         if not child.wait_until(rng.uniform(0, expected.seconds)):
             continue  # it was faster this time
         phase, signals, asked = child.phase(), KINDS[kind], time.monotonic()
-        for number in signals:
-            os.kill(child.pid, number)
-            time.sleep(0.01 if len(signals) > 1 else 0)
+        with suppress(ProcessLookupError):  # it has just ended, by itself or after the first signal
+            for number in signals:
+                os.kill(child.pid, number)
+                time.sleep(0.01 if len(signals) > 1 else 0)
         code, seconds = child.wait(60), time.monotonic() - asked
         if code == 0:
             continue  # it was at its very end

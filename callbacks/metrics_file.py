@@ -35,10 +35,8 @@ class MetricsFile(CSVLogger):
         """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again."""
         if not self.path.is_file():
             return
-        with self.path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            names, rows = list(reader.fieldnames or ()), [row for row in reader if _behind(row, step, boundaries)]
-        write_whole(self.path, _csv_text(names, rows))
+        names, rows = _read(self.path)
+        write_whole(self.path, _csv_text(names, [row for row in rows if _behind(row, step, boundaries)]))
 
 
 class _Writer(ExperimentWriter):
@@ -56,19 +54,25 @@ class _Writer(ExperimentWriter):
         if not self._keep:
             path.unlink(missing_ok=True)
         elif path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or ())
+            self.metrics_keys, _ = _read(path)
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         """The base class empties the file before it writes the rows anew: a kill would lose them."""
         path = Path(self.metrics_file_path)
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        write_whole(path, _csv_text(fieldnames, rows))
+        write_whole(path, _csv_text(fieldnames, _read(path)[1]))
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and whole rows. A row that a kill or a full disk cut short is dropped, with what was written behind
+    it on its line: a run is continued from a step before it, and writes both again."""
+    text = path.read_bytes().decode("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    return list(reader.fieldnames or ()), [row for row in reader if None not in row and None not in row.values()]
 
 
 def _behind(row: dict[str, str], step: int, boundaries: int) -> bool:
-    if None in row.values() or not row.get("step"):  # a line that a kill cut short; its step will be run again
+    if not row.get("step"):
         return False
     if row.get("boundary/index"):
         return float(row["boundary/index"]) < boundaries

@@ -74,6 +74,20 @@ def test_a_row_that_a_full_disk_does_not_take_names_the_file_and_the_cause(tmp_p
         MetricsFile(tmp_path, keep=True).log_metrics({"loss": 1.0}, step=0)
 
 
+@pytest.mark.parametrize(
+    "torn", ["0.2", "0.25,1,0", "0.25,1\n", "0.25,1,0.5,2\n"], ids=["no end", "last digit", "too short", "too long"]
+)
+def test_rows_that_were_cut_short_are_dropped_and_the_others_kept(torn: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("a,b,step\n0.5,,0\n" + torn)
+    logger = MetricsFile(tmp_path, keep=True)
+    logger.forget(step=1, boundaries=0)
+    logger.log_metrics({"c": 1.0}, step=1)
+    assert _rows(tmp_path) == [
+        {"a": "0.5", "b": "", "c": "", "step": "0"},
+        {"a": "", "b": "", "c": "1.0", "step": "1"},
+    ]
+
+
 def test_a_difference_names_what_came_and_what_went() -> None:
     before = Prompt("Answer.")
     after = Prompt("Answer well.", (Demo({"q": "1 + 1"}, {"a": "2"}, source="s"),))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, attending, packed_as
+from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.prefixes import BLOCK, PrefixCache, group_by_prefix
 from cotune.lightning_modules.sample import sample
 from cotune.programs.lm import Sampling
@@ -21,6 +22,10 @@ WAVE = 128
 
 _PREFILL = {"cpu": 512, "cuda": 8192}
 """Prompt tokens computed together: on a CPU few enough that a layer's activations stay in its caches."""
+
+
+class GenerationMemoryError(RuntimeError):
+    """Memory ran out while nothing but one completion was under way."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,11 @@ class Decoder:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Generated]:
-        """One result a prompt, in order."""
+        """One result a prompt, in order.
+
+        Raises:
+            GenerationMemoryError: there is no memory for a single one.
+        """
         self._forget_if_written()
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = self._rows(prompts, sampling)
@@ -126,21 +135,25 @@ class Decoder:
         Where even that memory is not there, half as many at a time; what they had written is written again.
         """
         capacity = max(row.capacity for row in rows)
+        single = False  # one row at a time has been tried, beside what was kept of earlier calls
         while True:
             slots = min(len(rows), max(1, self.cache_tokens // 2 // capacity))
             try:
                 _Batch(self, rows, slots=slots, capacity=capacity).run()
                 return
-            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if slots == 1 or not _out_of_memory(error):
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
                     raise
-            self.cache_tokens = slots // 2 * capacity * 2
+                if single:
+                    raise GenerationMemoryError(_one_row(max(rows, key=lambda row: len(row.prompt.ids)))) from error
+            single = slots == 1
+            self.cache_tokens = max(slots // 2, 1) * capacity * 2
             self._prefixes.clear()
             self.asked.clear()
             for row in rows:
                 row.restart()
             warnings.warn(
-                f"out of memory with {slots} completions at a time: going on with {slots // 2}.", stacklevel=2
+                f"out of memory with {slots} completions at a time: going on with {max(slots // 2, 1)}.", stacklevel=2
             )
 
     def prefix(self, ids: tuple[int, ...]) -> Shared:
@@ -374,5 +387,9 @@ def _of_like_size(rows: Sequence[_Row]) -> list[list[_Row]]:
     return [sorted(batch, key=lambda row: places[row.index]) for batch in batches]
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def _one_row(row: _Row) -> str:
+    return (
+        f"memory ran out on a single completion: a prompt of {len(row.prompt.ids)} tokens and up to {row.limit} new "
+        "ones. Ways out: model.lm.dtype bfloat16, model.lm.quantization nf4, model.lm.merge_while_generating false, "
+        "shorter prompts (fewer demos or passages), model.sampling.max_new_tokens, or a smaller model."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cotune.datamodules.collate import Batch
 from cotune.lightning_modules.loss import row_losses
-from cotune.lightning_modules.packing import is_out_of_memory
+from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
 
 

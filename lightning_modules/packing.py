@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import IGNORED, Batch, Segment
+from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import AttentionInterface
@@ -239,15 +240,6 @@ def _only_padded(why: str) -> Abilities:
         stacklevel=2,
     )
     return Abilities(False, False)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch says that memory ran out: CUDA has a class for it, the CPU only words."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    said = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in said for word in words)
-    )
 
 
 # Attention

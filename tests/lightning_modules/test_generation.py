@@ -11,7 +11,7 @@ import pytest
 import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.generation import Decoder, Generated, Prompted
+from cotune.lightning_modules.generation import Decoder, Generated, GenerationMemoryError, Prompted
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.lightning_modules.prefixes import _GROUP_COST, group_by_prefix
 from cotune.programs import Request, Sampling
@@ -267,19 +267,29 @@ def test_out_of_memory_halves_the_batch_and_changes_no_token(model: Any) -> None
         assert greedy(scarce, prompts, 10) == expected
 
 
-def test_out_of_memory_for_one_row_is_an_error(model: Any) -> None:
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.filterwarnings("ignore:out of memory with")
+def test_out_of_memory_for_one_row_names_it_and_the_ways_out(model: Any) -> None:
+    with pytest.raises(GenerationMemoryError, match=r"a prompt of 5 tokens and up to 4 new ones. Ways out: model.lm"):
         greedy(decoder(Scarce(model, rows=0)), [noise(5, 1)], 4)
 
 
-class Scarce:
-    """A model that runs out of memory with more than so many rows."""
+def test_one_row_that_runs_out_of_memory_is_tried_again_without_what_was_kept(model: Any) -> None:
+    prompts = [noise(5, 1)]
+    passing = Scarce(model, rows=0, times=1)
+    with pytest.warns(UserWarning, match="out of memory with 1 completions"):
+        assert greedy(decoder(passing), prompts, 4) == one_by_one(model, prompts, 4)
 
-    def __init__(self, model: Any, rows: int) -> None:
-        self.model, self.config, self.device, self.rows = model, model.config, model.device, rows
+
+class Scarce:
+    """A model that runs out of memory with more than so many rows, always or a number of times."""
+
+    def __init__(self, model: Any, rows: int, times: float = float("inf")) -> None:
+        self.model, self.config, self.device = model, model.config, model.device
+        self.rows, self.times = rows, times
 
     def __call__(self, **inputs: Any) -> Any:
-        if inputs["logits_to_keep"].numel() > self.rows:
+        if inputs["logits_to_keep"].numel() > self.rows and self.times > 0:
+            self.times -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.model(**inputs)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
         "Exit codes: 0, or 2 for an error that the message explains.",
     )
     made.add_argument("run", metavar="FOLDER", help="a run's folder or its export, e.g. runs/iris")
-    made.add_argument("--out", metavar="DIR", help="where to write; the run's own export folder without it")
+    made.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where to write, in place of an earlier export there; the run's own export folder without it",
+    )
     made.add_argument("--what", choices=("adapter", "merged", "all"), default="adapter", help="default: adapter")
     made.add_argument(
         "--dtype",
@@ -93,36 +98,39 @@ def write_export(
 ) -> Card:
     """Writes the parts asked for and a card of them; see the command's options.
 
+    A kill leaves no half export: a new folder appears whole or not at all; in one that is there, each part does, and
+    program.json, without which nothing reads it, comes last. The same command again completes it.
+
     Raises:
         ExportError: `out` holds other files, the export lacks its adapter, or the base has no name that others know.
+        NotWrittenError: the disk is full, read-only or broken.
     """
-    from cotune.model_card import Card, read_summary_beside
+    from cotune.datamodules.durable import explained, put_folder
     from cotune.tuned import ExportError, read_export
 
     described = _with_base(read_export(export), base_model)
     if not (export / "adapter" / "adapter_config.json").is_file():
         raise ExportError(f'"{export}" has no adapter/, so nothing can be made of it; give the run\'s own folder.')
     _check_target(out, export)
-    prompts = (export / "prompts.json").read_text(encoding="utf-8")
-    _write(out / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
-    _write(out / "prompts.json", prompts)
-    if what != "merged":
-        _copy_adapter(export / "adapter", out / "adapter", described["base"])
-    into = ""
-    if what != "adapter":
-        lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
-        into = _merge(lm, described, export / "adapter", out / "merged")
-    card = Card(
-        name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
-        described=described,
-        adapter=_json(export / "adapter" / "adapter_config.json") if what != "merged" else {},
-        prompts=json.loads(prompts),
-        summary=read_summary_beside(export),
-        merged_into=into,
-        license=license_name or _known_license(described["base"]),
-    )
-    _write(out / "README.md", card.text())
-    _list_sums(out)
+
+    def fill(folder: Path) -> Card:
+        if what != "merged":
+            _write_adapter(export / "adapter", folder / "adapter", described["base"])
+        into = ""
+        if what != "adapter":
+            lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
+            into = _write_merged(lm, described, export / "adapter", folder / "merged")
+        license = license_name or _known_license(described["base"])
+        return _write_texts(folder, export, described, with_adapter=what != "merged", merged_into=into, license=license)
+
+    if out.exists():
+        if out.resolve() != export.resolve():
+            _clear(out)
+        return fill(out)
+    with _filled_beside(out) as partial:
+        card = fill(partial)
+        with explained(out):
+            put_folder(partial, out, listed=False)
     return card
 
 
@@ -190,48 +198,103 @@ def _early_base(described: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_OURS = {"adapter", "merged", "SHA256SUMS", *_FILES}
+
+
 def _check_target(out: Path, export: Path) -> None:
     from cotune.tuned import ExportError
 
     if out.exists() and not out.is_dir():
         raise ExportError(f'--out "{out}" is a file; name a folder.')
-    if (
-        out.resolve() != export.resolve()
-        and out.is_dir()
-        and any(out.iterdir())
-        and not (out / "program.json").is_file()
-    ):
+    if out.resolve() == export.resolve() or not out.is_dir() or (out / "program.json").is_file():
+        return
+    there = {path.name.removesuffix(".partial") for path in out.iterdir()}
+    killed = there <= _OURS and there & {"adapter", "merged"}  # an export that was not completed
+    if there and not killed:
         raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
 
 
-def _list_sums(out: Path) -> None:
-    """Brings SHA256SUMS up to date: `load` compares the adapter with it, and `sha256sum -c` the rest."""
-    from cotune.datamodules.durable import file_sum, record_sums
+def _clear(out: Path) -> None:
+    """Takes an earlier export away, program.json first: what is left is none until the new one is complete."""
+    (out / "program.json").unlink(missing_ok=True)
+    for name in sorted(_OURS):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        (out / name).unlink(missing_ok=True)
 
-    files = [out / name for name in _FILES] + [
-        file for name in ("adapter", "merged") for file in (out / name).glob("*")
-    ]
-    record_sums(out, {file.relative_to(out).as_posix(): file_sum(file) for file in files})
 
+@contextmanager
+def _filled_beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside the one given, which is gone afterwards unless it was moved there."""
+    from cotune.datamodules.durable import explained
 
-def _copy_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
-    from cotune.callbacks.export_program import name_base
-
-    if source.resolve() != target.resolve():
-        partial = target.with_name("adapter.partial")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with explained(folder):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    name_base(target, base["name"], base["revision"])
 
 
-def _merge(lm: LanguageModel, described: dict[str, Any], adapter: Path, folder: Path) -> str:
+def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
+    from cotune.callbacks.export_program import name_base
+    from cotune.datamodules.durable import explained, put_folder
+
+    if source.resolve() == target.resolve():
+        name_base(target, base["name"], base["revision"])
+    else:
+        with _filled_beside(target) as partial, explained(target):
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            name_base(partial, base["name"], base["revision"])
+            put_folder(partial, target, listed=False)
+    _list_sums(target)
+
+
+def _write_merged(lm: LanguageModel, described: dict[str, Any], adapter: Path, target: Path) -> str:
+    from cotune.datamodules.durable import explained, put_folder
     from cotune.lightning_modules.merged import save_merged
     from cotune.programs import Sampling
 
     sampling = Sampling(**((described.get("model") or {}).get("sampling") or {}))
-    return save_merged(lm, adapter, folder, sampling=sampling)
+    with _filled_beside(target) as partial:
+        into = save_merged(lm, adapter, partial / "merged", sampling=sampling)
+        with explained(target):
+            put_folder(partial / "merged", target, listed=False)
+    _list_sums(target)
+    return into
+
+
+def _list_sums(part: Path) -> None:
+    """Brings the export's SHA256SUMS up to date: `load` compares the adapter with it, and `sha256sum -c` all."""
+    from cotune.datamodules.durable import explained, folder_sums, record_sums
+
+    with explained(part):
+        record_sums(part.parent, {f"{part.name}/{name}": digest for name, digest in folder_sums(part).items()})
+
+
+def _write_texts(
+    folder: Path, export: Path, described: dict[str, Any], *, with_adapter: bool, merged_into: str, license: str
+) -> Card:
+    from cotune.datamodules.durable import write_durably
+    from cotune.model_card import Card, read_summary_beside
+
+    prompts = (export / "prompts.json").read_text(encoding="utf-8")
+    card = Card(
+        name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
+        described=described,
+        adapter=_json(export / "adapter" / "adapter_config.json") if with_adapter else {},
+        prompts=json.loads(prompts),
+        summary=read_summary_beside(export),
+        merged_into=merged_into,
+        license=license,
+    )
+    write_durably(folder / "prompts.json", prompts)
+    write_durably(folder / "README.md", card.text())
+    # The last of all: a folder without it is no export.
+    write_durably(folder / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
+    return card
 
 
 def _base_lm(base: dict[str, Any], dtype: str | None, unrounded: bool, trust: bool) -> LanguageModel:
@@ -274,9 +337,3 @@ def _parts(out: Path, card: Card) -> Sequence[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _write(path: Path, text: str) -> None:
-    from cotune.callbacks.record_run import write_whole
-
-    write_whole(path, text)

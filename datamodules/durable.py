@@ -170,11 +170,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with explained(folder):
         partial.mkdir(parents=True)
         yield partial
-        with clock.running():
-            _seal(partial)
-            crash_point("blob-after-write")
-            shutil.rmtree(folder, ignore_errors=True)
-            put_in_place(partial, folder)
+        put_folder(partial, folder)
+
+
+def put_folder(partial: Path, folder: Path, *, listed: bool = True) -> None:
+    """Flushes all files of a folder that was filled beside its place, and moves it over the old one.
+
+    Args:
+        listed: write the SHA-256 of its files into its own SHA256SUMS.
+    """
+    aside = folder.with_name(folder.name + ".old")
+    with clock.running():
+        _flush(partial)
+        if listed:
+            record_sums(partial, folder_sums(partial))
+        crash_point("blob-after-write")
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():  # moved, not deleted: a kill while it is being deleted would leave a part of it
+            os.replace(folder, aside)
+        put_in_place(partial, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def folder_sums(folder: Path) -> dict[str, str]:
+    """Path of each file below a folder -> SHA-256; without its own SHA256SUMS."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / SUMS)
+    return {path.relative_to(folder).as_posix(): file_sum(path) for path in paths}
 
 
 def damage_of(path: Path) -> str:
@@ -252,15 +273,14 @@ class _Hashing:
         self.file.flush()
 
 
-def _seal(folder: Path) -> None:
-    """Flushes every file below a folder, and lists them."""
+def _flush(folder: Path) -> None:
+    """Flushes every file below a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     for below in {path.parent for path in paths}:
         sync_folder(below)
-    record_sums(folder, {path.relative_to(folder).as_posix(): file_sum(path) for path in paths})
 
 
 def _beside(path: Path) -> Path:

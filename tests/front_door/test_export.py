@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from cotune.callbacks.export_program import export_program
 from cotune.datamodules.durable import damaged_file
 from cotune.datamodules.iris import iris_examples
 from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
+from cotune.lightning_modules.language_model import ModelNotFoundError
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, refusal
 from cotune.programs import Completion, Predict, Sampling
@@ -28,6 +32,7 @@ from cotune.export import write_export
 from cotune.model_card import vllm_refusals
 
 FLOWERS = iris_examples()[::15]
+EXPORTED = ("README.md", "program.json", "prompts.json")
 SIGNATURE = "petal_length, petal_width, sepal_length, sepal_width -> answer"
 
 
@@ -44,6 +49,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
         return command(["export", *words], capsys)
 
     return run
+
+
+def dies(work: Callable[[], object]) -> bool:
+    """Whether the work was ended by SIGKILL, in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def disturbed(module: ProgramModule) -> ProgramModule:
@@ -290,6 +306,65 @@ def test_merged_weights_alone_are_no_program_to_load(export: Path, run: Any) -> 
     assert run(str(export.parent), "--what", "merged", "--out", "alone").code == 0
     with pytest.raises(cotune.tuned.ExportError, match=r"has no adapter/, only merged weights"):
         cotune.load("alone")
+
+
+# What a kill leaves
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
+@pytest.mark.parametrize("point", ["blob-after-write", "blob-after-manifest", "blob-after-replace"])
+@pytest.mark.parametrize("where", ["new", "empty", "earlier", "its own"])
+def test_a_killed_export_leaves_none_or_a_whole_one_and_the_same_command_completes_it(
+    where: str, point: str, export: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge(lm: Any, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
+        shutil.copytree(tiny_model, folder)  # torch's threads do not survive a fork
+        return "the base"
+
+    monkeypatch.setattr("cotune.lightning_modules.merged.save_merged", merge)
+    out = export if where == "its own" else tmp_path / "out"
+    died = 0
+    while True:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        if where != "new" and out != export:
+            out.mkdir()
+        if where == "earlier":
+            write_export(export, out, what="all", license_name="mit")
+        with monkeypatch.context() as patch:
+            patch.setattr("cotune.datamodules.crash_point._WANTED", (point, died + 1))
+            patch.setattr("cotune.datamodules.crash_point._passed", Counter())
+            if not dies(lambda: write_export(export, out, what="all")):
+                break
+        died += 1
+        if where == "its own":  # never a moment in which the run has lost what it ended with
+            cotune.tuned.read_export(export)
+            cotune.tuned._check_weights(export)
+        elif (out / "program.json").exists():
+            assert damaged_file(out) == ""
+        write_export(export, out, what="all")
+        assert damaged_file(out) == ""
+        assert {path.name for path in out.iterdir()} == {"adapter", "merged", "SHA256SUMS", *EXPORTED}
+    assert died > 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_export_that_fails_leaves_nothing_behind(export: Path, tmp_path: Path) -> None:
+    described = json.loads((export / "program.json").read_text())
+    described["base"]["model"] = str(tmp_path / "gone")
+    (export / "program.json").write_text(json.dumps(described))
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "out", export):
+        with pytest.raises(ModelNotFoundError):
+            write_export(export, out, what="merged")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_in_place_of_another_holds_nothing_of_it(export: Path, tmp_path: Path) -> None:
+    write_export(export, tmp_path / "out", what="all")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    write_export(export, tmp_path / "out", what="adapter")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "notes.txt", "SHA256SUMS", *EXPORTED}
+    assert damaged_file(tmp_path / "out") == ""
 
 
 # The Hub

@@ -20,13 +20,17 @@ def write_run(
     finished: bool = True,
     text: str = "",
     seed: int = 1,
+    tested: Sequence[Sequence[float]] = (),
 ) -> Path:
-    """Writes a run of p -> w -> p; `scores` has a row a prefix that was reached, of scores on val.
+    """Writes a run of p -> w -> p; `scores` has a row a prefix that was reached, of scores on val; `tested` likewise on
+    test, where prefixes are to be scored on it.
 
     An example of score 0 whose number is 4 fails by its format. `text` is put wherever data can put a text.
     """
     folder.mkdir(parents=True)
     history = [_history(index, row, text) for index, row in enumerate(scores)]
+    for record, row in zip(history, tested, strict=False):
+        record |= {"test_score": sum(row) / len(row), "test_cost": {"lm_calls": 11}}
     (folder / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in history))
     config = {
         "seed_everything": seed,
@@ -46,6 +50,8 @@ def write_run(
                 known["candidates"] = _candidates(index, stages, text)
             (folder / f"boundaries/{index}.json").write_text(json.dumps(known))
             _write_rollouts(folder / f"rollouts/val-{index}.jsonl", row, stages, text)
+        for index, row in enumerate(tested):
+            _write_rollouts(folder / f"rollouts/test-{index}.jsonl", row, stages, text)
     if finished:
         if recorded:
             _write_rollouts(folder / "rollouts/test.jsonl", scores[-1][:2], stages, text)

@@ -94,6 +94,8 @@ def render_report(run: RunRecord, *, examples: int = 60, now: datetime | None = 
             val=_val_score(run, run.best),
             test=_test_score(run),
             scores={prefix.index: _val_score(run, prefix) for prefix in run.prefixes},
+            test_calls=sum(p.record.get("test_cost", {}).get("lm_calls", 0) for p in run.prefixes),
+            prefix_tests={p.index: s for p in run.prefixes if (s := _prefix_test(run, p)) is not None},
             timelines=[(name, charts.timeline(run, width=width)) for name, width in (("wide", 760), ("narrow", 320))],
             curves=[(name, charts.curves(run, width=width)) for name, width in (("wide", 760), ("narrow", 320))],
             prompt_steps=prompt_steps(run),
@@ -274,6 +276,13 @@ def same_values(inputs: Json, given: Json) -> bool:
 
 def _val_score(run: RunRecord, prefix: Prefix) -> Score:
     return score_of(prefix.val_score, [row["score"] for row in prefix.rollouts or ()], run.size("val"))
+
+
+def _prefix_test(run: RunRecord, prefix: Prefix) -> Score | None:
+    if prefix.test_score is None:
+        return None
+    scores = [row["score"] for row in prefix.tested or ()]
+    return score_of(prefix.test_score, scores, len(scores) or run.size("test"))
 
 
 def _test_score(run: RunRecord) -> Score | None:

@@ -37,6 +37,7 @@ class Prefix:
         prompts: stage -> {"instruction", "demos"}; None where they were not recorded.
         candidates: of the prompt step that led here, as `Candidate.to_dict` gives them, or with less in older runs.
         rollouts: on val, a row an example; None where they were not recorded.
+        tested: on test, where `alternate.test_prefixes` asked for them; None otherwise, or where not recorded.
         traces: of the weight step that led here, a row a stage call, {"stage", "outputs", "attempt"}.
     """
 
@@ -47,11 +48,18 @@ class Prefix:
     prompts: Json | None
     candidates: Sequence[Json]
     rollouts: Sequence[Json] | None
+    tested: Sequence[Json] | None
     traces: Sequence[Json]
 
     @property
     def val_score(self) -> float:
         return float(self.record["val_score"])
+
+    @property
+    def test_score(self) -> float | None:
+        """None unless every prefix was to be scored on test."""
+        score = self.record.get("test_score")
+        return None if score is None else float(score)
 
 
 @dataclass(frozen=True)
@@ -182,8 +190,15 @@ def _prefix(folder: Path, record: Json) -> Prefix:
         prompts=known["prompts"] if known else None,
         candidates=(known or {}).get("candidates") or record.get("candidates", []),
         rollouts=_optional(folder / "rollouts" / f"val-{index}.jsonl", _read_lines),
+        tested=_tested(folder, record),
         traces=_read_traces(folder / "traces" / f"step-{index}") if record["step"] == "w" else (),
     )
+
+
+def _tested(folder: Path, record: Json) -> list[Json] | None:
+    # Without a score in the record the file is of an earlier run in this folder.
+    path = folder / "rollouts" / f"test-{record['index']}.jsonl"
+    return _optional(path, _read_lines) if record.get("test_score") is not None else None
 
 
 def _schedule(summary: Json, config: Json, prefixes: Sequence[Prefix]) -> list[str]:

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def test_the_test_score_comes_with_its_error_and_how_the_prefix_was_chosen(tmp_p
     assert "Test score 0.500" in text
     assert "chosen by its val score" in text
     assert "From vanilla to p → w, over the same 5 val examples: +0.400" in text
+
+
+def test_every_prefix_has_its_test_score_where_every_prefix_was_tested(tmp_path: Path) -> None:
+    tested = [[0, 0], [0, 1], [1, 1], [0, 1]]
+    text = read(write_run(tmp_path / "run", tested=tested)).text
+    assert "interval test score prompts tried" in text
+    for prefix, score in (("vanilla", "0.000"), ("p", "0.500 ± 0.500"), ("p → w kept", "1.000")):
+        assert re.search(rf"{prefix} 0\.\d00 [\d.]+–[\d.]+ {score} ", text), prefix
+    assert "Nothing was chosen by these scores, and what they took (44 LM calls)" in text
+    # Not from a file that an earlier run left there.
+    write_run(tmp_path / "other")
+    (tmp_path / "other" / "rollouts" / "test-0.jsonl").write_text("")
+    text = read(tmp_path / "other").text
+    assert "interval prompts tried" in text
+    assert "Nothing was chosen" not in text
 
 
 def test_an_error_of_nothing_is_not_claimed(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ BLOCK = 128
 bits whether or not a part of it was kept."""
 
 _GROUP_COST = 48
-"""What another batch costs, in tokens: below this a longer shared prefix is not worth a smaller batch."""
+"""What another group costs, in tokens: below this a longer shared prefix is not worth a smaller group."""
+
+_READ_AGAIN = 4
+"""Each group reads its prefix's keys and values at every step of decoding, which several small groups do much more
+slowly than a large one. So a prefix counts as longer by one in so many tokens."""
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of the prompts, grouped so that computing each group's shared prefix once costs least.
 
-    A group of n prompts costs its shared prefix once, the rest of each prompt, and a constant for being a batch. No
+    A group of n prompts costs its shared prefix once, the rest of each prompt, and `group_cost` for being a group. No
     grouping whatever has a lower sum. It depends on the prompts alone.
 
     >>> group_by_prefix([[1] * 100 + [2], [5] * 100 + [6], [1] * 100 + [3]])
@@ -39,6 +43,11 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
             node.home.group += node.members
     groups += [node.group for node in nodes if node.group]
     return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+
+
+def group_cost(shared: int) -> int:
+    """What a group with a prefix of so many tokens costs beside computing it, in tokens."""
+    return _GROUP_COST + shared // _READ_AGAIN
 
 
 @dataclass(eq=False)
@@ -63,12 +72,14 @@ def _radix_tree(prompts: Sequence[Sequence[int]]) -> list[_Node]:
         below = None
         while path[-1].depth > before:
             below = path.pop()
-        for depth in (before, after):
-            if depth > path[-1].depth:
-                path.append(_Node(depth, path[-1]))
-                nodes.append(path[-1])
-                if below is not None:
-                    below.parent, below = path[-1], None
+        if before > path[-1].depth:  # here the prompt before parted from this one, with all that hangs below
+            path.append(_Node(before, path[-1]))
+            nodes.append(path[-1])
+            if below is not None:
+                below.parent = path[-1]
+        if after > path[-1].depth:
+            path.append(_Node(after, path[-1]))
+            nodes.append(path[-1])
         path[-1].members.append(i)
     nodes.sort(key=lambda node: node.depth)
     for node in nodes[1:]:
@@ -81,7 +92,7 @@ def _groups_pay(nodes: Sequence[_Node]) -> list[int]:
     """For each node: below which level of the nearest group above it (counted from 1; 0 is none) it should be a group.
 
     Compared with computing each prompt for itself, a group of n prompts with a prefix of P tokens saves
-    (n - 1) P - _GROUP_COST: each prompt P, the group less P and the constant. So what a node's prompts save hangs on
+    (n - 1) P - group_cost(P): each prompt P, the group less P and its own cost. So what a node's prompts save hangs on
     one thing above it, the depth of the group they would join, and is best found from the leaves up.
     """
     saved: dict[_Node, list[int]] = {}
@@ -92,10 +103,10 @@ def _groups_pay(nodes: Sequence[_Node]) -> list[int]:
             above.append(at.depth)
             at = at.parent
         own = len(node.members)
-        best = [own * gain for gain in (-_GROUP_COST, *reversed(above))]  # by the group above: none, the root's, ...
+        best = [own * gain for gain in (-group_cost(0), *reversed(above))]  # by the group above: none, the root's, ...
         if node in saved:
             best = [a + b for a, b in zip(best, saved.pop(node), strict=True)]
-        as_group = best.pop() - node.depth - _GROUP_COST
+        as_group = best.pop() - node.depth - group_cost(node.depth)
         closes_below.append(sum(as_group >= joining for joining in best))
         if node.parent is not None:
             best = [max(as_group, joining) for joining in best]

@@ -13,7 +13,7 @@ from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.generation import Decoder, Generated, GenerationMemoryError, Prompted
 from cotune.lightning_modules.lora import attach, lora_layers
-from cotune.lightning_modules.prefixes import _GROUP_COST, group_by_prefix
+from cotune.lightning_modules.prefixes import group_by_prefix, group_cost
 from cotune.programs import Request, Sampling
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -400,8 +400,8 @@ def cost(groups: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> i
     """The cost that `group_by_prefix` says it minimises."""
     total = 0
     for group in groups:
-        shared = shared_prefix([prompts[i] for i in group])
-        total += _GROUP_COST + shared + sum(len(prompts[i]) - shared for i in group)
+        shared = shared_prefix([prompts[i] for i in group]) if len(group) > 1 else 0
+        total += group_cost(shared) + shared + sum(len(prompts[i]) - shared for i in group)
     return total
 
 
@@ -438,6 +438,13 @@ def test_no_grouping_costs_less(seed: int) -> None:
     groups = group_by_prefix(prompts)
     assert sorted(i for group in groups for i in group) == list(range(len(prompts)))
     assert cost(groups, prompts) == min(cost(p, prompts) for p in partitions(range(len(prompts))))
+
+
+@pytest.mark.parametrize("apart", [1, 40, 200])
+def test_no_grouping_of_sibling_branches_costs_less(apart: int) -> None:
+    prompts = [[1] * 300 + [10 + branch] * apart + [leaf] for branch in range(3) for leaf in range(2)]
+    groups = group_by_prefix(prompts)
+    assert cost(groups, prompts) == min(cost(p, prompts) for p in partitions(range(6)))
 
 
 def test_a_short_prompt_does_not_keep_the_others_from_sharing() -> None:

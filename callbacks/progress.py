@@ -41,14 +41,15 @@ class StepProgress:
             TextColumn("{task.fields[rate]}"),
             # Time moves on also while one LM batch is under way, which can be all there is.
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("•"),  # as in Lightning's bar
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
             transient=True,
             refresh_per_second=4,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task(title, total=None, rate="")
+        self._task = self._bar.add_task(title, total=None, rate="", visible=False)  # until it is known of what
         self._started, self._ended, self._head = time.perf_counter(), 0, ""
 
     def __enter__(self) -> StepProgress:
@@ -62,7 +63,8 @@ class StepProgress:
 
     def start(self, total: int, what: str) -> None:
         self._started, self._ended = time.perf_counter(), 0
-        self._bar.reset(self._task, total=total, description=f"{self._title}: {self._head or what}", rate="")
+        what = f"{self._title}: {self._head or what}"
+        self._bar.reset(self._task, total=total, visible=True, description=what, rate="")
 
     def advance(self, n: int) -> None:
         self._ended += n

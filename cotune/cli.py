@@ -27,6 +27,7 @@ from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
+from cotune.help_page import arrange
 from cotune.lightning_modules import ProgramModule
 from cotune.option_errors import refused_options
 from cotune.parse_errors import explain
@@ -65,6 +66,11 @@ class Parser(LightningArgumentParser):
         # The base class would print a page of usage first, and the message would be lost behind it.
         print(f"cotune: error: {explain(message, self._options())}", file=sys.stderr)
         sys.exit(2)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        if "alternate.schedule" in self._options() and self.prog.split()[-1] in CotuneCLI.subcommands():
+            arrange(self)
+        return super().format_help(*args, **kwargs)
 
     def _options(self) -> dict[str, Any]:
         """Options and their types, the subcommands' included."""

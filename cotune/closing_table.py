@@ -26,7 +26,8 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
     for name in ("after", "val score", "won", "lost", "wrong", "format failures", "LM calls", "seconds"):
-        table.add_column(name, justify="left" if name == "after" else "right")
+        # On a narrow terminal the heads of numbers are broken, never a prefix.
+        table.add_column(name, justify="left" if name == "after" else "right", no_wrap=name == "after")
     for record in records:
         best = record["prefix"] == summary["best"]
         table.add_row(

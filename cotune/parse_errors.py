@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 OWN_COMMANDS = ("ask", "compare", "doctor", "export", "predict", "preview", "report", "table")
@@ -23,10 +24,21 @@ def explain(message: str, options: Options) -> str:
     >>> explain("unrecognized arguments: --alternate.shedule p", {"alternate.schedule": str})
     'unknown option --alternate.shedule. Did you mean --alternate.schedule?'
     """
-    for rule in (_unknown_argument, _unknown_key, _no_class, _wrong_value, _missing, _unknown_command):
+    for rule in (_no_config, _unknown_argument, _unknown_key, _no_class, _wrong_value, _missing, _unknown_command):
         if said := rule(message.strip(), options):
             return said
     return " ".join(message.split())
+
+
+def _no_config(message: str, options: Options) -> str:
+    found = re.search(r'Parser key "config":\s+File does not exist: \'?(.+?)\'?$', message)
+    if not found:
+        return ""
+    # The parser says the whole path; the user wrote it from the folder they are in.
+    path = Path(found[1])
+    if path.is_relative_to(Path.cwd()):
+        return f'--config "{path.relative_to(Path.cwd())}": there is no such file in {Path.cwd()}.'
+    return f'--config "{path}": there is no such file.'
 
 
 def _unknown_argument(message: str, options: Options) -> str:

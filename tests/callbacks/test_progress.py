@@ -40,7 +40,8 @@ def test_the_bar_never_wraps(width: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_bar_says_candidate_best_examples_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _drawn(monkeypatch, width=140, terminal=True).getvalue())
-    assert re.search(r"candidate 2/9, best 0\.500 .* 12/20 [\d.]+ examples/s 0:00:00 left", text)
+    assert re.search(r"candidate 2/9, best 0\.500 .* 12/20 [\d.]+ examples/s 0:00:00 • [-:\d]+ left", text)
+    assert "?" not in text
 
 
 def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:

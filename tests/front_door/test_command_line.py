@@ -54,6 +54,21 @@ def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
     assert time.perf_counter() - began < 10, "about half a second on an idle machine"
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_the_help_has_the_options_of_the_default_classes_and_the_trainers_last(run: Run, command: str) -> None:
+    said = run(command, "--help")
+    assert said.code == 0, said.err
+    assert said.out.startswith(f"usage: cotune {command} --config FILE")
+    heads = [line for line in said.out.splitlines() if re.match(r"\S.*:$", line)]
+    assert heads[0] == "options:"
+    assert heads[-1] == "Lightning's trainer:"
+    assert len(set(heads)) == len(heads)
+    # All that the README and docs/data.md show, and nothing twice.
+    for option in ("name", "alternate.search.racing", "model.lm.quantization", "data.bootstrapping.hints", "data"):
+        assert len(re.findall(rf"^  --{option}[ ,]", said.out, re.MULTILINE)) == 1, option
+    assert "--weights_only" not in said.out
+
+
 def test_the_package_offers_its_names_without_importing_them() -> None:
     script = (
         "import sys, cotune\nassert 'torch' not in sys.modules\nfrom cotune import Program, Stage, Signature\n"
@@ -153,7 +168,9 @@ def test_an_unknown_command_is_named(run: Run) -> None:
 
 
 def test_a_config_that_is_missing_is_named(run: Run) -> None:
-    assert "nowhere.yaml" in one_error(run("fit", "--config", "nowhere.yaml"))
+    message = one_error(run("fit", "--config", "nowhere.yaml"))
+    assert message == f'--config "nowhere.yaml": there is no such file in {Path.cwd()}.'
+    assert one_error(run("fit", "--config", "/no/where.yaml")) == '--config "/no/where.yaml": there is no such file.'
     assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
 
 

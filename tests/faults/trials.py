@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,7 @@ class Trials:
                 result = trial()
             except Exception as error:  # a trial that breaks is a failed trial, and the others go on
                 result = {"ok": False, "said": f"{type(error).__name__}: {error}"[:2000]}
+            result = _without_places(result)
             result["seconds"] = round(time.monotonic() - started, 2)
             known[key] = result
             self.save()
@@ -65,3 +67,16 @@ class Trials:
             for key, trial in trials.items():
                 if not trial["ok"]:
                     yield part, key, trial
+
+
+_PLACES = re.compile(r"(?<![\w>])/[^\s\"'():,<>]*?/(?=runs/|completions\.sqlite|[\w-]+\.py\b)")
+"""What stands before a run's own path, or before a module's name."""
+
+
+def _without_places(value: Any) -> Any:
+    """Without the folders of this machine in what was said: they mean nothing elsewhere."""
+    if isinstance(value, dict):
+        return {name: _without_places(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    return _PLACES.sub("", value) if isinstance(value, str) else value

@@ -595,5 +595,5 @@ def _no_traces(report: Report, data: TraceDataModule) -> str:
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
         f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
-        "lower data.bootstrapping.threshold, or put a prompt step first."
+        "lower data.bootstrapping.threshold, or put a prompt step first. `cotune report` shows what it wrote on val."
     )

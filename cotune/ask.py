@@ -95,6 +95,8 @@ def show(rollout: Rollout, console: Console, *, verbose: bool) -> None:
     if rollout.error is not None:
         console.print(f"no answer: {_harmless(rollout.error.message)}", style="red", markup=False)
         return
+    if not console.is_terminal:
+        console.print("── prediction")
     for name, value in (rollout.prediction or {}).items():
         console.print(_field(name, value, "bold green"))
 

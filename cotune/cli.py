@@ -338,6 +338,21 @@ def _is_ours(error: BaseException) -> bool:
     return any(file.is_relative_to(folder) for folder in house) and (last.line or "").startswith("raise ")
 
 
+def _retries_said_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter of the Hub client's log, which has two lines for each of six attempts to reach the Hub."""
+    said: list[str] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not said and "Retrying in" in text:
+            said.append(text)
+            record.msg, record.args = "cotune: the Hub does not answer; trying for about half a minute", ()
+            return True
+        return "Retrying in" not in text and "thrown while requesting" not in text
+
+    return passes
+
+
 def _quiet() -> None:
     """Silences what libraries say that a user can do nothing about."""
     import transformers
@@ -346,6 +361,7 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
     for pattern in (
         ".*does not have many workers.*",
         ".*`is_gradient_checkpointing` is deprecated.*",

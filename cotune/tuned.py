@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,25 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
             "the LM of the given module is loaded already; give a module that is not, or use it as it is."
         )
     module.lm.adapter = str(folder / "adapter")
-    module.configure_model()
+    with _no_bar():
+        module.configure_model()
     module.prompts = prompts_from_dict(_json(folder / "prompts.json"))
     module.max_error_rate = 1.0  # no error ends a batch of predictions: each is in its own rollout
     return Tuned(module.eval())
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' bar for the reading of weights, which a script's output is no place for."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def export_folder(folder: str | Path) -> Path:
@@ -100,7 +116,7 @@ def export_folder(folder: str | Path) -> Path:
     if (folder / "config.yaml").is_file():
         raise ExportError(
             f'"{folder}" is a run without an export, which is written when the fit ends. Finish it first: '
-            f"cotune fit --config {folder}/config.yaml --ckpt_path last"
+            f"cotune fit --config {folder}/config.yaml"
         )
     found = sorted(str(path.parent.parent) for path in folder.glob("*/export/program.json"))[:5]
     hint = (

@@ -403,7 +403,7 @@ def _hub_data(hub_id: str, config: str | None, split: str | None) -> Any:
     except OSError as error:  # ConnectionError, and what the HTTP client makes of a broken transfer
         raise DataError(
             f'"{hub_id}" is no file or folder here, and the Hub cannot be reached to look for it there ({error}). '
-            "Without the Hub, give a local file or folder instead, e.g. data/train.jsonl."
+            "Without the Hub, give a local file or folder as path, e.g. --data.path data/train.jsonl."
         ) from error
     except ValueError as error:
         asked = f"config={config!r}, split={split!r}"

@@ -288,7 +288,10 @@ def test_a_script_on_the_hub_is_not_run_but_read_from_its_conversion(monkeypatch
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ConnectionError("Couldn't reach 'me/qa'"), "the Hub cannot be reached .* give a local file or folder instead"),
+        (
+            ConnectionError("Couldn't reach 'me/qa'"),
+            "the Hub cannot be reached .* file or folder as path, e.g. --data",
+        ),
         (datasets.exceptions.DatasetNotFoundError("It doesn't exist."), "no data set of that name on the Hub"),
         (ValueError("Unknown split"), "cannot be loaded with config=None, split='trian': Unknown split"),
     ],

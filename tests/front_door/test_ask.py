@@ -93,7 +93,7 @@ def test_what_the_lm_writes_does_not_steer_the_terminal(answered: Any) -> None:
     out = io.StringIO()
     said = replace(answered, steps=(), prediction={"answer": "\x1b]0;owned\x07 \x9b2J\x7f fine\tso\n"})
     show(said, Console(file=out), verbose=False)
-    assert out.getvalue() == "answer: ␛]0;owned␇ �2J␡ fine    so\n\n"
+    assert out.getvalue() == "── prediction\nanswer: ␛]0;owned␇ �2J␡ fine    so\n\n"
 
 
 def test_text_of_the_data_is_never_markup(answered: Any) -> None:

@@ -195,6 +195,21 @@ def test_a_value_that_its_owner_refuses_is_one_line(
     assert said in one_error(run(*fit(tiny_model), f"--{option}={value}"))
 
 
+def test_a_hub_that_does_not_answer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from cotune.cli import _retries_said_once
+
+    log = logging.getLogger("a test's Hub client")
+    log.addFilter(_retries_said_once())
+    for attempt in (1, 2):
+        log.warning("'[Errno -2] Name or service not known' thrown while requesting HEAD https://huggingface.co/x")
+        log.warning(f"Retrying in {attempt}s [Retry {attempt}/5].")
+    log.warning("something else")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["cotune: the Hub does not answer; trying for about half a minute", "something else"]
+
+
 def test_an_unknown_step_is_named_before_anything_is_loaded(run: Run, tiny_model: Path) -> None:
     message = one_error(run(*fit(tiny_model, schedule="p -> x")))
     assert message == (

@@ -38,6 +38,17 @@ def test_a_loaded_export_reads_and_writes_the_tokens_of_the_run(finished: Any, t
     assert ids(tuned.rollouts(FLOWERS)) == ids(finished.module.rollouts(FLOWERS, metric=None))
 
 
+def test_loading_writes_nothing_and_leaves_transformers_bar_as_it_was(
+    finished: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    cotune.load(finished.export)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
+
+
 def test_the_run_has_trained_weights(finished: Any, tiny_model: Path) -> None:
     fresh = CurtLM(str(tiny_model))
     fresh.load()
@@ -102,7 +113,7 @@ def test_a_folder_that_is_no_export_says_so(finished: Any, tmp_path: Path) -> No
     with pytest.raises(ExportError, match=r"no program\.json\. Did you mean one of .*tiny\?"):
         cotune.load(finished.folder.parent)
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ExportError, match=r"a run without an export.* --ckpt_path last"):
+    with pytest.raises(ExportError, match=r"a run without an export.*config\.yaml$"):
         cotune.load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import platform
 from collections.abc import Mapping
@@ -117,12 +118,32 @@ def changed_options(then: RunIdentity, now: Mapping[str, Any]) -> list[str]:
     if then.versions.get("cotune") != version("cotune"):
         shared = then.options.keys() & now.keys()
         known, now = ({name: options[name] for name in shared} for options in (known, now))
-    return differences(known, now)
+    return differences(_by_definition(known), _by_definition(now))
 
 
 def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """A phrase for each set whose examples are others."""
     return differences(*({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then, now)))
+
+
+def _by_definition(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with each class and function of cotune by the module that defines it: most have shorter names too."""
+    return {name: _defined(value) if isinstance(value, str) else value for name, value in options.items()}
+
+
+def _defined(value: str) -> str:
+    """
+    >>> _defined("cotune.RandomDemoSearch"), _defined("cotune.nothing"), _defined("p -> w")
+    ('cotune.prompting.demos.RandomDemoSearch', 'cotune.nothing', 'p -> w')
+    """
+    module, _, name = value.rpartition(".")
+    if not value.startswith("cotune.") or " " in value:
+        return value
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return value
+    return f"{found.__module__}.{found.__qualname__}" if hasattr(found, "__qualname__") else value
 
 
 def _flat(config: Any, name: str) -> dict[str, Any]:

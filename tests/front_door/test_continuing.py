@@ -63,7 +63,15 @@ def test_the_same_command_again_goes_on_from_the_last_save(
     words = fit(tiny_model, "--alternate.keep", "last", "--data.bootstrapping.demo_share", "0.5")
     stopped_in_training(run, monkeypatch, words)
     # Spelled otherwise, and with what may be another.
-    again = [*words[:-2], "--data.bootstrapping.demo_share=0.50", "--trainer.log_every_n_steps", "2"]
+    again = [
+        *words[:3],
+        "--alternate.search",
+        "RandomDemoSearch",
+        *words[3:-2],
+        "--data.bootstrapping.demo_share=0.50",
+        "--trainer.log_every_n_steps",
+        "2",
+    ]
     said = run(*again, "--alternate.save_every", "3")
     assert said.code == 0, said.err
     assert "continuing runs/tiny/checkpoints/last.ckpt" in said.out

@@ -541,6 +541,11 @@ class Alternate(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         return Path(self.folder or trainer.default_root_dir)
 
+    @property
+    def epoch_title(self) -> str:
+        """The epoch under way, e.g. "[1/3] epoch 2/18"."""
+        return self._title(f"epoch {self.epoch + 1}/{self.epochs}")
+
     def _title(self, what: str) -> str:
         return f"[{self.position}/{len(self.steps)}] {what}"
 

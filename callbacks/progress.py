@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from cotune.prompting import Candidate
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -80,6 +82,36 @@ class StepProgress:
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
         self._console.print(f"{self._title}: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+class TrainingBar(RichProgressBar):
+    """Lightning's bar in the words of the schedule, with the loss and the latest val score; gone when it is over.
+
+    Args:
+        title: gives the epoch under way in words; Lightning's own are counted from 0 and over all weight steps.
+    """
+
+    def __init__(self, title: Callable[[], str]) -> None:
+        super().__init__()
+        self._title = title
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        logged = super().get_metrics(trainer, pl_module)
+        shown = {"loss": "train/loss_step", "val": "val/score"}
+        return {name: logged[key] for name, key in shown.items() if key in logged}
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        # Narrow, and without the batches a second, so that all of it fits into 80 columns.
+        text, _, batches, clock, _ = super().configure_columns(trainer)
+        return [text, BarColumn(bar_width=10), batches, clock]
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self._title().replace("[", r"\[")  # the bar reads it as markup
+
+    def _stop_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.live.transient = True
+        super()._stop_progress()
 
 
 def say(line: str) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from cotune.callbacks import Alternate
@@ -20,6 +21,7 @@ from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
+from cotune.callbacks.progress import TrainingBar
 from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
 from cotune.callbacks.redact import redacted
@@ -253,6 +255,7 @@ class CotuneCLI(LightningCLI):
         if config.trainer.get("enable_progress_bar") is None:  # a bar in a log file is a page of fragments
             config.trainer["enable_progress_bar"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
+        _show_steps(trainer.callbacks)  # type: ignore[attr-defined]
         self._dump_config()
         model = redacted(self.config_dump["model"])
         # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
@@ -269,6 +272,14 @@ class CotuneCLI(LightningCLI):
         assert made is not None
         made.ended().write(folder)
         closing_table(folder)
+
+
+def _show_steps(callbacks: list[Callback]) -> None:
+    """Puts a bar that speaks of the schedule's steps in the place of Lightning's default one."""
+    (alternate,) = (callback for callback in callbacks if isinstance(callback, Alternate))
+    for place, callback in enumerate(callbacks):
+        if type(callback) is RichProgressBar:
+            callbacks[place] = TrainingBar(lambda: alternate.epoch_title)
 
 
 def run(words: Sequence[str]) -> int:

@@ -72,7 +72,7 @@ def pair_lines(pair: Pair) -> Iterator[str]:
     from cotune.report.journeys import said
 
     gap = pair.difference
-    chance = "" if gap.clear else ", which may be chance"
+    chance = "" if gap.clear or not (pair.won or pair.lost) else ", which may be chance"
     yield (
         f"{pair.second} against {pair.first} on {pair.part}: {gap.mean:+.3f}, 95 % {gap.low:+.3f} to {gap.high:+.3f} "
         f"(paired bootstrap over {gap.n} common examples){chance}; {len(pair.won)} won, {len(pair.lost)} lost."

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from cotune.callbacks import progress
-from cotune.callbacks.progress import StepProgress, training_bar_paused
+from cotune.callbacks.progress import StepProgress, TrainingBar, training_bar_paused
 from cotune.prompting import Candidate
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -67,3 +67,26 @@ def test_lightnings_bar_makes_room_and_comes_back(
     fit = tiny_fit(tiny_model, tmp_path, "w -> p", callbacks=[Look(), shown], trainer=options).run()
     assert len(fit.alternate.history) == 3
     assert live == ([(True, True)] * 2 if bar is RichProgressBar else [])
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_bar_of_training_counts_the_steps_epochs_on_one_line_and_goes(
+    width: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = StringIO()
+    console = Console(file=out, width=width, force_terminal=True)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: console)
+    fits: list[Any] = []
+    shown = TrainingBar(lambda: fits[0].alternate.epoch_title)
+    fits.append(tiny_fit(tiny_model, tmp_path, "w -> w", callbacks=[shown], trainer={"enable_progress_bar": True}))
+    fits[0].run()
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()))
+    titles = dict.fromkeys(line[: line.index(" ━")] for line in lines if "epoch" in line)
+    assert list(titles) == [f"[{step}/2] epoch {epoch}/2" for step in (0, 1) for epoch in (1, 2)]
+    ended = [line for line in lines if "val: " in line]
+    assert ended
+    assert all(
+        re.fullmatch(r"\[\d/2\] epoch \d/2 ━+[╸╺]?━* \d/\d \S+ • \S+ loss: \S+ val: \S+\s*", line) for line in ended
+    )
+    assert shown.progress is not None
+    assert out.getvalue().rstrip("\n").endswith("\x1b[1A\x1b[2K")  # taken back

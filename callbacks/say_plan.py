@@ -74,7 +74,8 @@ class SayPlan(Callback, BoundaryListener):
 
     def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
         """What so many runs and epochs will take, at the pace so far."""
-        calls = sum(record["lm_calls"] for record in alternate.history)
+        # Those that the completion store answered took no time; a rest that it does not answer will.
+        calls = sum(record["lm_calls"] - record["cached_calls"] for record in alternate.history)
         seconds = sum(record["generating_seconds"] for record in alternate.history)
         first = alternate.history[0]
         a_run = seconds / max(calls, 1) * first["lm_calls"] / max(self._val, 1)  # the first record is of val alone

@@ -19,6 +19,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
+class WandbError(RuntimeError):
+    """W&B does not take the run. The message says why, and what to do."""
+
+
 class RunLogger(WandbLogger):
     """Lightning's WandbLogger for a cotune run: one W&B run, however often the process is stopped and continued.
 
@@ -47,8 +51,16 @@ class RunLogger(WandbLogger):
     def experiment(self) -> Any:
         if self._experiment is not None:
             return self._experiment
-        with _redacted_command_line():
-            return super().experiment
+        from wandb.errors import Error
+
+        try:
+            with _redacted_command_line():
+                return super().experiment
+        except Error as error:  # no key, a key that is refused, no connection
+            raise WandbError(
+                f"W&B cannot be logged to ({' '.join(str(error).split())}) Run `wandb login`, set WANDB_API_KEY, or "
+                "keep the run's log here with WANDB_MODE=offline, for `wandb sync` later."
+            ) from error
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

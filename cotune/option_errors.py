@@ -35,9 +35,20 @@ def said(error: Exception) -> str:
     'epochs 0 is below 1'
     """
     text = str(error)
+    if missing := _missing_package(error):
+        return missing
     if "Union subtypes" in text:  # of the types that were tried, the one that was meant said something else
         reasons = [reason for reason in re.findall(r"(?m)^\s*- (.*)$", text) if not reason.startswith("Expected a")]
         text = reasons[0] if reasons else text
     if isinstance(error, TypeError):
         text = f"TypeError: {text} (COTUNE_DEBUG=1 shows where)"
     return " ".join(text.split())
+
+
+def _missing_package(error: BaseException | None) -> str:
+    """The first line of what a class said of a package that it needs; "" if it is not about that."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return str(error).splitlines()[0]
+        error = error.__cause__
+    return ""

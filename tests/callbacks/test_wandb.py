@@ -378,3 +378,20 @@ def _counts(name: str) -> bool:
     """Not times, nor the names and sums of files that hold times."""
     own = name.startswith("_") and name != "_step"
     return not (own or "seconds" in name or "cached" in name or name.endswith(("path", "sha256", ".size")))
+
+
+def test_a_missing_key_is_one_line_with_three_ways_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    assert main([*fit(tiny_model), "--trainer.logger", "WandbLogger"]) == 2
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("cotune: error: ")]
+    assert "W&B cannot be logged to (No API key configured." in line
+    assert "`wandb login`, set WANDB_API_KEY, or keep the run's log here with WANDB_MODE=offline" in line
+    assert "Traceback" not in said

@@ -210,6 +210,12 @@ def test_a_hub_that_does_not_answer_is_said_once(caplog: pytest.LogCaptureFixtur
     assert said == ["cotune: the Hub does not answer; trying for about half a minute", "something else"]
 
 
+def test_a_class_that_lacks_its_package_says_which(run: Run, tiny_model: Path) -> None:
+    message = one_error(run(*fit(tiny_model, "--trainer.logger", "MLFlowLogger")))
+    assert message.startswith("Requirement 'mlflow")
+    assert "pip install" in message
+
+
 def test_an_unknown_step_is_named_before_anything_is_loaded(run: Run, tiny_model: Path) -> None:
     message = one_error(run(*fit(tiny_model, schedule="p -> x")))
     assert message == (

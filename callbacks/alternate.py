@@ -14,7 +14,7 @@ import torch
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.diagnosis import diagnose, trace_coverage
-from cotune.callbacks.epoch_means import Sums, add_epoch_sums, epoch_sums
+from cotune.callbacks.epoch_means import Sums, add_epoch_sums, epoch_sums, log_epoch_sums
 from cotune.callbacks.progress import StepProgress, say_if_piped, training_bar_paused
 from cotune.callbacks.schedule import parse_schedule, prefix_name
 from cotune.datamodules import (
@@ -77,7 +77,8 @@ class Alternate(Callback):
             a control for another schedule that spends as many. Null: the search's own size.
         test_prefixes: also score every prefix on test, as tables need it. No choice is made by these scores; each is
             recorded, and its cost apart from the step's. Off: test is run once, at the very end.
-        save_every: optimiser steps between two saves, all of which a kill can cost; boundaries are saved as well.
+        save_every: optimiser steps between two saves, all of which a kill can cost; boundaries are saved as well, and
+            the last step of each weight step.
             "auto" saves as often as keeps saving under 2 % of the time, and lets a boundary pass that comes too soon
             after a save if completions are kept, from which it is reached again in moments. No result depends on it.
         folder: where checkpoints and traces go; null takes the trainer's default_root_dir.
@@ -141,6 +142,9 @@ class Alternate(Callback):
         self._checkpoints: Checkpoints | None = None
         self._resumed_from: dict[str, Any] = {}  # the trainer's own part of the checkpoint, until it has been restored
         self._epoch_sums: Sums = {}
+        self._before_validation: dict[
+            str, Any
+        ] = {}  # the LM's usage, from an epoch's last step to its validation's end
         self._saved_at, self._saved_step, self._saving_takes = time.perf_counter(), 0, 0.0
 
     # What Lightning calls
@@ -197,8 +201,18 @@ class Alternate(Callback):
             add_epoch_sums(trainer, self._epoch_sums)
             self._epoch_sums = {}
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        behind_an_epoch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and behind_an_epoch:
+            # In a resumed validation Lightning would count on from where it was saved.
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+            self._before_validation = dict(vars(self._usage))
+            # The last epoch is followed by more than its validation before a boundary is reached.
+            self._after_step(trainer, due=self.epoch + 1 == self.epochs)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._before_validation = {}
             module, _ = _ours(trainer, pl_module)
             self._offer_epoch(module, list(module.evaluated))
             score = mean_score(module.evaluated)
@@ -208,16 +222,23 @@ class Alternate(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.epoch += 1
         module, data = _ours(trainer, pl_module)
+        log_epoch_sums(module, self._epoch_sums)
+        self._epoch_sums = {}
         data.epoch = self.epoch
         if self.average_last and self.epoch > self.epochs - self.average_last:
             self._late = _added(self._late, module.lm.adapter_state())
         if self.epoch < self.epochs:
-            if self._save_is_due(trainer):
+            if self._save_is_due(trainer) or module.lm.store is None:
                 self._save(trainer)
             return
         with training_bar_paused(trainer):
             self._end_weight_step(trainer)
             self._until_weights(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._before_validation and self._stop_requested and trainer.global_step > self._saved_step:
+            vars(self._usage).update(self._before_validation)
+            self._save_inside_epoch(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -245,6 +266,12 @@ class Alternate(Callback):
         # Prompt steps that wait at a resumed run's start run before Lightning has restored optimiser and loops: as far
         # as these are concerned the run is still where its checkpoint was.
         checkpoint.update(self._resumed_from)
+        if self._before_validation:
+            # Behind an epoch's last step: as Lightning has it inside the validation's first batch, so that a resumed
+            # run begins with the validation. With no batch begun it would take the validation as done.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for count in (progress["total"], progress["current"]):
+                count.update(ready=1, started=1, processed=0, completed=0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved, mine = (
@@ -345,17 +372,25 @@ class Alternate(Callback):
             self._save_unless_too_soon(trainer)
 
     def _between_batches(self, trainer: Trainer) -> None:
-        """Saves inside an epoch, where it is due or the process is to end; only right after an optimiser step."""
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if done % trainer.accumulate_grad_batches:
-            return
-        stopping = self.stopping is not None and self.stopping.requested is not None
-        if stopping or self._save_is_due(trainer):
-            self._epoch_sums = epoch_sums(trainer)
-            self._save(trainer)
-            self._epoch_sums = {}
+        if trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.accumulate_grad_batches == 0:
+            self._after_step(trainer)
+
+    def _after_step(self, trainer: Trainer, *, due: bool = False) -> None:
+        """Right after an optimiser step: saves where it is due, or the process is to end."""
+        if due or self._stop_requested or self._save_is_due(trainer):
+            self._save_inside_epoch(trainer)
         if self.stopping is not None:
             self.stopping.check()
+
+    def _save_inside_epoch(self, trainer: Trainer) -> None:
+        before = self._epoch_sums  # of a part before an interruption, if no batch has been trained on since
+        self._epoch_sums = before or epoch_sums(trainer)
+        self._save(trainer)
+        self._epoch_sums = before
+
+    @property
+    def _stop_requested(self) -> bool:
+        return self.stopping is not None and self.stopping.requested is not None
 
     def _save_unless_too_soon(self, trainer: Trainer) -> None:
         """Saves, unless that would cost too much and what has happened since can be gone through again quickly."""

@@ -138,7 +138,7 @@ class EpochLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["epoch"] == self._epoch:
-            self._order.first = state["handed_out"]
+            self._order.first = self._order.handed_out = state["handed_out"]
 
 
 class _FromHere(Sampler[int]):

@@ -20,7 +20,7 @@ from cotune.datamodules import Sizes
 from cotune.datamodules.durable import NotWrittenError
 from cotune.lightning_modules import LoRA
 from lightning.pytorch import Callback, Trainer
-from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
+from tiny_fit import BreakInTraining, BreakInValidation, BrokenOffError, Fit, tiny_fit
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "p -> w -> p": {},
@@ -205,6 +205,44 @@ def test_a_run_broken_off_inside_an_epoch_goes_on_there(
     redone = len(count.batches) - len(expected)
     most = {"every step": 0, "every step, dropout": 0, "every second step": 1, "two batches a step": 1}.get(name, 99)
     assert redone <= most * len(breaks), "the batch at which it broke had not begun"
+
+
+@pytest.mark.parametrize(
+    ("name", "breaks"),
+    [
+        ("every step", [0]),
+        ("every step, dropout", [0, 0, 1]),  # twice in the same validation
+        ("two batches a step", [1]),
+    ],
+)
+def test_a_run_broken_off_in_the_validation_behind_an_epoch_repeats_no_step(
+    name: str, breaks: list[int], tiny_model: Path, tmp_path: Path, whole_inside: Any
+) -> None:
+    whole, expected = whole_inside(name)
+    count, checkpoint = CountBatches(), None
+    for number in breaks:
+        part = inside(tiny_model, tmp_path, name, BreakInValidation(number), count, resumes=checkpoint is not None)
+        with pytest.raises(BrokenOffError):
+            part.run(checkpoint)
+        checkpoint = part.last
+    last = inside(tiny_model, tmp_path, name, count, resumes=True).run(checkpoint)
+    assert count.batches == expected
+    assert last.outcome == whole.outcome
+    assert last.lm.usage.calls == whole.lm.usage.calls
+    assert metrics(tmp_path) == metrics(Path(whole.trainer.default_root_dir)), "the epoch's mean loss as well"
+
+
+def test_a_run_broken_off_at_an_epochs_first_batch_does_not_validate_the_last_one_again(
+    tiny_model: Path, tmp_path: Path, whole_inside: Any
+) -> None:
+    whole, expected = whole_inside("every step")
+    of_an_epoch = len(expected) // 2
+    first = inside(tiny_model, tmp_path, "every step", BreakInTraining(of_an_epoch))
+    with pytest.raises(BrokenOffError):
+        first.run()
+    last = inside(tiny_model, tmp_path, "every step", resumes=True).run(first.last)
+    assert len(first.lm.seen) + len(last.lm.seen) == len(whole.lm.seen)
+    assert last.outcome == whole.outcome
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

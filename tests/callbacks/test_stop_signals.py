@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from lightning.pytorch import Callback
 from tiny_fit import tiny_fit
@@ -64,3 +65,24 @@ def test_a_signal_in_training_saves_after_the_step_and_stops(step: int, tiny_mod
             first.run()
     assert first.trainer.global_step == step + 1
     assert tiny_fit(tiny_model, tmp_path).run(first.last).outcome == whole.outcome
+
+
+class SignalInValidation(Callback):
+    """Sends the process a signal when the validation behind the second epoch has begun."""
+
+    def on_validation_batch_start(self, trainer: object, *args: object) -> None:
+        if trainer.current_epoch == 1:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_a_validation_loses_no_step_before_it(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"epochs": 3, "save_every": 1000}
+    whole = tiny_fit(tiny_model, tmp_path / "whole", **options).run()
+    with StopSignals() as signals:
+        first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(signals), SignalInValidation()], **options)
+        with pytest.raises(Stopped):
+            first.run()
+    assert torch.load(first.last, weights_only=True)["global_step"] == first.trainer.global_step
+    second = tiny_fit(tiny_model, tmp_path, **options).run(first.last)
+    assert second.outcome == whole.outcome
+    assert second.lm.usage.calls == whole.lm.usage.calls

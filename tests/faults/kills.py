@@ -90,7 +90,7 @@ def _judged(job: Job, expected: Reference, child: Child, phases: Sequence[str]) 
     done = units(job.folder / "units")
     redone = done - expected.units
     return {
-        "ok": bool(equal and redone.within(len(phases))),
+        "ok": bool(equal and redone.total <= len(phases)),
         "equal": bool(equal),
         "kills": len(phases),
         "phases": list(phases),

@@ -46,10 +46,6 @@ class Units:
     def total(self) -> int:
         return self.waves + self.steps
 
-    def within(self, interruptions: int) -> bool:
-        """At most one wave and one step for each interruption."""
-        return max(self.waves, self.steps) <= interruptions
-
 
 def units(path: Path) -> Units:
     """Those begun so far, by all processes that counted there."""

@@ -255,7 +255,14 @@ def configs(words: Sequence[str]) -> None:
     from cotune.run_folder import RunFolder
 
     class Parsed(CotuneCLI):
-        """Stops where a fit would begin to load and write."""
+        """Stops where a fit would begin to load and write; builds its parser, most of the work, once."""
+
+        def setup_parser(self, *args: Any) -> None:
+            if not _PARSER:
+                super().setup_parser(*args)
+                names = ("parser", "_subcommand_method_arguments", "_subcommand_parsers")
+                _PARSER.update({name: getattr(self, name) for name in names})
+            vars(self).update(_PARSER)
 
         def before_instantiate_classes(self) -> None:
             config = self.config[self.subcommand]
@@ -280,6 +287,7 @@ def configs(words: Sequence[str]) -> None:
         assert lines[0].startswith("cotune: error: "), lines
 
 
+_PARSER: dict[str, Any] = {}
 _IRIS = str(Path(__file__).resolve().parents[2] / "configs" / "iris.yaml")
 _OPTIONS = (
     "seed_everything", "trainer.max_steps", "trainer.gradient_clip_val", "trainer.devices", "trainer.precision",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +74,27 @@ class SayPlan(Callback, BoundaryListener):
 
     def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
         """What so many runs and epochs will take, at the pace so far."""
-        # Those that the completion store answered took no time; a rest that it does not answer will.
-        calls = sum(record["lm_calls"] - record["cached_calls"] for record in alternate.history)
-        seconds = sum(record["generating_seconds"] for record in alternate.history)
-        first = alternate.history[0]
-        a_run = seconds / max(calls, 1) * first["lm_calls"] / max(self._val, 1)  # the first record is of val alone
+        first = alternate.history[0]  # of val alone
+        a_run = seconds_a_call(alternate.history) * first["lm_calls"] / max(self._val, 1)
         training = self._training / self._epochs * epochs if self._epochs else 0.0
         low, high = (spoken(count * a_run + training) for count in runs)
         left = f"about {low} left" if low == high else f"about {low} to {high} left"
         return left if self._epochs or not epochs else f"{left}, and the training"
+
+
+def seconds_a_call(history: Sequence[Mapping[str, Any]]) -> float:
+    """What an LM call has taken in the run so far.
+
+    Those that the completion store answered took no time, and a rest that it does not answer will. Where it has
+    answered all, this run was here before, and the rest is in the store as well.
+
+    >>> record = {"lm_calls": 40, "cached_calls": 30, "generating_seconds": 5.0}
+    >>> seconds_a_call([record]), seconds_a_call([{**record, "cached_calls": 40}])
+    (0.5, 0.125)
+    """
+    calls = sum(record["lm_calls"] for record in history)
+    made = calls - sum(record["cached_calls"] for record in history)
+    return float(sum(record["generating_seconds"] for record in history) / max(made or calls, 1))
 
 
 def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alternate) -> list[str]:

@@ -6,8 +6,9 @@ import doctest
 import importlib
 import pkgutil
 
-import cotune
 import pytest
+
+import cotune
 
 PACKAGES = ("programs", "prompting", "datamodules", "lightning_modules", "callbacks", "table", "report")
 MODULES = sorted(

@@ -121,11 +121,15 @@ class Packed:
             queries = queries_NHD.reshape(count, keys.shape[1], -1, queries_NHD.shape[-1])
             read, lse = _attention(queries, keys, values, bias, options)
             return read.flatten(1, 2), lse.flatten(1, 2)
-        rows_N, columns_N = self._grid
-        queries = queries_NHD.new_zeros(count, width, *queries_NHD.shape[1:])
-        queries[rows_N, columns_N] = queries_NHD
+        even = len(queries_NHD) == count * width
+        if even:
+            queries = queries_NHD.reshape(count, width, *queries_NHD.shape[1:])
+        else:
+            queries = queries_NHD.new_zeros(count, width, *queries_NHD.shape[1:])
+            queries[self._grid] = queries_NHD
         read, lse = _attention(queries.transpose(1, 2), keys, values, bias, options, causal=bias is None)
-        return read.transpose(1, 2)[rows_N, columns_N], lse.transpose(1, 2)[rows_N, columns_N]
+        read, lse = read.transpose(1, 2), lse.transpose(1, 2)
+        return (read.flatten(0, 1), lse.flatten(0, 1)) if even else (read[self._grid], lse[self._grid])
 
     @property
     def _reach(self) -> int:

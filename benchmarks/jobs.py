@@ -82,7 +82,8 @@ def make_batch(job: Job, encode: Encode, *, salt: int, questions: int = 0, new: 
     """Chats and ids of a job's prompts. Equal salts have equal shared parts within a job, and jobs have none in common:
     no side may find one job's prompts in its cache because another job has asked them. `questions` numbers own parts.
     """
-    columns = [_stage_chats(stage, encode, f"{job.name} {salt}.{at}", questions) for at, stage in enumerate(job.stages)]
+    names = [f"{job.name} {salt}.{at}" for at in range(len(job.stages))]
+    columns = [_stage_chats(stage, encode, name, questions) for stage, name in zip(job.stages, names, strict=True)]
     rows = max(map(len, columns))
     chats = [column[row] for row in range(rows) for column in columns if row < len(column)]
     return Batch(chats, [encode(chat) for chat in chats], new or job.new, job.ends)

@@ -21,8 +21,7 @@ WAVE = 128
 """Most prompts generated as one unit: enough to keep a batch full, few enough to lose little to a kill."""
 
 _PREFILL = {"cpu": 1024, "cuda": 8192}
-"""Prompt tokens computed together: enough for full speed of the products, on a CPU few enough that a layer's activations
-do not leave its caches for long."""
+"""Prompt tokens computed together: enough for full speed of the products; more would only take memory."""
 
 
 class GenerationMemoryError(RuntimeError):

@@ -142,9 +142,8 @@ class Alternate(Callback):
         self._checkpoints: Checkpoints | None = None
         self._resumed_from: dict[str, Any] = {}  # the trainer's own part of the checkpoint, until it has been restored
         self._epoch_sums: Sums = {}
-        self._before_validation: dict[
-            str, Any
-        ] = {}  # the LM's usage, from an epoch's last step to its validation's end
+        # The LM's usage as it was before, from an epoch's last step to its validation's end.
+        self._before_validation: dict[str, Any] = {}
         self._saved_at, self._saved_step, self._saving_takes = time.perf_counter(), 0, 0.0
 
     # What Lightning calls

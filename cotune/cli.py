@@ -114,6 +114,9 @@ class CotuneCLI(LightningCLI):
         self.run_folder: RunFolder | None = None
         self.signals = StopSignals()
         self._before: RunIdentity | None = None
+        words = sys.argv[1:] if args is None else args
+        first = words[0] if isinstance(words, list) and words else ""
+        self._asked = first if first in _LIGHTNINGS else ""
         try:
             with self.signals:
                 self._run(args)
@@ -127,9 +130,6 @@ class CotuneCLI(LightningCLI):
             self.model.lm.store.close()  # it opens again where it is asked again
 
     def _run(self, args: ArgsType) -> None:
-        words = sys.argv[1:] if args is None else args
-        first = words[0] if isinstance(words, list) and words else ""
-        self._asked = first if first in _LIGHTNINGS else ""
         super().__init__(
             model_class=ProgramModule,
             datamodule_class=TraceDataModule,

@@ -73,7 +73,7 @@ class Runner:
         began = time.monotonic()
         try:
             while waiting or under_way:
-                for run in self._startable(waiting, len(under_way)):
+                while (run := self._next(waiting, [process.run for process in under_way])) is not None:
                     waiting.remove(run)
                     if why := self._cannot_start(run):
                         self._put_outcome(run, "failed", why)
@@ -100,8 +100,14 @@ class Runner:
         own = self.folder / run.name
         return is_finished(own) or read_outcome(own).get("state") == NO_TRACES
 
-    def _startable(self, waiting: Sequence[Run], under_way: int) -> list[Run]:
-        """What may start now: a control waits for the run that it equals."""
+    def _next(self, waiting: Sequence[Run], under_way: Sequence[Run]) -> Run | None:
+        """The run to start now, if there is room for one; a control waits for the run that it equals.
+
+        Runs that begin with the same step would answer the same calls side by side; one after the other, the second
+        finds them answered. So within a seed one that begins otherwise is preferred.
+        """
+        if len(under_way) >= self.jobs:
+            return None
         behind = {run.name for run in waiting}
         ready = []
         for run in waiting:
@@ -109,7 +115,10 @@ class Runner:
             blocked = source is not None and not self._is_over(source) and self._will_run(source, behind)
             if not blocked:
                 ready.append(run)
-        return ready[: max(self.jobs - under_way, 0)]
+        begun = {(run.cell, run.seed, run.steps[0]) for run in under_way}
+        first = ready[0] if ready else None
+        apart = (run for run in ready if first and run.seed == first.seed)
+        return next((run for run in apart if (run.cell, run.seed, run.steps[0]) not in begun), first)
 
     def _will_run(self, source: Run, waiting: set[str]) -> bool:
         return source.name in waiting or not read_outcome(self.folder / source.name)

@@ -91,6 +91,13 @@ def test_several_at_a_time_keep_that_order(fakes: Fakes) -> None:
     assert fakes.starts[2] == (fakes.runs[2].name, "28")
 
 
+def test_runs_that_begin_with_the_same_step_do_not_start_together(tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path, strategies=["p -> p", "p -> w -> p", "w -> w"], seeds=[0, 1])
+    assert fakes.run(jobs=2) == []
+    begins = [run.steps[0] for name, _ in fakes.starts[:2] for run in fakes.runs if run.name == name]
+    assert sorted(begins) == ["p", "w"]
+
+
 def test_what_is_finished_is_not_run_again(fakes: Fakes) -> None:
     fakes.run()
     before = fakes.starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -49,6 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"cotune {__version__}")
         return 0
     _share_cores()
+    _keep_freed_memory()
     # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if words[0] in OWN_COMMANDS:
@@ -66,6 +68,30 @@ def _share_cores() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h has them
+
+_KEPT = 1 << 30
+"""Most freed bytes at the end of the heap that stay with the process."""
+
+_ANEW = 1 << 28
+"""Bytes from which a tensor gets memory of its own, given back when it is freed."""
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next tensor; other C libraries are left alone.
+
+    By default a tensor of more than some megabytes is given back when it is freed, and the next one is made of new pages
+    that the kernel fills with zeros, which takes several times as long as an elementwise operation on it
+    (docs/design-notes.md). What the user has set, or another allocator in its place, stands.
+    """
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
+        libc.mallopt(_M_MMAP_THRESHOLD, _ANEW)
 
 
 def _run_small(name: str, words: Sequence[str]) -> int:

@@ -69,6 +69,21 @@ def test_the_help_has_the_options_of_the_default_classes_and_the_trainers_last(r
     assert "--weights_only" not in said.out
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
+@pytest.mark.parametrize(("user_set", "new_pages"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_a_tensor_is_made_in_memory_that_was_freed(user_set: dict[str, str], new_pages: bool) -> None:
+    script = (
+        "import resource, torch\nfrom cotune.__main__ import _keep_freed_memory\n_keep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "gate, up = torch.ones(1024, 1536), torch.ones(1024, 1536)\n"
+        "make = lambda: torch.sigmoid(gate) * up\nfor _ in range(5): make()\n"
+        "before = faults()\nfor _ in range(20): make()\nprint(faults() - before)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | user_set
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 10_000) is new_pages, f"{done.stdout} page faults; each product is 1,536 pages"
+
+
 def test_the_package_offers_its_names_without_importing_them() -> None:
     script = (
         "import sys, cotune\nassert 'torch' not in sys.modules\nfrom cotune import Program, Stage, Signature\n"

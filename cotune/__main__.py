@@ -82,8 +82,8 @@ _ANEW = 1 << 28
 def _keep_freed_memory() -> None:
     """Lets glibc keep freed memory for the next tensor; other C libraries are left alone.
 
-    By default a tensor of more than some megabytes is given back when it is freed, and the next one is made of new pages
-    that the kernel fills with zeros, which takes several times as long as an elementwise operation on it
+    By default tensors of some megabytes are given back when they are freed, and the next ones are made of new pages.
+    The kernel fills those with zeros, which takes several times as long as an elementwise operation on them
     (docs/design-notes.md). What the user has set, or another allocator in its place, stands.
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):

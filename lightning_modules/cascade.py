@@ -22,6 +22,12 @@ NAME = "cotune_cascade"
 _SCORES_AT_ONCE = 1 << 26
 """Most attention scores held at once where there is no fused kernel."""
 
+_KEYS_AT_ONCE = 512
+"""Keys that the fused kernel reads at once, hidden ones too: up to here a causal mask alone saves it nothing."""
+
+_BLOCK = 64
+"""Queries of a block where causal attention is computed block by block."""
+
 
 class KeyValues:
     """Keys and values of tokens, a pair of (rows, H, capacity, D) buffers a layer, made at the first write."""
@@ -278,6 +284,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """(B, H, S, D) what the queries read, and (B, H, S) the log-sum-exp of their scores in fp32."""
     fused = queries.device.type == "cpu" and options.softcap is None and keys.shape[-1] == values.shape[-1]
+    if fused and causal and queries.shape[2] == keys.shape[2] and _BLOCK < queries.shape[2] <= _KEYS_AT_ONCE:
+        return _causal_blocks(queries, keys, values, options)
     if fused and (bias is None or options.window is None):  # the kernel returns NaN where a window hides all keys
         read, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, causal, attn_mask=bias, scale=options.scale
@@ -286,6 +294,21 @@ def _attention(
     if causal:
         bias = _bias(torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).tril())
     return _in_parts(queries, keys, values, bias, options)
+
+
+def _causal_blocks(queries: Tensor, keys: Tensor, values: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """The same, block by block of queries, without the keys behind each."""
+    seen = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=queries.device).tril()
+    reads, lses = [], []
+    for start in range(0, queries.shape[2], _BLOCK):
+        end = min(start + _BLOCK, queries.shape[2])
+        bias = queries.new_zeros(end - start, end)
+        bias[:, start:].masked_fill_(~seen[: end - start, : end - start], float("-inf"))
+        block = queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], bias[None, None]
+        read, lse = _attention(*block, options)
+        reads.append(read)
+        lses.append(lse)
+    return torch.cat(reads, 2), torch.cat(lses, 2)
 
 
 def _in_parts(

@@ -17,7 +17,6 @@ from cotune.lightning_modules.completion_store import CompletionStore, completio
 from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.lightning_modules.lora import (
     LoRA,
-    MergedCopy,
     adapter_state,
     attach,
     fingerprint,
@@ -26,6 +25,7 @@ from cotune.lightning_modules.lora import (
     reset,
     weights_version,
 )
+from cotune.lightning_modules.merged_copy import MergedCopy
 from cotune.lightning_modules.model_identity import AdapterIdentity, base_identity
 from cotune.lightning_modules.quantization import (
     Quantization,
@@ -87,8 +87,8 @@ class LanguageModel(nn.Module):
         keep_prompts: also keep the keys and values of whole prompts while the weights stay, within cache_tokens, so
             that a prompt asked again is not read again. Of use where no completions are kept, which answer equal
             requests at once. The last bits of logits then depend on what was asked before.
-        merge_while_generating: decode with a merged second copy of the adapted weights. Takes their memory once more,
-            and saves about a third of the time.
+        merge_while_generating: decode with a merged second copy of the adapted weights, on a CPU of all linear layers.
+            Takes their memory once more, and saves about a third of the time.
         completions: file in which every completion is kept, to be served again to equal requests of equal weights
             (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
             this says another path, or "off".

@@ -97,7 +97,7 @@ def reference(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
 
 
 @pytest.mark.parametrize("starts", [[0, 0, 0], [0, 4, 2]])
-@pytest.mark.parametrize("lengths", [[3, 5, 1], [1, 1, 1]])
+@pytest.mark.parametrize("lengths", [[3, 5, 1], [1, 1, 1], [70, 129, 3]])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("device_kernel", [True, False], ids=["fused", "plain"])
 def test_every_token_reads_its_prefix_and_its_own_row_up_to_itself(
@@ -106,7 +106,7 @@ def test_every_token_reads_its_prefix_and_its_own_row_up_to_itself(
     torch.manual_seed(0)
     heads, kv_heads, width, prefixes = 4, 2, 8, (6, 0, 9)  # the middle row has no prefix
     total = sum(lengths)
-    own = KeyValues(5, 12)
+    own = KeyValues(5, 140)
     homes = [(row, place) for row, start in enumerate(starts) for place in range(start)]
     if homes:
         rows, places = (torch.tensor(part) for part in zip(*homes, strict=True))

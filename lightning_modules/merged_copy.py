@@ -24,35 +24,28 @@ class MergedCopy:
     weight to add to: they keep running base and adapter side by side.
 
     On a CPU the copies, and such of the layers without an adapter, are laid out as oneDNN's products read them, which
-    makes those up to twice as fast for few rows, and gated feed-forward layers (SwiGLU, Shazeer, 2020) run silu and the
-    gate's product behind their products. A copy is made anew only when its adapter has been written since.
+    makes those up to twice as fast for few rows. A copy is made anew only when its adapter has been written since.
     """
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
         self._made_from: dict[str, tuple[Any, ...]] = {}
-        self._gated: dict[str, bool] = {}
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         linears = _linears(model)
         self._refresh(linears)
-        products = {one.name: _product(self._copies[one.name], one.base.bias) for one in linears}
-        instead = {**products, **self._fused(model, linears, products)}
-        modules = dict(model.named_modules())
-        before = {
-            name: vars(modules[name]).get("forward") for name in instead
-        }  # training may have one of its own there
+        before = [vars(one.module).get("forward") for one in linears]  # training may have one of its own there
         try:
-            for name, product in instead.items():
-                modules[name].forward = product
+            for one in linears:
+                one.module.forward = _product(self._copies[one.name], one.base.bias)
             yield
         finally:
-            for name, forward in before.items():
+            for one, forward in zip(linears, before, strict=True):
                 if forward is None:
-                    del modules[name].forward
+                    vars(one.module).pop("forward", None)
                 else:
-                    modules[name].forward = forward
+                    one.module.forward = forward
 
     def _refresh(self, linears: list[_Linear]) -> None:
         # Validation runs in inference mode, and a copy made there could not be written to outside of it.
@@ -62,24 +55,6 @@ class MergedCopy:
                 if self._made_from.get(one.name) != made_from:
                     self._copies[one.name] = _laid_out(one.merged())
                     self._made_from[one.name] = made_from
-
-    def _fused(
-        self, model: nn.Module, linears: list[_Linear], products: dict[str, Callable[[Tensor], Tensor]]
-    ) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The gated feed-forward layers whose products can do more, and what they do then."""
-        bases = {one.name: one.base for one in linears}
-        found = {}
-        for name, module in model.named_modules():
-            gate, up, down = (f"{name}.{part}" for part in ("gate_proj", "up_proj", "down_proj"))
-            laid_out = all(part in bases and self._copies[part].is_mkldnn for part in (gate, up, down))
-            if laid_out and _is_silu(module):
-                first, second = ((self._copies[part], bases[part].bias) for part in (gate, up))
-                fused = _gated(first, second, products[down])
-                if name not in self._gated:
-                    self._gated[name] = _does_as(fused, module, bases[gate])
-                if self._gated[name]:
-                    found[name] = fused
-        return found
 
     def free(self) -> None:
         """Gives the copies' memory back."""
@@ -146,32 +121,3 @@ def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     if not weight.is_mkldnn:
         return lambda x: F.linear(x, weight, bias)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _gated(
-    gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], down: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
-    """down(silu(gate(x)) * up(x)), where silu and the elementwise product need no pass of their own."""
-    ops = torch.ops.mkldnn
-
-    def run(x: Tensor) -> Tensor:
-        opened = ops._linear_pointwise(x, *gate, "swish", [], "")
-        return down(ops._linear_pointwise.binary(x, opened, *up, "mul"))
-
-    return run
-
-
-def _is_silu(module: nn.Module) -> bool:
-    """Whether a layer's activation is silu, as far as a few values tell."""
-    activation = getattr(module, "act_fn", None)
-    values = torch.linspace(-6, 6, 25)
-    return callable(activation) and torch.allclose(activation(values), F.silu(values), atol=1e-6)
-
-
-def _does_as(fused: Callable[[Tensor], Tensor], module: nn.Module, first: nn.Linear) -> bool:
-    """Whether it gives what the layer's own forward gives, but for rounding: a layer may do more than its parts say."""
-    x = torch.randn(4, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight.dtype)
-    with torch.no_grad():
-        own, other = module(x).float(), fused(x).float()
-    close = 1e-4 if first.weight.dtype == torch.float32 else 0.05
-    return bool((own - other).abs().max() <= close * own.abs().max())

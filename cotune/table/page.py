@@ -74,7 +74,7 @@ def _row_record(row: Row, known: Mapping[str, Row], cell: Cell, papers_task: str
         "to_control": _difference(row, known.get(_CONTROL)),
         "to_equal_calls": _difference(row, known.get(EQUAL_CALLS)),
         "lm_calls": _mean([attempt.lm_calls for attempt in row.attempts]),
-        "seconds": _mean([attempt.seconds for attempt in row.attempts]),
+        "seconds": statistics.median([attempt.seconds for attempt in row.attempts]) if row.attempts else None,
         "unreadable": _mean([attempt.unreadable / max(len(attempt.scores), 1) for attempt in row.attempts]),
         "paper": paper_scores(papers_task, row.strategy),
         "papers_lm": cell.lm if cell.lm in LMS else "",
@@ -124,8 +124,8 @@ def _caption(cell: Mapping[str, Any], *, equal: bool) -> str:
     said = (
         f"Test score in per cent, mean ± standard error over seeds; a strategy's program is {rule}. Differences are "
         "paired by seed and test example, with 95 % intervals (pigeonhole bootstrap over both; no correction for "
-        "several rows). LM calls and seconds are those of all the strategy's steps, test excluded; seconds where the "
-        "completion store had least to give. Unreadable: test answers that did not parse."
+        "several rows). LM calls (mean) and seconds (median over seeds) are those of all the strategy's steps, test "
+        "excluded; seconds where the completion store had least to give. Unreadable: test answers that did not parse."
     )
     if equal:
         said += (
@@ -137,11 +137,15 @@ def _caption(cell: Mapping[str, Any], *, equal: bool) -> str:
 
 def _dashes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why cells are empty, each reason once."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for row in rows:
         for seed, why in row["missing"].items():
-            reasons.setdefault(why, []).append(f"{row['strategy'].replace('->', '→')} (seed {seed})")
-    return [line for why, where in reasons.items() for line in ("", f"– {', '.join(where)}: {why}")]
+            reasons.setdefault(why, {}).setdefault(row["strategy"].replace("->", "→"), []).append(str(seed))
+    lines = []
+    for why, where in reasons.items():
+        named = (f"{name} (seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)})" for name, seeds in where.items())
+        lines += ["", f"– {', '.join(named)}: {why}"]
+    return lines
 
 
 def _paper_heading(cell: Mapping[str, Any]) -> str:

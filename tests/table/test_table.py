@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,15 @@ def test_under_keep_last_it_is_the_last_program_as_in_the_paper(tmp_path: Path) 
     assert [attempt.score for attempt in rows["p -> w -> p"].attempts] == [0.5, 0.5]
 
 
+def test_a_run_that_was_suspended_does_not_move_the_seconds(tmp_path: Path) -> None:
+    made = config(tmp_path, strategies=["p -> p"], seeds=[0, 1, 2])
+    for seed, seconds in enumerate((2.0, 3.0, 900.0)):
+        flats = [flat(0.5)] * 3
+        write_run(Run(CELL, PP, seed), tmp_path / "runs", [0.5] * 3, flats, cached=0, seconds=seconds)
+    (row,) = table_record(made, results(tmp_path, made))["cells"][0]["rows"]
+    assert row["seconds"] == statistics.median(attempt["seconds"] for attempt in row["by_seed"].values()) < 20
+
+
 def test_calls_are_of_all_steps_and_seconds_from_the_run_that_had_least_from_the_store(tmp_path: Path) -> None:
     rows = by_name(write_cell(tmp_path), tmp_path)
     assert [attempt.lm_calls for attempt in rows["p -> w -> p"].attempts] == [40, 40]
@@ -216,16 +226,17 @@ def test_calls_are_of_all_steps_and_seconds_from_the_run_that_had_least_from_the
 
 
 def test_what_did_not_run_says_why_and_what_came_before_it_counts(tmp_path: Path) -> None:
-    made = config(tmp_path, strategies=["vanilla", "w"], seeds=[0])
-    run = Run(CELL, ("w",), 0)
-    write_run(run, tmp_path / "runs", [0.0], [flat(0.0)], finished=False)
-    (tmp_path / "runs" / run.name / OUTCOME).write_text(json.dumps({"state": "no traces", "message": "nothing passed"}))
+    made = config(tmp_path, strategies=["vanilla", "w"], seeds=[0, 1])
+    outcome = json.dumps({"state": "no traces", "message": "nothing passed"})
+    for run in (Run(CELL, ("w",), 0), Run(CELL, ("w",), 1)):
+        write_run(run, tmp_path / "runs", [0.0], [flat(0.0)], finished=False)
+        (tmp_path / "runs" / run.name / OUTCOME).write_text(outcome)
     rows = by_name(made, tmp_path)
-    assert [attempt.score for attempt in rows["vanilla"].attempts] == [0.0]
-    assert (rows["w"].attempts, rows["w"].missing) == ([], {0: "nothing passed"})
+    assert [attempt.score for attempt in rows["vanilla"].attempts] == [0.0, 0.0]
+    assert (rows["w"].attempts, rows["w"].missing) == ([], {0: "nothing passed", 1: "nothing passed"})
     page = markdown(table_record(made, results(tmp_path, made)))
     assert "| w | – |" in page
-    assert "– w (seed 0): nothing passed" in page
+    assert "– w (seeds 0, 1): nothing passed" in page
 
 
 def test_a_run_without_its_rollouts_on_test_is_refused(tmp_path: Path) -> None:

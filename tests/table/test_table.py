@@ -123,7 +123,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
 # The configs that come with cotune
 
 
-@pytest.mark.parametrize("name", ["iris", "small", "paper"])
+@pytest.mark.parametrize("name", ["iris", "small", "presets", "paper"])
 def test_every_cell_of_a_shipped_table_parses(name: str) -> None:
     made = read_table(ROOT / "configs" / "table" / f"{name}.yaml")
     for task in made.tasks:

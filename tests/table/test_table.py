@@ -131,7 +131,18 @@ def test_every_cell_of_a_shipped_table_parses(name: str) -> None:
             parts = parts_of(made.words(task, next(iter(made.lms)), preset))
             # `paper` is the paper's rule, `default` is the product's.
             assert parts.alternate.keep == ("last" if preset == "paper" else "best")
-            assert parts.module.lm.lora.targets == (["q_proj", "k_proj"] if preset == "paper" else "all-linear")
+            query_and_key = preset in ("paper", "query-and-key")
+            assert parts.module.lm.lora.targets == (["q_proj", "k_proj"] if query_and_key else "all-linear")
+
+
+def test_each_preset_of_the_presets_table_changes_one_option_of_the_default() -> None:
+    made = read_table(ROOT / "configs" / "table" / "presets.yaml")
+    for task in made.tasks:
+        default = parts_of(made.words(task, "smollm2-135m", "default")).counted
+        for preset in set(made.presets) - {"default"}:
+            counted = parts_of(made.words(task, "smollm2-135m", preset)).counted
+            changed = [name for name in {*default, *counted} if default.get(name) != counted.get(name)]
+            assert len(changed) == 1, f"{task}, {preset}: {changed}"
 
 
 def test_the_paper_preset_is_the_paper_to_the_letter() -> None:

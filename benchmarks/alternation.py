@@ -29,7 +29,7 @@ from cotune.programs import Example
 
 from benchmarks import machine as rates
 from benchmarks.environments import interpreter
-from benchmarks.peers import ROOT, Worker
+from benchmarks.peers import ROOT, Worker, runtime
 from benchmarks.report import RESULTS, Report
 from benchmarks.server import Server
 
@@ -276,7 +276,7 @@ def _rows(examples: Sequence[Example]) -> list[dict[str, str]]:
 
 
 def _threads(plan: Plan) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": str(plan.threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **runtime(plan.threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _told(side: Side) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cotune.lightning_modules.embedded import embedded_model
 
-from benchmarks.peers import Worker
+from benchmarks.peers import Worker, runtime
 from benchmarks.report import RESULTS, Report
 
 TARGET = 1.1
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(model: Path, requests: int, options: argparse.Namespace) -> dict[str, Any]:
     """What the worker says of one size; a process of its own, since memory that was freed may stay with a process."""
-    with Worker("cotune_memory", environment={"OMP_NUM_THREADS": str(options.threads)}) as worker:
+    with Worker("cotune_memory", environment=runtime(options.threads)) as worker:
         found: dict[str, Any] = worker.call(
             "run",
             model=str(model),

@@ -161,10 +161,10 @@ def start(name: str, sides: Sides, *, dtype: str, threads: int, window: int = 40
         worker = Worker("vllm_cpu", python=interpreter(VLLM), environment=vllm_environment(threads, kv_gib=kv_gib))
         loaded = _started(worker, model=str(sides.merged), dtype=dtype, window=window)
     elif name == COTUNE:
-        worker = Worker("cotune_rollouts", environment=_threads(threads))
+        worker = Worker("cotune_rollouts", environment=runtime(threads))
         loaded = _started(worker, model=sides.model, adapter=str(sides.adapter), dtype=dtype, threads=threads)
     elif name in (HF, HF_PREFIX):
-        worker = Worker("hugging_face", environment=_threads(threads))
+        worker = Worker("hugging_face", environment=runtime(threads))
         prefix = name == HF_PREFIX
         loaded = _started(worker, model=str(sides.merged), dtype=dtype, threads=threads, prefix_cache=prefix)
     else:
@@ -179,12 +179,20 @@ def vllm_environment(threads: int, *, kv_gib: int) -> dict[str, str]:
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_gib),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        **_threads(threads),
+        **runtime(threads),
     }
 
 
-def _threads(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads)}
+def runtime(threads: int) -> dict[str, str]:
+    """Variables for every side's process: its threads, and glibc keeping freed memory, as the `cotune` command has it.
+
+    The second is no part of the comparison, so the peers get it too.
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 28),
+    }
 
 
 def _started(worker: Worker, **settings: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from benchmarks import machine as rates
 from benchmarks.environments import interpreter
 from benchmarks.machine import Machine, Shape, Work
 from benchmarks.models import make_sides
-from benchmarks.peers import Worker
+from benchmarks.peers import Worker, runtime
 from benchmarks.report import RESULTS, Report
 
 OURS, TRL, HF = "cotune", "trl", "hf-peft"
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workers = {}
         for name in (OURS, *options.peers):
             python = interpreter(TRL) if name == TRL else None
-            worker = Worker(WORKERS[name], python=python, environment={"OMP_NUM_THREADS": str(options.threads)})
+            worker = Worker(WORKERS[name], python=python, environment=runtime(options.threads))
             workers[name] = running.enter_context(worker)
             model = options.model if name == OURS else str(base)
             said = worker.call("start", model=model, adapter=str(sides.adapter), threads=options.threads)

@@ -28,7 +28,7 @@ def _ratios(reports: Sequence[Report], path: Path) -> Path:
     for at, figure in enumerate(figures):
         axes.barh(at, figure.value, color="#4878a8" if figure.reached is not False else "#b05a4a")
         axes.plot([min(figure.rounds), max(figure.rounds)], [at, at], color="black", linewidth=1.5)
-        axes.text(figure.value, at, f" {figure.value:.1f}", va="center")
+        axes.text(max(figure.rounds), at, f" {figure.value:.2f}", va="center")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(figures)), [figure.name.replace(": ratio to", ", to") for figure in figures])
     axes.set_xlabel("times as fast as the peer (median of rounds; line: lowest to highest)")

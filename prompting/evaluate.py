@@ -51,7 +51,7 @@ def choose(
     notes: Sequence[str] = (),
     faults: Faults = MappingProxyType({}),
 ) -> Found:
-    """Scores the incumbent and then every proposal, and keeps the best; ties go to the earlier.
+    """Scores the incumbent and then every proposal, and keeps the best (`Candidate.rank`); ties go to the earlier.
 
     Equal prompts are scored once: a later equal is left out and noted.
 
@@ -92,25 +92,26 @@ def go_on(
     Gives up, with a note, after a hundred proposals in a row that have been tried before.
     """
     tried, scored, notes, repeats = {c.id for c in found.candidates}, list(found.candidates), list(found.notes), 0
-    best, score, faults = found.prompts, found.score, found.faults
+    best = next(candidate for candidate in scored if candidate.id == prompts_id(found.prompts))
+    faults = found.faults
     for proposal in proposals:
         if until() or repeats == _MOST_REPEATS:
             break
         if prompts_id(proposal.prompts) in tried:
             repeats += 1
             continue
-        candidate = score_candidate(task, proposal, beat=score, chunk=chunk)
+        candidate = score_candidate(task, proposal, beat=best, chunk=chunk)
         repeats, faults = 0, merged(faults, candidate.faults)
         tried.add(candidate.id)
         scored.append(candidate)
-        if not candidate.pruned and candidate.score > score:
-            best, score = candidate.prompts, candidate.score
+        if not candidate.pruned and candidate.rank > best.rank:
+            best = candidate
         if task.progress is not None:
-            task.progress.candidate(len(scored) - 1, len(scored), candidate, score)
+            task.progress.candidate(len(scored) - 1, len(scored), candidate, best.score)
     if not until():
         notes.append(f"there were no more candidates to try after {len(scored)}")
     notes += _error_notes(scored[len(found.candidates) :], len(task.dev))
-    return Found(best, score, tuple(scored), tuple(notes), faults)
+    return Found(best.prompts, best.score, tuple(scored), tuple(notes), faults)
 
 
 class CountingLM:
@@ -130,11 +131,12 @@ class CountingLM:
 
 def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple[Candidate, list[Candidate]]:
     """The best candidate and all of them, each scored as far as it can still win."""
-    best, scored = None, []
+    best: Candidate | None = None
+    scored: list[Candidate] = []
     for index, proposal in enumerate(kept):
-        candidate = score_candidate(task, proposal, beat=None if best is None else best.score, chunk=chunk)
+        candidate = score_candidate(task, proposal, beat=best, chunk=chunk)
         scored.append(candidate)
-        if best is None or (not candidate.pruned and candidate.score > best.score):
+        if best is None or (not candidate.pruned and candidate.rank > best.rank):
             best = candidate
         if task.progress is not None:
             task.progress.candidate(index, len(kept), candidate, best.score)
@@ -163,22 +165,24 @@ def _race(task: SearchTask, kept: Sequence[Proposal], confidence: float) -> tupl
         scores = {at: [rollout.score for rollout in done[at]] for at in running}
         running = sorted({0, *contenders(scores, total, confidence=confidence)})  # the incumbent stays to the end
     scored = [_candidate(proposal, runs, total) for proposal, runs in zip(kept, done, strict=True)]
-    best = max((scored[at] for at in running), key=lambda candidate: candidate.score)  # the first of equals
+    best = max((scored[at] for at in running), key=lambda candidate: candidate.rank)  # the first of equals
     if task.progress is not None:
         for index, candidate in enumerate(scored):
             task.progress.candidate(index, len(scored), candidate, best.score)
     return best, scored
 
 
-def score_candidate(task: SearchTask, proposal: Proposal, *, beat: float | None = None, chunk: int = 64) -> Candidate:
-    """Runs the proposal on dev, and stops as soon as it cannot score above `beat` any more.
+def score_candidate(
+    task: SearchTask, proposal: Proposal, *, beat: Candidate | None = None, chunk: int = 64
+) -> Candidate:
+    """Runs the proposal on dev, and stops as soon as it cannot rank above `beat` any more.
 
-    The pruning is exact. Scores are at most 1, so (sum so far + examples left) / examples bounds the final mean; at or
-    below `beat` the candidate cannot win, ties going to the earlier. Sums are `fsum`s, which round monotonically: no
-    rounding can put the bound under the mean it bounds.
+    The pruning is exact. Scores are at most 1, so (sum so far + examples left) / examples bounds the final mean, and
+    unreadable answers do not get fewer; at or below `beat` the candidate cannot win, ties going to the earlier. Sums
+    are `fsum`s, which round monotonically: no rounding can put the bound under the mean it bounds.
 
     Args:
-        beat: the best complete score so far; None scores all of dev.
+        beat: the best complete candidate so far; None scores all of dev.
         chunk: examples an LM batch.
 
     Raises:
@@ -218,9 +222,10 @@ def _run(task: SearchTask, prompts: Prompts | Sequence[Prompts], examples: Seque
     )
 
 
-def _beaten(done: Sequence[Rollout], total: int, beat: float | None) -> bool:
+def _beaten(done: Sequence[Rollout], total: int, beat: Candidate | None) -> bool:
     bound = math.fsum([*(rollout.score for rollout in done), total - len(done)]) / total
-    return beat is not None and bound <= beat
+    unreadable = sum(rollout.error is not None and rollout.error.kind == "format" for rollout in done)
+    return beat is not None and (bound, -unreadable) <= beat.rank
 
 
 def _check_faults(done: Sequence[Rollout], task: SearchTask) -> None:

@@ -55,6 +55,14 @@ class Candidate:
         return mean(self.scores)
 
     @property
+    def rank(self) -> tuple[float, int]:
+        """What decides between candidates: the score, and between equal scores the fewer unreadable answers.
+
+        Where nothing passes, prompts that the LM answers in the asked form are still the better ones to go on from.
+        """
+        return self.score, -self.errors.get("format", 0)
+
+    @property
     def id(self) -> str:
         return prompts_id(self.prompts)
 
@@ -160,8 +168,8 @@ class PromptSearch(ABC):
 
     The contract of `search`:
 
-    - The incumbent is a candidate, and the first. A tie keeps the earlier candidate, hence the prompts already trusted:
-      the result is never worse on dev than the incumbent.
+    - The incumbent is a candidate, and the first. Between equal scores the fewer unreadable answers decide, then the
+      earlier candidate, hence the prompts already trusted: the result is never worse on dev than the incumbent.
     - The result depends on the task and the search's own arguments only; all randomness is seeded by `task.seed`.
     - Dev scores candidates and nothing else: no demo, instruction or example of a prompt is taken from it.
     - A bad rollout (a completion that does not parse, the user's code raising on an example) scores 0 and is counted.

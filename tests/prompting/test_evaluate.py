@@ -1,4 +1,4 @@
-"""Scoring: incumbent first, ties to the earlier, equal prompts once, and pruning that never changes the winner."""
+"""Scoring: incumbent first, ties to the more readable, then the earlier; pruning that never changes the winner."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cotune.programs import (
     prompts_id,
 )
 from cotune.prompting import Candidate, Proposal, SearchTask, choose, score_candidate
+from cotune.prompting.evaluate import go_on
 from fakes import FakeLM, asked, instruction
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,10 +64,10 @@ def search(table: Table, *names: str, chunk: int = 64, **changes: Any) -> tuple[
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> tuple[dict[str, list[float]], list[str], int]:
+def tables(draw: st.DrawFn) -> tuple[dict[str, list[float | str]], list[str], int]:
     size = draw(st.integers(1, 12))
-    # Few distinct values make ties and near ties; 0.1 and 0.7 make sums that round.
-    score = st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]) | st.floats(0, 1)
+    # Few distinct values make ties and near ties; 0.1 and 0.7 make sums that round. "" cannot be read.
+    score = st.sampled_from([0.0, "", 0.1, 0.3, 0.7, 1.0]) | st.floats(0, 1)
     table = draw(st.lists(st.lists(score, min_size=size, max_size=size), min_size=1, max_size=5))
     rows = {f"candidate {number}": scores for number, scores in enumerate(table)}
     order = draw(st.lists(st.sampled_from(sorted(rows)), min_size=1, max_size=8))
@@ -75,10 +76,12 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, list[float]], list[str], int]:
 
 @settings(max_examples=150, deadline=None, database=None)
 @given(tables())
-def test_pruning_never_changes_the_winner(case: tuple[dict[str, list[float]], list[str], int]) -> None:
+def test_pruning_never_changes_the_winner(case: tuple[dict[str, list[float | str]], list[str], int]) -> None:
     table, order, chunk = case
-    means = [math.fsum(table[name]) / len(table[name]) for name in order]
-    winner = means.index(max(means))  # the first of the best
+    scores = {name: [float(said or 0) for said in row] for name, row in table.items()}
+    means = [math.fsum(scores[name]) / len(scores[name]) for name in order]
+    ranks = [(mean, -table[name].count("")) for mean, name in zip(means, order, strict=True)]
+    winner = ranks.index(max(ranks))  # the first of the best
 
     found, lm = search(table, *order, chunk=chunk)
 
@@ -86,7 +89,7 @@ def test_pruning_never_changes_the_winner(case: tuple[dict[str, list[float]], li
     assert found.score == means[winner]
     assert lm.calls <= len(set(order)) * len(table[order[0]])
     for candidate in found.candidates:  # what is known of a pruned one is true, and does not look better than it is
-        full = table[candidate.why if candidate.why != "incumbent" else order[0]]
+        full = scores[candidate.why if candidate.why != "incumbent" else order[0]]
         assert candidate.scores == tuple(full[: len(candidate.scores)])
         assert candidate.pruned == (len(candidate.scores) < len(full))
         assert candidate.score <= found.score + 1e-12
@@ -114,6 +117,22 @@ def test_ties_keep_the_incumbent_whatever_stands_behind_it() -> None:
     found, _ = search({"first": [0, 1], "second": [1, 0], "third": [0.5, 0.5]}, "first", "second", "third")
     assert found.prompts == says("first")
     assert [candidate.why for candidate in found.candidates] == ["incumbent", "second", "third"]
+
+
+@pytest.mark.parametrize("racing", [None, 0.9])
+def test_of_equal_scores_the_more_readable_wins(racing: float | None) -> None:
+    task, _ = table_task({"mute": ["", "", ""], "wrong": [0, "", 0], "wordy": ["", 0, 0]}, "mute")
+    found = choose(task, [Proposal(says(name), name) for name in ("wrong", "wordy")], racing=racing)
+    assert found.prompts == says("wrong")
+    assert (found.score, found.candidates[0].rank, found.candidates[1].rank) == (0.0, (0.0, -3), (0.0, -1))
+
+
+def test_a_search_that_goes_on_takes_the_more_readable_too() -> None:
+    task, _ = table_task({"mute": [1, ""], "clear": [1, 0], "late": [0, 1]}, "mute")
+    proposals = [Proposal(says(name), name) for name in ("clear", "late")]
+    found = go_on(task, choose(task, []), proposals, until=lambda: False, chunk=1)
+    assert found.prompts == says("clear")
+    assert [candidate.pruned for candidate in found.candidates] == [False, False, True]
 
 
 def test_the_incumbent_is_scored_on_all_of_dev_even_at_0() -> None:

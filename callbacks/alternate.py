@@ -422,6 +422,7 @@ class Alternate(Callback):
                 seed=_seed(self.seed, "traces", self.position),
                 max_error_rate=module.max_error_rate,
                 progress=progress.advance,
+                encode_text=module.lm.encode.text,
             )
             progress.say(str(self._report))
         if not traces:
@@ -631,8 +632,10 @@ def _record_prompts(prompts: Prompts, path: Path) -> None:
 
 def _no_traces(report: Report, data: TraceDataModule) -> str:
     options = data.bootstrapping
+    gold = "" if options.gold_answers else "set data.bootstrapping.gold_answers, "
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
         f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
-        "lower data.bootstrapping.threshold, or put a prompt step first. `cotune report` shows what it wrote on val."
+        f"lower data.bootstrapping.threshold, {gold}or put a prompt step first. `cotune report` shows what it wrote "
+        "on val."
     )

@@ -40,12 +40,13 @@ def diagnose(done: Sequence[Rollout], before: Mapping[str, float] | None, *, thr
 
 
 def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict[str, Any]:
-    """How many examples have a passing trace, by stage and by label; plain types.
+    """How many examples have a passing trace, by stage and by label; plain types. Those with gold answers do not count.
 
     Returns:
         `by_stage`: stage -> examples; `by_label`: label -> [examples with a trace, examples], where labels repeat.
     """
     stages: dict[str, set[str]] = {}
+    traces = [trace for trace in traces if not trace.gold]
     for trace in traces:
         stages.setdefault(trace.stage, set()).add(trace.example)
     solved = {trace.example for trace in traces}

@@ -50,6 +50,9 @@ class Bootstrapping:
             success whose completions are those of an earlier one of its example does not count.
         hints: further attempts for examples without any success, which are shown the gold answer as a hint (STaR,
             Zelikman et al., 2022). Training pairs never hold the hint. Such successes are counted apart.
+        gold_answers: examples still without a success give one pair all the same: the last call of the first of their
+            runs that ended with a prediction, with the labels as what it wrote. Only where the labels give every output
+            of that call's stage, so none where it also reasons. Counted apart; no call before it is learnt from.
         temperature: of the attempts after the first.
         fresh_demos: later attempts show this many freshly drawn demos a stage, never one of the example's own: labelled
             examples where a stage's inputs and output have labels, and earlier successes. 0 keeps the current prompts.
@@ -63,6 +66,7 @@ class Bootstrapping:
     attempts: int = 10
     traces_per_example: int = 1
     hints: int = 0
+    gold_answers: bool = False
     temperature: float = 0.7
     fresh_demos: int = 3
     pairs: Literal["initial", "current"] = "initial"
@@ -97,7 +101,7 @@ class Trace:
 
     `call` is its place among the run's calls; `messages` are those it was generated from, `completion_ids` the very
     ids that were written, `complete` whether the last of them ends the turn; `hinted` whether the run was shown the
-    gold answer.
+    gold answer. With `gold` the run failed (`score` is its own), and outputs and completion are the labels instead.
     """
 
     example: str
@@ -113,6 +117,7 @@ class Trace:
     complete: bool
     prompts: str
     hinted: bool = False
+    gold: bool = False
 
     @property
     def demo(self) -> Demo:
@@ -141,6 +146,8 @@ class Report:
     """further successes of solved examples, where `traces_per_example` asks for them"""
     repeated: int = 0
     """successes that were an earlier one of their example over again"""
+    gold: int = 0
+    """unsolved examples that gave a pair with the gold answer"""
 
     @property
     def solved(self) -> int:
@@ -152,7 +159,9 @@ class Report:
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
         hinted = f", {self.hinted} of them with a hint" if self.hinted else ""
         more = f", {self.more} further traces of them" if self.more else ""
-        return f"{self.solved} of {self.examples} examples solved{hinted} in {self.runs} runs{more} (failed: {failed})"
+        gold = f", {self.gold} unsolved ones with their gold answer" if self.gold else ""
+        solved = f"{self.solved} of {self.examples} examples solved{hinted}"
+        return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed})"
 
 
 class NoTracesError(RuntimeError):
@@ -172,16 +181,22 @@ def collect(
     seed: int,
     max_error_rate: float = 0.5,
     progress: Callable[[int], None] | None = None,
+    encode_text: Callable[[str], Sequence[int]] = lambda text: (),
 ) -> tuple[list[Trace], Report]:
     """Runs the program on each example until enough runs succeed, or the attempts are used up.
 
+    Args:
+        encode_text: text -> token ids; `gold_answers` needs it.
+
     Returns:
-        Every stage call of the first successful runs of each example, in the order they were found; and the counts.
+        Every stage call of the first successful runs of each example, in the order they were found, and then the calls
+        with gold answers, in the order of the examples; and the counts.
     """
     report, traces = Report(examples=len(examples)), list[Trace]()
     pool: dict[str, list[Demo]] = labelled_demos(program, examples)
     written: dict[str, set[_Written]] = {example.id: set() for example in examples}
     unsolved = list(examples)
+    with_gold: dict[str, Trace] = {}
     last = options.attempts + options.hints - 1
     for attempt in range(last + 1):
         hinting = attempt >= options.attempts
@@ -214,6 +229,10 @@ def collect(
         _count(report, done, options.threshold)
         solved = sum(map(bool, written.values()))
         for place, rollout in enumerate(done):
+            if options.gold_answers and rollout.example.id not in with_gold:
+                trace = _gold_trace(rollout, attempt, prompts_id(shown[place]), program, template, encode_text)
+                if trace is not None:
+                    with_gold[rollout.example.id] = trace
             if _outcome(rollout, options.threshold) == "passed":
                 before = written[rollout.example.id]
                 said = tuple(step.completion.text for step in rollout.steps)
@@ -235,7 +254,9 @@ def collect(
             progress(newly + without if attempt == last or not unsolved else newly)
         if not unsolved:
             break
-    return traces, report
+    gold = [with_gold[e.id] for e in examples if not written[e.id] and e.id in with_gold]
+    report.gold = len(gold)
+    return traces + gold, report
 
 
 def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
@@ -386,3 +407,40 @@ def _traces(rollout: Rollout, attempt: int, used: str, *, hinted: bool) -> list[
         )
         for call, step in enumerate(rollout.steps)
     ]
+
+
+def _gold_trace(
+    rollout: Rollout,
+    attempt: int,
+    used: str,
+    program: Program,
+    template: Template,
+    encode_text: Callable[[str], Sequence[int]],
+) -> Trace | None:
+    """The run's last call with the labels as its outputs; None where the labels do not give all of them.
+
+    None, too, for a run that failed: its last call need not be the program's.
+    """
+    if rollout.error is not None or not rollout.steps:
+        return None
+    step, labels = rollout.steps[-1], rollout.example.labels
+    signature = program.stages[step.stage].signature
+    if any(labels.get(name) is None for name in signature.outputs):
+        return None
+    outputs = {name: as_text(labels[name]) for name in signature.outputs}
+    completion = template.complete(signature, outputs)
+    return Trace(
+        example=rollout.example.id,
+        attempt=attempt,
+        score=rollout.score,
+        stage=step.stage,
+        call=len(rollout.steps) - 1,
+        inputs=step.inputs,
+        outputs=outputs,
+        messages=step.messages,
+        completion=completion,
+        completion_ids=tuple(encode_text(completion)),
+        complete=False,
+        prompts=used,
+        gold=True,
+    )

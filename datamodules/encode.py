@@ -49,6 +49,11 @@ class ChatEncoder:
         safe = [{"role": m["role"], "content": self._hide(m["content"], hidden)} for m in self._with_roles(messages)]
         return self._tokenise(self._text(safe), hidden)
 
+    def text(self, text: str) -> list[int]:
+        """Token ids of a completion's text; no special token's text in it becomes one."""
+        hidden: dict[str, str] = {}
+        return self._tokenise(self._hide(text, hidden), hidden)
+
     def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
         return str(
             self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_SETTINGS)

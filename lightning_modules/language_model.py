@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         self.keep_completions(completions)
         self.before_wave: Callable[[], None] = lambda: None
         self.model: Any = None
-        self.encode: Callable[[Sequence[Mapping[str, str]]], list[int]]
+        self.encode: ChatEncoder
         self._merged = MergedCopy()
         self._adapter_identity = AdapterIdentity()
         self._base_identity = ""

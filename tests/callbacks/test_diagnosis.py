@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cotune.callbacks.diagnosis import by_label, diagnose
+from cotune.callbacks.diagnosis import by_label, diagnose, trace_coverage
+from cotune.datamodules import Trace
 from cotune.programs import Completion, Example, Failure, Rollout, Step
 
 from cotune.closing_table import coverage_lines
@@ -47,3 +48,12 @@ def test_the_closing_table_says_whose_traces_passed() -> None:
     traces = {"solved": 3, "examples": 4, "by_label": {"x": [3, 3], "y": [0, 1]}, "by_stage": {"hop": 3, "answer": 3}}
     (line,) = coverage_lines([{"prefix": "vanilla"}, {"prefix": "w", "traces": traces}])
     assert line == "Traces for w: 3 of 4 examples (x 3 of 3; y 0 of 1; hop 3; answer 3)"
+
+
+def test_a_gold_answer_is_no_passing_trace() -> None:
+    def trace(example: str, *, gold: bool) -> Trace:
+        return Trace(example, 0, 1.0, "s", 0, {}, {}, [], "", (), True, "", gold=gold)
+
+    examples = [Example(id_, {}, {"label": "a"}) for id_ in ("x", "y", "z", "v")]
+    found = trace_coverage([trace("x", gold=False), trace("y", gold=True)], examples)
+    assert found == {"by_stage": {"s": 1}, "by_label": {"a": [1, 4]}}

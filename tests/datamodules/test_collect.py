@@ -29,7 +29,7 @@ from cotune.programs import (
 from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
-_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints")
+_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints", "gold_answers")
 
 
 def run(
@@ -398,10 +398,49 @@ def test_the_pool_of_demos_does_not_show_hints() -> None:
     assert not any("Hint" in turn for turn in turns)
 
 
+# Gold answers
+
+
+def test_the_last_call_of_an_unsolved_example_is_trained_on_with_the_gold_answer() -> None:
+    lm = FakeLM(lambda request: "2" if asked(request, "number") in ("1", "2") else "7")
+    traces, report = run(lm, doubles(1, 3), Loop(2), gold_answers=True, encode_text=lambda text: [len(text), 9])
+    (trace,) = [trace for trace in traces if trace.gold]
+    assert trace.example == "3"
+    assert (trace.call, trace.inputs, trace.outputs, trace.completion) == (1, {"number": "7"}, {"answer": "6"}, "6")
+    assert (trace.completion_ids, trace.complete, trace.score) == ((1, 9), False, 0.0)
+    assert [(t.example, t.call) for t in traces if not t.gold] == [("1", 0), ("1", 1)]
+    assert (report.solved, report.gold, report.runs) == (1, 1, 2)
+    assert "1 of 2 examples solved in 2 runs, 1 unsolved ones with their gold answer (failed: 1 wrong" in str(report)
+
+
+def test_gold_answers_come_after_all_attempts_and_only_where_they_failed() -> None:
+    lm = succeeds_at({"1": 0, "2": 1, "3": 9})
+    traces, report = run(lm, doubles(1, 2, 3), attempts=3, gold_answers=True, encode_text=lambda text: [9])
+    assert [(t.example, t.attempt, t.gold) for t in traces] == [("1", 0, False), ("2", 1, False), ("3", 0, True)]
+    assert (report.solved, report.gold) == (2, 1)
+
+
+def test_a_run_that_failed_or_a_stage_that_the_labels_do_not_fill_has_no_gold_answer() -> None:
+    class Reasons(Program):
+        double = Stage(Signature.parse("number -> reasoning, answer"))
+
+        def run(self, **inputs: Any) -> Any:
+            return (yield self.double(**inputs))
+
+    lm = FakeLM(lambda request: "reasoning: so\nanswer: no")
+    assert run(lm, doubles(1), Reasons(), gold_answers=True)[0] == []
+    empty_after_one_call = FakeLM(lambda request: "" if asked(request, "number") == "7" else "7")
+    assert run(empty_after_one_call, doubles(1), Loop(2), gold_answers=True)[0] == []
+
+
+def test_gold_answers_are_off_unless_asked_for() -> None:
+    assert run(FakeLM(lambda request: "no"), doubles(1, 2))[0] == []
+
+
 def test_traces_written_before_there_were_hints_are_read(tmp_path: Path) -> None:
     traces, _ = run(FakeLM(doubling), doubles(1))
     save_traces(traces, tmp_path / "new")
-    old = load_from_disk(str(tmp_path / "new")).remove_columns("hinted")
+    old = load_from_disk(str(tmp_path / "new")).remove_columns(["hinted", "gold"])
     old.save_to_disk(str(tmp_path / "old"))
     assert load_traces(tmp_path / "old", Loop(1)) == traces == load_traces(tmp_path / "new", Loop(1))
 

@@ -133,3 +133,12 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"has no chat template\. Take an instruct model"):
         ChatEncoder(tokenizer)
+
+
+def test_a_completion_is_encoded_as_the_chat_template_has_it_and_holds_no_special_token(tokenizer: Any) -> None:
+    encode = ChatEncoder(tokenizer)
+    assert encode.text("Margaret Landon") == tokenizer("Margaret Landon", add_special_tokens=False).input_ids
+    special = tokenizer.eos_token
+    ids = encode.text(f"a{special}b")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == f"a{special}b"

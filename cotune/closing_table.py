@@ -80,7 +80,8 @@ def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         parts = [*labels, *(stages if len(stages) > 1 else [])]
         if found and "solved" in found:
             head = f"Traces for {record['prefix']}: {found['solved']} of {found['examples']} examples"
-            lines.append(f"{head} ({'; '.join(parts)})" if parts else head)
+            gold = f", {found['gold']} more with their gold answer" if found.get("gold") else ""
+            lines.append((f"{head} ({'; '.join(parts)})" if parts else head) + gold)
     return lines
 
 

@@ -30,7 +30,16 @@ from cotune.datamodules import (
 from cotune.datamodules.crash_point import crash_point
 from cotune.datamodules.durable import write_durably
 from cotune.lightning_modules import ProgramModule, Usage
-from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
+from cotune.programs import (
+    Example,
+    Program,
+    Prompts,
+    Rollout,
+    mean_score,
+    prompts_from_dict,
+    prompts_id,
+    prompts_to_dict,
+)
 from cotune.prompting import Found, PromptSearch, RandomDemoSearch, SearchTask
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -426,7 +435,7 @@ class Alternate(Callback):
             )
             progress.say(str(self._report))
         if not traces:
-            raise NoTracesError(_no_traces(self._report, data))
+            raise NoTracesError(_no_traces(self._report, module.program, data))
         save_traces(traces, folder)
         return traces
 
@@ -630,9 +639,10 @@ def _record_prompts(prompts: Prompts, path: Path) -> None:
     write_durably(path, json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2))
 
 
-def _no_traces(report: Report, data: TraceDataModule) -> str:
-    options = data.bootstrapping
-    gold = "" if options.gold_answers else "set data.bootstrapping.gold_answers, "
+def _no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
+    options, labels = data.bootstrapping, data.splits.train[0].labels
+    labelled = any(set(stage.signature.outputs) <= set(labels) for stage in program.stages.values())
+    gold = "set data.bootstrapping.gold_answers, " if labelled and not options.gold_answers else ""
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
         f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "

@@ -286,6 +286,15 @@ def test_a_program_that_never_succeeds_is_told_what_to_change(run: Run, tiny_mod
     message = one_error(run(*fit(tiny_model, "--data.metric", "own_metrics.never", schedule="w")))
     assert message.startswith("weight step: no run reached a score of 1, so there is nothing to train on: 0 of 12")
     assert "Raise data.bootstrapping.attempts (now 2)" in message
+    assert "set data.bootstrapping.gold_answers, or put a prompt step first" in message  # its stage writes the label
+
+
+def test_a_program_that_never_succeeds_can_train_on_its_gold_answers(run: Run, tiny_model: Path) -> None:
+    own_metrics()
+    options = ["--data.metric", "own_metrics.never", "--data.bootstrapping.gold_answers", "true"]
+    done = run(*fit(tiny_model, *options, schedule="w"))
+    assert done.code == 0, done.err
+    assert ", 12 more with their gold answer" in done.out
 
 
 def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:

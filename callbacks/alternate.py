@@ -616,6 +616,19 @@ def _check_setup(trainer: Trainer, module: LightningModule) -> None:
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
             raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+    if data.bootstrapping.gold_answers and not _labels_fill_a_stage(module.program, data):
+        labels = sorted({name for example in data.splits.train for name in example.labels})
+        stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())
+        raise ValueError(
+            "data.bootstrapping.gold_answers is true, but the labels give no stage all that it writes "
+            f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
+            "that reason there is data.bootstrapping.hints."
+        )
+
+
+def _labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:
+    labels = {name for example in data.splits.train for name, value in example.labels.items() if value is not None}
+    return any(set(stage.signature.outputs) <= labels for stage in program.stages.values())
 
 
 def _added(late: dict[str, Any], adapter: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -640,9 +653,9 @@ def _record_prompts(prompts: Prompts, path: Path) -> None:
 
 
 def _no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
-    options, labels = data.bootstrapping, data.splits.train[0].labels
-    labelled = any(set(stage.signature.outputs) <= set(labels) for stage in program.stages.values())
-    gold = "set data.bootstrapping.gold_answers, " if labelled and not options.gold_answers else ""
+    options = data.bootstrapping
+    offered = not options.gold_answers and _labels_fill_a_stage(program, data)
+    gold = "set data.bootstrapping.gold_answers, " if offered else ""
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
         f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "

@@ -15,6 +15,7 @@ from cotune.lightning_modules import LoRA
 from cotune.programs import (
     Completion,
     FaultyProgramError,
+    Predict,
     Request,
     Sampling,
     mean_score,
@@ -241,6 +242,14 @@ def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
 ) -> None:
     fit = tiny_fit(tiny_model, tmp_path, **changes)
     with pytest.raises(error, match=said):
+        fit.run()
+    assert fit.lm.model is None
+
+
+def test_gold_answers_for_a_stage_that_also_reasons_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, bootstrapping=Bootstrapping(attempts=2, gold_answers=True))
+    fit.module.program = Predict("petal_length -> reasoning, answer")
+    with pytest.raises(ValueError, match=r"labels: answer; stages: predict: reasoning, answer\).*bootstrapping.hints"):
         fit.run()
     assert fit.lm.model is None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from cotune.programs.layout import FREE, Layout
 from cotune.programs.template import Message
 
 
@@ -34,11 +35,38 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion that is wanted. `seed` alone decides its random draws, whatever else is in the batch."""
+    """One completion that is wanted. `seed` alone decides its random draws, whatever else is in the batch.
+
+    Attributes:
+        messages: the chat, ending with the user's turn.
+        layout: the completion's fixed texts and fields.
+        adapter: name of the adapter that is to answer; "" for the base alone.
+    """
 
     messages: Sequence[Message]
     stops: tuple[str, ...] = ()
     seed: int = 0
+    layout: Layout = FREE
+    adapter: str = "default"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What was written in one field of a layout.
+
+    Attributes:
+        name: the field's.
+        text: as written, its lead included, up to where it ended.
+        start, end: its ids are `completion_ids[start:end]`; equal where the field is empty.
+        ended: "stop" (one of its stops), "eos" (the LM ended its turn), "complete" (its syntax allows nothing more) or
+            "length" (closed at its limit).
+    """
+
+    name: str
+    text: str
+    start: int
+    end: int
+    ended: Literal["stop", "eos", "complete", "length"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +78,18 @@ class Completion:
         prompt_ids: token ids of the prompt, as generated from.
         completion_ids: token ids written, the end-of-turn token included if it was reached.
         finished: "eos", "stop" (a stop string), "length" (cut at max_new_tokens) or "too_long" (the prompt does not
-            fit the context window: nothing was generated).
+            fit the context window with all that its layout needs: nothing was generated).
+        fields: what stands in each field of the layout, in its order; empty from an LM that only gives text.
+        forced: for each of `completion_ids`, whether it was put there and not chosen by the LM (fixed texts, and the
+            end of the turn behind a field that was complete); empty where none was.
     """
 
     text: str
     prompt_ids: tuple[int, ...] = ()
     completion_ids: tuple[int, ...] = ()
     finished: Literal["eos", "stop", "length", "too_long"] = "eos"
+    fields: tuple[Filled, ...] = ()
+    forced: tuple[bool, ...] = ()
 
 
 class LM(Protocol):

@@ -1,0 +1,76 @@
+"""Layouts: what a completion is made of, fixed texts and fields by turns. Plain data, which every engine can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A field that holds one of these texts. They differ from each other and none is empty."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A field that holds a number in decimal digits: an optional minus sign, digits (thousands' commas may stand among
+    them) and, unless `integer`, an optional fraction."""
+
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A field whose whole text matches a regular expression (Rust's syntax, as `llguidance` reads it)."""
+
+    regex: str
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A field that holds JSON of this JSON schema, which is itself JSON text (keys sorted), so that it can be hashed."""
+
+    json: str
+
+
+Syntax = Union[Choices, Number, Pattern, Schema]  # noqa: UP007 (an alias that isinstance and docs can show on 3.10)
+"""What may stand in a field. Engines that decode in this process let the LM write nothing else."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Text that every completion of the form has in this place. It is not empty and ends with no white space.
+
+    An engine that can puts it there itself; one that cannot has to find it in what the LM wrote.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """A place for the LM to write in.
+
+    Attributes:
+        name: the output field that it holds.
+        lead: what stands between the fixed text before it and its value: a space or a line break, or nothing. With a
+            `syntax` the LM writes it, because it must; it is no part of the value.
+        stops: texts that end the field; what follows from there on is no part of it. The end of the turn always ends it.
+        max_tokens: the field's own limit in tokens; None for what is left of `Sampling.max_new_tokens`.
+        syntax: what may stand here; None for any text.
+    """
+
+    name: str
+    lead: str = ""
+    stops: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    syntax: Syntax | None = None
+
+
+Layout = tuple[Union[Fixed, Field], ...]  # noqa: UP007
+"""Fixed texts and fields by turns: no two fixed texts and no two fields stand side by side; there is one field at least."""
+
+FREE: Layout = (Field("text"),)
+"""One field of any text: a completion without a form."""

@@ -1,24 +1,30 @@
-"""Programs: what runs. Signatures, prompts, stages, templates, rollouts and metrics; no torch, no Lightning."""
+"""Programs: what runs. Signatures, prompts, stages, forms, rollouts and metrics; no torch, no Lightning."""
 
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, faults_of
-from cotune.programs.lm import LM, Completion, Request, Sampling
+from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags
+from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
+from cotune.programs.lm import LM, Completion, Filled, Message, Request, Sampling
 from cotune.programs.metrics import Metric, exact_match, first_line_number
 from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.programs.reasoning import DescribeThenDecide, Predict
 from cotune.programs.retrieval import BM25, Dense, Encoder, Retriever, RetrieverError, SentenceEncoder, retrieve
-from cotune.programs.rollout import Rollout, Step, mean_score, rollouts
-from cotune.programs.signature import Signature
-from cotune.programs.template import ChatTemplate, ParseError, Template
+from cotune.programs.rollout import Rollout, Step, mean_score
+from cotune.programs.runner import Runner
+from cotune.programs.score import Score
+from cotune.programs.signature import In, Out, Signature
+from cotune.programs.template import ChatTemplate, Template, rollouts
+from cotune.programs.types import FieldTypeError, Line, Reasoning
 
 __all__ = [
     "BM25",
     "LM",
     "Call",
     "ChatTemplate",
+    "Choices",
     "Completion",
     "Demo",
     "Dense",
@@ -29,22 +35,43 @@ __all__ = [
     "Fault",
     "Faults",
     "FaultyProgramError",
+    "Field",
+    "FieldTypeError",
+    "Filled",
+    "Fixed",
+    "Form",
+    "In",
+    "Json",
+    "Layout",
+    "Line",
+    "Lines",
+    "Markers",
+    "Message",
     "Metric",
     "MultiHopQA",
+    "Number",
+    "Out",
     "ParseError",
+    "Pattern",
     "Predict",
     "Program",
     "Prompt",
     "Prompts",
+    "ReasonThenFill",
+    "Reasoning",
     "Request",
     "Retriever",
     "RetrieverError",
     "Rollout",
+    "Runner",
     "Sampling",
+    "Schema",
+    "Score",
     "SentenceEncoder",
     "Signature",
     "Stage",
     "Step",
+    "Tags",
     "Template",
     "content_id",
     "draw_demos",

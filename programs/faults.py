@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from cotune.programs.rollout import Rollout
 
-Kind = Literal["format", "program", "retriever", "metric"]
+Kind = Literal["format", "type", "program", "retriever", "metric"]
 KINDS: tuple[Kind, ...] = ("program", "retriever", "metric")
-"""Whose the faults are. A format failure is none: there it is the LM that wrote what does not parse."""
+"""Whose the faults are. Failures of format and type are none: there it is the LM that wrote what cannot be read, or what
+is no value of its field's type."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rollout has no valid score. A format failure is the LM's; the others are the user's code."""
+    """Why a rollout has no valid score. Failures of format and type are the LM's; the others are the user's code."""
 
     kind: Kind
     message: str

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from cotune.programs.layout import FREE, Layout
-from cotune.programs.template import Message
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cotune.programs.example import Example
+from cotune.programs.score import Score
 
-Metric = Callable[[Example, Mapping[str, Any]], float]
+Metric = Callable[[Example, Mapping[str, Any]], "float | Score"]
 """(example, prediction) -> score in [0, 1]. A function, or an object with __call__ where it needs settings."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
@@ -10,14 +9,15 @@ from typing import Any
 
 from cotune.programs.prompt import Prompt
 from cotune.programs.signature import Signature
+from cotune.programs.types import as_text
 
-Outputs = Mapping[str, str]
-"""What a stage call gives back: output field -> text."""
+Outputs = Mapping[str, Any]
+"""What a stage call gives back: output field -> value, text where the signature names no other type."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A wish of a program: run this stage on these inputs. `yield` it, and the outputs come back."""
+    """A wish of a program: run this stage on these inputs. `yield` it, and the outputs come back, as their types say."""
 
     stage: str
     inputs: Mapping[str, str]
@@ -27,8 +27,10 @@ class Call:
 class Stage:
     """One kind of LM call of a program. Its name, the attribute it is assigned to, is its identity.
 
+    The signature may be given in its short form, or as a class body (`Signature.of`).
+
     >>> class Echo(Program):
-    ...     say = Stage(Signature.parse("text -> answer"))
+    ...     say = Stage("text -> answer")
     ...     def run(self, text):
     ...         return (yield self.say(text=text))
     >>> Echo().say(text="hello")
@@ -38,6 +40,14 @@ class Stage:
     signature: Signature
     name: str = ""
 
+    def __init__(self, signature: Signature | str | type, name: str = "") -> None:
+        if isinstance(signature, str):
+            signature = Signature.parse(signature)
+        elif not isinstance(signature, Signature):
+            signature = Signature.of(signature)
+        object.__setattr__(self, "signature", signature)
+        object.__setattr__(self, "name", name)
+
     def __set_name__(self, owner: type, name: str) -> None:
         if self.name and self.name != name:
             raise TypeError(
@@ -46,7 +56,7 @@ class Stage:
         object.__setattr__(self, "name", name)
 
     def __call__(self, **inputs: Any) -> Call:
-        """A call of this stage. Values become text: see `as_text`.
+        """A call of this stage. Values become text: see `Signature.shown`.
 
         Raises:
             TypeError: a field is missing or unknown.
@@ -57,7 +67,7 @@ class Stage:
         if missing or unknown:
             said = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
             raise TypeError(f'stage "{self.name}" {said}; its inputs are {", ".join(expected) or "none"}.')
-        return Call(self.name, {name: as_text(inputs[name]) for name in expected})
+        return Call(self.name, {name: self.signature.shown(name, inputs[name]) for name in expected})
 
 
 class Program(ABC):
@@ -107,22 +117,4 @@ class Program(ABC):
         return {name: Prompt(stage.signature.instruction) for name, stage in self.stages.items()}
 
 
-def as_text(value: Any) -> str:
-    """How a value is shown to the LM: text as it is, a list as numbered lines, anything else as JSON.
-
-    >>> print(as_text(["Paris is in France.", "Rome is in Italy."]))
-    [1] Paris is in France.
-    [2] Rome is in Italy.
-    >>> as_text(5.1), as_text([])
-    ('5.1', '(none)')
-
-    Raises:
-        TypeError: the value is None or has no JSON form.
-    """
-    if isinstance(value, str):
-        return value
-    if value is None:
-        raise TypeError("None cannot be shown to an LM; leave the field out or pass text.")
-    if isinstance(value, (list, tuple)):
-        return "\n".join(f"[{i}] {as_text(item)}" for i, item in enumerate(value, 1)) or "(none)"
-    return json.dumps(value, ensure_ascii=False)
+__all__ = ["Call", "Outputs", "Program", "Stage", "as_text"]

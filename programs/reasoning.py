@@ -8,6 +8,7 @@ from typing import Any
 
 from cotune.programs.program import Call, Outputs, Program, Stage
 from cotune.programs.signature import Signature
+from cotune.programs.types import Reasoning
 
 
 class Predict(Program):
@@ -18,6 +19,8 @@ class Predict(Program):
         instruction: the task in words; a plain sentence made of the field names when empty.
         descriptions: a sentence for any field.
         reasoning: put a `reasoning` field before the outputs (chain of thought), as the paper's programs do.
+        types: type of any field that the signature names none for, as a signature writes it; a list of texts stands for
+            the choices of a field.
     """
 
     def __init__(
@@ -26,8 +29,9 @@ class Predict(Program):
         instruction: str = "",
         descriptions: dict[str, str] | None = None,
         reasoning: bool = False,
+        types: dict[str, str | list[str]] | None = None,
     ) -> None:
-        parsed = Signature.parse(signature, instruction=instruction, descriptions=descriptions)
+        parsed = Signature.parse(signature, instruction=instruction, descriptions=descriptions, types=types)
         self.predict = Stage(with_reasoning(parsed) if reasoning else parsed)
 
     def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
@@ -49,9 +53,11 @@ class DescribeThenDecide(Program):
     def __init__(self, signature: str, describe: str, decide: str, descriptions: dict[str, str] | None = None) -> None:
         whole, about = Signature.parse(signature), descriptions or {}
         between = ("description",)
-        first = Signature(whole.inputs, between, describe, _only(about, (*whole.inputs, *between)))
         inputs = (*whole.inputs, *between)
-        second = Signature(inputs, whole.outputs, decide, _only(about, (*inputs, *whole.outputs)))
+        first, second = (
+            Signature(taken, given, how, _only(about, (*taken, *given)), _only(whole.types, (*taken, *given)))
+            for taken, given, how in ((whole.inputs, between, describe), (inputs, whole.outputs, decide))
+        )
         unknown = sorted(set(about) - set(second.inputs) - set(second.outputs))
         if unknown:
             raise ValueError(f'description of "{unknown[0]}", which is no field of {signature} or "description".')
@@ -69,8 +75,9 @@ def with_reasoning(signature: Signature) -> Signature:
     ('reasoning', 'answer')
     """
     about = {"reasoning": "think step by step", **signature.descriptions}
-    return replace(signature, outputs=("reasoning", *signature.outputs), descriptions=about)
+    outputs = ("reasoning", *signature.outputs)
+    return replace(signature, outputs=outputs, descriptions=about, types={"reasoning": Reasoning, **signature.types})
 
 
-def _only(about: Mapping[str, str], names: tuple[str, ...]) -> dict[str, str]:
+def _only(about: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: text for name, text in about.items() if name in names}

@@ -1,28 +1,21 @@
-"""Rollouts: many examples run through a program together, one LM batch for each round of pending calls."""
+"""Rollouts: what a run of a program on an example leaves behind."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
-from cotune.programs.lm import LM, Completion, Request, Sampling
-from cotune.programs.metrics import Metric
-from cotune.programs.program import Call, Program
-from cotune.programs.prompt import Prompts
-from cotune.programs.retrieval import RetrieverError
-from cotune.programs.template import ParseError, Template
+from cotune.programs.faults import Failure
+from cotune.programs.lm import Completion
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage call of a rollout, with everything that training on it needs."""
+    """One stage call of a rollout, with everything that training on it needs. Inputs and outputs are texts: as the LM
+    was shown them, and as it wrote them."""
 
     stage: str
     inputs: Mapping[str, str]
@@ -30,13 +23,18 @@ class Step:
     messages: Sequence[Mapping[str, str]]
     completion: Completion
 
+    @property
+    def closed(self) -> tuple[str, ...]:
+        """Names of the fields that were closed at their token limit."""
+        return tuple(filled.name for filled in self.completion.fields if filled.ended == "length")
+
 
 @dataclass(frozen=True)
 class Rollout:
     """One run of a program on one example.
 
-    `score` is in [0, 1], and 0 wherever there is an `error`. `steps` holds the calls that were made, the one whose
-    completion did not parse included, its `outputs` empty.
+    `score` is in [0, 1], and 0 wherever there is an `error`; `feedback` and `objectives` are what the metric said beside
+    it. `steps` holds the calls that were made, the one whose completion could not be read included, its `outputs` empty.
     """
 
     example: Example
@@ -44,218 +42,10 @@ class Rollout:
     prediction: Mapping[str, Any] | None
     score: float
     error: Failure | None = None
-
-
-def rollouts(
-    program: Program,
-    examples: Sequence[Example],
-    *,
-    lm: LM,
-    prompts: Prompts | Sequence[Prompts],
-    template: Template,
-    metric: Metric | None,
-    sampling: Sampling,
-    seed: int = 0,
-    attempt: int = 0,
-    max_error_rate: float = 0.5,
-    progress: Callable[[int], None] | None = None,
-) -> list[Rollout]:
-    """Runs the program on every example, in lockstep: each round of pending calls is one LM batch.
-
-    Args:
-        prompts: one set of prompts for all, or one for each example.
-        metric: None leaves every score at 0: for predictions on data without labels.
-        seed, attempt: with stage and example they seed each call's draws, so the batch has no influence on them.
-        max_error_rate: share of examples on which the user's code may fail; each is scored 0 and recorded.
-        progress: told, after each round, how many examples have newly ended.
-
-    Returns:
-        One rollout an example, in the order of the examples. A bad rollout is data, not an exception.
-
-    Raises:
-        FaultyProgramError: program, retriever or metric failed on more than `max_error_rate` of the examples.
-    """
-    sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
-    if len(sets) != len(examples):
-        raise ValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
-    signatures = {name: stage.signature for name, stage in program.stages.items()}
-    runs = [_Run(program, example) for example in examples]
-    pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
-    _report(progress, len(runs) - len(pending))
-    while pending:
-        requests = [
-            run.request(template, signatures[run.call.stage], given, call_seed(seed, run, attempt))
-            for run, given in pending
-        ]
-        completions = lm.generate(requests, sampling)
-        before = len(pending)
-        pending = [
-            (run, given)
-            for (run, given), request, completion in zip(pending, requests, completions, strict=True)
-            if run.take(template, signatures[run.call.stage], request, completion)
-        ]
-        _report(progress, before - len(pending))
-    done = [_scored(run, metric) for run in runs]
-    check_errors(done, max_error_rate=max_error_rate)
-    return done
-
-
-def call_seed(seed: int, run: _Run, attempt: int) -> int:
-    """A 63-bit seed from what the call is, not from when or beside what it runs."""
-    text = f"{seed}|{run.example.id}|{run.call.stage}|{len(run.steps)}|{attempt}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    feedback: str = ""
+    objectives: Mapping[str, float] = field(default_factory=dict)
 
 
 def mean_score(done: Sequence[Rollout]) -> float:
     """Mean score, 0 for no rollouts."""
     return math.fsum(r.score for r in done) / len(done) if done else 0.0
-
-
-class _Run:
-    """A rollout under way: the program's generator, the call it waits on, the steps behind it."""
-
-    call: Call
-
-    def __init__(self, program: Program, example: Example) -> None:
-        self.program, self.example = program, example
-        self.generator: Generator[Call, Any, Any] | None = None
-        self.steps: list[Step] = []
-        self.prediction: Mapping[str, Any] | None = None
-        self.error: Failure | None = None
-
-    def advance(self, outputs: Any) -> bool:
-        """Runs the program to its next call; None starts it. False when it has ended, well or badly."""
-        try:
-            call = self._generator().send(outputs)
-        except StopIteration as stop:
-            self._finish(stop.value)
-        except RetrieverError as error:
-            self._fail("retriever", str(error))
-        except (MemoryError, KeyboardInterrupt):  # not the example's doing
-            raise
-        except (Exception, SystemExit) as error:  # the user's code: what it raises is recorded, counted and shown
-            self._fail("program", f"{type(self.program).__name__}.run raised {raised(error)}")
-        else:
-            return self._accept(call)
-        return False
-
-    def _generator(self) -> Generator[Call, Any, Any]:
-        if self.generator is None:
-            made: Any = self.program.run(**self.example.inputs)
-            if not isinstance(made, Generator):
-                raise TypeError(f"run is no generator, it returned {shown(made)}; yield the stage calls")
-            self.generator = made
-        return self.generator
-
-    def _accept(self, call: Any) -> bool:
-        """Takes what the program yielded as the call that it waits on."""
-        if not isinstance(call, Call) or call.stage not in list(self.program.stages):
-            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages")
-        elif fault := _unsayable(call.inputs):
-            self._fail("program", f'run() called stage "{call.stage}" with {fault}')
-        elif len(self.steps) >= self.program.max_calls:
-            self._fail(
-                "program",
-                f"run() made {len(self.steps)} calls and wants another, more than "
-                f"{type(self.program).__name__}.max_calls allows; mend the loop, or set max_calls higher in the class",
-            )
-        else:
-            self.call = call
-            return True
-        return False
-
-    def request(self, template: Template, signature: Any, prompts: Prompts, seed: int) -> Request:
-        messages = template.render(signature, prompts[self.call.stage], self.call.inputs)
-        return Request(messages, template.stops(signature), seed)
-
-    def take(self, template: Template, signature: Any, request: Request, completion: Completion) -> bool:
-        """Records the completion as a step and goes on with its outputs. False when the rollout has ended."""
-        step = Step(self.call.stage, self.call.inputs, {}, request.messages, completion)
-        try:
-            if completion.finished == "too_long":
-                raise ParseError("the prompt is longer than the model's context window")
-            step = replace(step, outputs=template.parse(signature, completion.text))
-        except ParseError as error:
-            self._fail("format", f'stage "{self.call.stage}": {error}')
-        self.steps.append(step)
-        return self.error is None and self.advance(step.outputs)
-
-    def _finish(self, prediction: Any) -> None:
-        if not isinstance(prediction, Mapping):
-            said = f"returned {shown(prediction)}; return a mapping of named values, e.g. the last outputs"
-            self._fail("program", f"run() {said}")
-        elif fault := _unwritable(prediction):
-            self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
-        else:
-            self.prediction = prediction
-
-    def _fail(self, kind: Kind, message: str) -> None:
-        self.error = Failure(kind, message)
-        if self.generator is not None:
-            # Now, and not whenever it is collected. Its clean-up may raise, but the rollout says already why it failed.
-            with suppress(Exception):
-                self.generator.close()
-
-
-def _unsayable(inputs: Any) -> str:
-    """What stops a call's inputs from being shown to an LM; "" for nothing. `Stage.__call__` makes texts of values, but
-    a `Call` may be made by hand, and a text from elsewhere may be no valid Unicode."""
-    if not isinstance(inputs, Mapping):
-        return f"the inputs {shown(inputs)}, which are no mapping"
-    for name, value in inputs.items():
-        if not isinstance(value, str):
-            return f"{shown(name)} of type {type(value).__name__}, which is no text; make calls by calling the stage"
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            return f"half a surrogate pair in {shown(name)}, at character {error.start}: no text in UTF-8 holds one"
-    return ""
-
-
-def _unwritable(prediction: Mapping[Any, Any]) -> str:
-    """What stops a prediction from being written as JSON, as logs and `cotune predict` do; "" for nothing."""
-    wrong = [name for name in prediction if not isinstance(name, str)]
-    if wrong:
-        return f"its key {shown(wrong[0])} is no text"
-    try:
-        json.dumps(dict(prediction), ensure_ascii=False, default=str).encode()
-    except Exception as error:  # values are the user's, and so is what their __str__ raises
-        return raised(error)
-    return ""
-
-
-def _scored(run: _Run, metric: Metric | None) -> Rollout:
-    score, error = 0.0, run.error
-    if error is None and metric is not None and run.prediction is not None:
-        try:
-            score = _valid_score(metric(run.example, run.prediction))
-        except _BadScoreError as bad:
-            error = Failure("metric", str(bad))
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except (Exception, SystemExit) as caught:  # the user's code, as above
-            error = Failure("metric", f"the metric raised {raised(caught)}")
-    return Rollout(run.example, tuple(run.steps), run.prediction, score, error)
-
-
-class _BadScoreError(ValueError):
-    """A metric gave what is no score."""
-
-
-def _valid_score(score: Any) -> float:
-    """The score as a float. Python's and numpy's numbers and booleans will do, and tensors of one element."""
-    bad = _BadScoreError(f"the metric returned {shown(score)}, which is not a number in [0, 1]")
-    if isinstance(score, (str, bytes)) or score is None:
-        raise bad
-    try:
-        value = float(score)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise bad from error
-    if not 0 <= value <= 1:  # NaN fails this too
-        raise bad
-    return value
-
-
-def _report(progress: Callable[[int], None] | None, ended: int) -> None:
-    if progress is not None and ended:
-        progress(ended)

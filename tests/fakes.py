@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from cotune.programs import Call, Completion, Example, Program, Request, Sampling, Signature, Stage
+from cotune.programs import Call, Completion, Example, Field, Program, Request, Sampling, Signature, Stage
 
 EOS = 256
 """The id after the 256 byte values, as FakeLM writes it."""
@@ -51,7 +51,8 @@ class FakeLM:
         written = self.answer(request)
         if isinstance(written, Completion):
             return written
-        cut = min((at for stop in request.stops if (at := written.find(stop)) >= 0), default=-1)
+        stops = [stop for part in request.layout[-1:] if isinstance(part, Field) for stop in part.stops]
+        cut = min((at for stop in stops if (at := written.find(stop)) >= 0), default=-1)
         text = written if cut < 0 else written[:cut]
         ids = tuple(text.encode())
         if len(ids) > sampling.max_new_tokens:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from cotune.programs import (
     Call,
-    ChatTemplate,
     Completion,
     Demo,
     Example,
     Fault,
     FaultyProgramError,
+    Lines,
     Metric,
     Predict,
     Program,
@@ -24,28 +24,25 @@ from cotune.programs import (
     Request,
     Retriever,
     Rollout,
+    Runner,
     Sampling,
+    Score,
     Signature,
     Stage,
     exact_match,
     faults_of,
     mean_score,
     retrieve,
-    rollouts,
 )
 from cotune.programs.faults import check_errors
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
 
 def run(program: Program, examples: Sequence[Example], lm: FakeLM, **options: Any) -> list[Rollout]:
-    settings: dict[str, Any] = {
-        "prompts": program.initial_prompts(),
-        "template": ChatTemplate(),
-        "metric": exact_match,
-        "sampling": Sampling(),
-        **options,
-    }
-    return rollouts(program, examples, lm=lm, **settings)
+    settings: dict[str, Any] = {"form": Lines(), "metric": exact_match, "sampling": Sampling(), "max_error_rate": 0.5}
+    settings |= {name: options.pop(name) for name in tuple(options) if name in settings}
+    prompts = options.pop("prompts", program.initial_prompts())
+    return Runner(program, lm, **settings).run(examples, prompts, **options)
 
 
 # -- lockstep
@@ -471,3 +468,96 @@ def test_too_many_faults_raise_with_the_first_one() -> None:
         FaultyProgramError, match=r"the program failed on 1 of 2 examples.*max_error_rate 0.4.*example 13: .*unlucky"
     ):
         run(Picky(True), examples, FakeLM(doubling), max_error_rate=0.4)
+
+
+# -- what user code is given is its own
+
+
+class Remembers(Program):
+    """Keeps on itself what it was asked, and changes its input in place."""
+
+    double = Stage("numbers -> answer")
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def run(self, numbers: list[int]) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+        self.seen.append(list(numbers))
+        self.last = numbers[0]
+        numbers.append(0)
+        yield self.double(numbers=numbers)
+        return {"answer": f"{self.seen} {self.last}"}
+
+
+def test_state_on_self_is_each_runs_own() -> None:
+    examples = [Example.of({"numbers": [n]}, {"answer": "?"}, id=str(n)) for n in (1, 2)]
+    program = Remembers()
+    done = run(program, examples, FakeLM(lambda request: "x"))
+    assert [r.prediction for r in done] == [{"answer": "[[1]] 1"}, {"answer": "[[2]] 2"}]
+    assert program.seen == []
+
+
+def test_a_program_that_changes_its_inputs_finds_them_as_they_were_in_the_next_run() -> None:
+    example = Example.of({"numbers": [1]}, {"answer": "?"})
+    done = [run(Remembers(), [example], FakeLM(lambda request: "x"))[0] for _ in range(2)]
+    assert example.inputs == {"numbers": [1]}
+    assert done[0].steps[0].inputs == done[1].steps[0].inputs == {"numbers": "[1] 1\n[2] 0"}
+
+
+def test_a_metric_that_changes_what_it_is_given_changes_no_record() -> None:
+    def greedy(example: Example, prediction: Mapping[str, Any]) -> float:
+        prediction.clear()  # type: ignore[attr-defined]
+        example.labels["answer"] = "7"  # type: ignore[index]
+        return 1.0
+
+    (done,) = run(Loop(1), doubles(3), FakeLM(doubling), metric=greedy)
+    assert done.prediction == {"answer": "6"}
+    assert done.example.labels == {"answer": "6"}
+
+
+# -- typed values
+
+
+class Sums(Program):
+    add = Stage("number -> answer: float, sure: bool")
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
+        found = yield self.add(number=number)
+        return {"answer": found["answer"] + 1, "sure": found["sure"]}
+
+
+def test_programs_and_metrics_get_typed_values_and_records_the_texts() -> None:
+    (done,) = run(Sums(), doubles(3), FakeLM(lambda request: "answer: 1,200.50\nsure: yes"))
+    assert done.prediction == {"answer": 1201.5, "sure": True}
+    assert done.steps[0].outputs == {"answer": "1,200.50", "sure": "yes"}
+
+
+def test_a_value_that_is_not_of_its_type_ends_the_run_with_the_value() -> None:
+    (done,) = run(Sums(), doubles(3), FakeLM(lambda request: "answer: lots\nsure: yes"))
+    assert done.error is not None
+    assert (done.error.kind, done.score) == ("type", 0.0)
+    assert done.error.message == 'stage "add": "answer": "lots" is no number.'
+
+
+# -- scores with reasons
+
+
+def test_a_metric_may_say_why() -> None:
+    said = Score(0.5, "the unit is missing", {"digits": 1.0, "unit": 0.0})
+    (done,) = run(Loop(1), doubles(3), FakeLM(doubling), metric=lambda example, prediction: said)
+    assert (done.score, done.feedback, done.objectives) == (0.5, "the unit is missing", {"digits": 1.0, "unit": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (Score(2.0), "a Score of 2.0"),
+        (Score(1.0, 3), "feedback is 3, which is no text"),  # type: ignore[arg-type]
+        (Score(1.0, "", {"unit": float("nan")}), 'objective "unit" is nan'),
+    ],
+)
+def test_a_score_that_is_none_is_the_metrics_fault(score: Score, message: str) -> None:
+    (done,) = run(Loop(1), doubles(3), FakeLM(doubling), metric=lambda e, p: score, max_error_rate=1.0)
+    assert done.error is not None
+    assert done.error.kind == "metric"
+    assert message in done.error.message

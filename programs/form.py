@@ -1,0 +1,342 @@
+"""Forms: how the fields of a stage are asked for, written and read. A config selects one by `model.form`."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from cotune.programs.layout import Field, Fixed, Layout, Schema
+from cotune.programs.lm import Completion, Message
+from cotune.programs.prompt import Demo, Prompt
+from cotune.programs.signature import Signature
+from cotune.programs.types import Line, choices_of, syntax_of
+
+
+class ParseError(ValueError):
+    """A completion does not hold what the signature asks for. It ends its rollout with score 0, and is counted."""
+
+
+class Form(ABC):
+    """How a stage talks to the LM. Text of the data goes in by concatenation only: it is never itself a template.
+
+    Engines in this process fill the layout in, so that what they complete can always be read. `parse` is for LMs that
+    only give text. A form of one's own has a `layout` and says in `ask` what the LM should do; the rest follows.
+    """
+
+    missing = "(not given)"
+    """What stands for an input or a demo's output that there is no value of."""
+
+    @abstractmethod
+    def layout(self, signature: Signature) -> Layout:
+        """The fixed texts and fields of a completion, every output once and in order."""
+
+    def ask(self, signature: Signature, prompt: Prompt) -> str:
+        """The system's turn: the instruction, and what the fields' names do not say."""
+        return "\n".join([prompt.instruction, *self.about(signature)])
+
+    def about(self, signature: Signature) -> list[str]:
+        """A line for each field that has a description or choices, the reasoning apart."""
+        said = {name: hint(signature, name) for name in (*signature.inputs, *signature.outputs)}
+        return [f"{name}: {text}" for name, text in said.items() if text and name != signature.reasoning]
+
+    def render(self, signature: Signature, prompt: Prompt, inputs: Mapping[str, str]) -> list[dict[str, str]]:
+        """The messages of one call, ending with the user's turn; demos are earlier turns of the chat."""
+        turns = [{"role": "system", "content": self.ask(signature, prompt)}]
+        for demo in prompt.demos:
+            turns.append({"role": "user", "content": self.show(signature, demo.inputs)})
+            turns.append({"role": "assistant", "content": self.write(signature, demo.outputs)})
+        turns.append({"role": "user", "content": self.show(signature, inputs)})
+        return turns
+
+    def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
+        """A user's turn: a line for each input."""
+        return "\n".join(f"{name}: {inputs.get(name, self.missing)}" for name in signature.inputs)
+
+    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        """The completion that holds these outputs: a demo's turn. Reasoning that is not there is left out."""
+        written: list[str] = []
+        for part in self.layout(signature):
+            if isinstance(part, Fixed):
+                written.append(part.text)
+            elif part.name in outputs or part.name != signature.reasoning:
+                written.append(part.lead + outputs.get(part.name, self.missing).strip())
+        return "".join(written).lstrip("\n")
+
+    complete = write  # its name until the callers have moved
+
+    def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
+        """Each output's text: by position where the engine filled the layout in, else found in the text.
+
+        Raises:
+            ParseError: an output is not there.
+        """
+        if completion.fields:
+            return {field.name: field.text.strip() for field in completion.fields}
+        return self.parse(signature, completion.text)
+
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        """Each output's text, found by the fixed texts around it.
+
+        Raises:
+            ParseError: a fixed text is missing, or an output is empty.
+        """
+        found: dict[str, str] = {}
+        rest, current = text, ""
+        for part in self.layout(signature):
+            if isinstance(part, Field):
+                current, found[part.name] = part.name, rest.strip()
+                continue
+            before, mark, after = rest.partition(part.text.strip())
+            if not mark:
+                after_what = f' after "{current}"' if current else ""
+                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {_short(text)}')
+            if current:
+                found[current] = before.strip()
+            rest = after
+        for name, value in found.items():
+            if not value:
+                raise ParseError(f'the completion has no "{name}": {_short(text)}')
+        return found
+
+    def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        """Why these outputs cannot be read back from what `write` makes of them; "" where they can.
+
+        A text that holds what marks another field's beginning would be cut there by every reader.
+        """
+        complete = {name: text.strip() for name, text in outputs.items()}
+        try:
+            read = self.parse(signature, self.write(signature, complete))
+        except ParseError as error:
+            return str(error)
+        wrong = [name for name in complete if read.get(name) != complete[name]]
+        return f'"{wrong[0]}" holds text that marks a field in this form: {_short(complete[wrong[0]])}' if wrong else ""
+
+
+class ReasonThenFill(Form):
+    """Reasoning first, in the LM's own way; then each remaining field behind its name. The default.
+
+    Nothing in the prompt talks of a format, since being asked for one takes small LMs out of their reasoning: the engine
+    puts "name:" there when the LM has ended its turn, or has written it itself. A stage with one output and no reasoning
+    gives the bare value.
+    """
+
+    def layout(self, signature: Signature) -> Layout:
+        names = [name for name in signature.outputs if name != signature.reasoning]
+        if len(signature.outputs) == 1:
+            return (_field(signature, names[0], stops=_next_example(signature)),)
+        parts: list[Fixed | Field] = []
+        if signature.reasoning:
+            parts.append(_field(signature, signature.reasoning, stops=_marks(names[0])))
+        for place, name in enumerate(names):
+            following = names[place + 1 : place + 2]
+            stops = _marks(following[0]) if following else _next_example(signature)
+            parts.append(Fixed(f"\n{name}:" if parts else f"{name}:"))
+            parts.append(_field(signature, name, lead=" ", stops=stops))
+        return tuple(parts)
+
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        return _split_at_markers(signature.outputs, text)
+
+
+class Lines(Form):
+    """A field a line, `name: value`, and the prompt says so; a stage with one output gives the bare value.
+
+    LMs that follow a format well do so with this one; smaller ones stop reasoning when asked for lines.
+    """
+
+    def ask(self, signature: Signature, prompt: Prompt) -> str:
+        inputs = [f"{name}: {said}" for name in signature.inputs if (said := hint(signature, name))]
+        if len(signature.outputs) == 1:
+            (name,) = signature.outputs
+            about = hint(signature, name)
+            return "\n".join([prompt.instruction, *inputs, f"Reply with the {name} only" + (f": {about}." if about else ".")])
+        outputs = [f"{name}: {hint(signature, name) or f'the {name}'}" for name in signature.outputs]
+        return "\n".join([prompt.instruction, *inputs, "Reply with these lines:", *outputs])
+
+    def layout(self, signature: Signature) -> Layout:
+        if len(signature.outputs) == 1:
+            return (_field(signature, signature.outputs[0], stops=_next_example(signature)),)
+        parts: list[Fixed | Field] = []
+        for place, name in enumerate(signature.outputs):
+            following = signature.outputs[place + 1 : place + 2]
+            stops = _marks(following[0]) if following else _next_example(signature)
+            parts += [Fixed(f"\n{name}:" if parts else f"{name}:"), _field(signature, name, lead=" ", stops=stops)]
+        return tuple(parts)
+
+    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
+        return super().write(signature, shown)
+
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        return _split_at_markers(signature.outputs, text)
+
+
+class Tags(Form):
+    """Each field between XML tags: `<answer>value</answer>`, inputs too."""
+
+    def ask(self, signature: Signature, prompt: Prompt) -> str:
+        wanted = " ".join(f"<{name}>…</{name}>" for name in signature.outputs)
+        return "\n".join([prompt.instruction, *self.about(signature), f"Reply with {wanted}."])
+
+    def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
+        return "\n".join(f"<{name}>{inputs.get(name, self.missing)}</{name}>" for name in signature.inputs)
+
+    def layout(self, signature: Signature) -> Layout:
+        parts: list[Fixed | Field] = []
+        before = ""
+        for name in signature.outputs:
+            parts += [Fixed(f"{before}<{name}>"), _field(signature, name, stops=(f"</{name}>",))]
+            before = f"</{name}>\n"
+        return (*parts, Fixed(before.rstrip()))
+
+    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
+        return super().write(signature, shown)
+
+
+class Markers(Form):
+    """The markers of DSPy's chat format, `[[ ## answer ## ]]` before each field, for prompts that were made for it."""
+
+    def ask(self, signature: Signature, prompt: Prompt) -> str:
+        wanted = "\n\n".join(f"[[ ## {name} ## ]]\n(the {name})" for name in signature.outputs)
+        return "\n".join(
+            [prompt.instruction, *self.about(signature), "", "Reply in this form:", "", wanted, "", "[[ ## completed ## ]]"]
+        )
+
+    def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
+        return "\n\n".join(f"[[ ## {name} ## ]]\n{inputs.get(name, self.missing)}" for name in signature.inputs)
+
+    def layout(self, signature: Signature) -> Layout:
+        parts: list[Fixed | Field] = []
+        for place, name in enumerate(signature.outputs):
+            following = [*signature.outputs, "completed"][place + 1]
+            before = "\n\n" if parts else ""
+            parts.append(Fixed(f"{before}[[ ## {name} ## ]]"))
+            parts.append(_field(signature, name, lead="\n", stops=(f"\n\n[[ ## {following}", "\n[[ ##")))
+        return (*parts, Fixed("\n\n[[ ## completed ## ]]"))
+
+    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
+        return super().write(signature, shown)
+
+
+class Json(Form):
+    """One JSON object that holds the outputs. Decoding in this process is held to its schema, which needs `llguidance`."""
+
+    def ask(self, signature: Signature, prompt: Prompt) -> str:
+        names = ", ".join(f'"{name}"' for name in signature.outputs)
+        return "\n".join([prompt.instruction, *self.about(signature), f"Reply with a JSON object with the keys {names}."])
+
+    def layout(self, signature: Signature) -> Layout:
+        kinds = {name: _json_schema(signature, name) for name in signature.outputs}
+        schema = {
+            "type": "object",
+            "properties": kinds,
+            "required": list(signature.outputs),
+            "additionalProperties": False,
+        }
+        return (Field("json", syntax=Schema(json.dumps(schema))),)
+
+    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        given = {name: outputs[name].strip() for name in signature.outputs if name in outputs}
+        return json.dumps({name: _json_value(signature, name, text) for name, text in given.items()}, ensure_ascii=False)
+
+    def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
+        return self.parse(signature, completion.text)  # JSON says itself where its values end
+
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        start = text.find("{")
+        try:
+            held, _ = json.JSONDecoder(strict=False).raw_decode(text[max(start, 0) :])
+        except ValueError as error:
+            raise ParseError(f"the completion holds no JSON object ({error}): {_short(text)}") from None
+        if not isinstance(held, dict):
+            raise ParseError(f"the completion holds no JSON object: {_short(text)}")
+        found = {}
+        for name in signature.outputs:
+            if held.get(name) in (None, ""):
+                raise ParseError(f'the completion has no "{name}": {_short(text)}')
+            value = held[name]
+            found[name] = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return found
+
+
+def hint(signature: Signature, name: str) -> str:
+    """What the LM is told of a field beside its name: its description, or the choices that it has."""
+    described = signature.descriptions.get(name, "")
+    kind = signature.type_of(name)
+    choices = choices_of(kind)
+    if described or kind is bool or not choices:
+        return described or ("yes or no" if kind is bool and name in signature.outputs else "")
+    return f"one of {', '.join(choices)}"
+
+
+def typed_demo(signature: Signature, demo: Demo) -> Demo:
+    """The demo with its outputs as their types write them ("7.0" of a float field is "7")."""
+    outputs = {name: signature.text(name, text) for name, text in demo.outputs.items()}
+    return Demo(demo.inputs, outputs, demo.source)
+
+
+def _field(signature: Signature, name: str, *, lead: str = "", stops: Sequence[str] = ()) -> Field:
+    kind = signature.type_of(name)
+    line = ("\n",) if kind is Line else ()
+    return Field(name, lead=lead, stops=(*line, *stops), syntax=syntax_of(kind))
+
+
+def _marks(name: str) -> tuple[str, ...]:
+    """How LMs begin the line of a field: its name in two writings, plain or in bold."""
+    return tuple(f"\n{bold}{text}:" for bold in ("", "**") for text in dict.fromkeys((name, name.capitalize())))
+
+
+def _next_example(signature: Signature) -> tuple[str, ...]:
+    # An LM that goes on after its last field begins to invent the next example: its first line is an input field's.
+    return tuple(f"\n{name}:" for name in signature.inputs)
+
+
+def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
+    """Field -> text after its marker. Markers count at the start of a line, in the order of the fields, once each, in
+    any letter case; text before the first marker belongs to the first field.
+
+    Raises:
+        ParseError: a field is missing or empty.
+    """
+    found: dict[str, str] = {}
+    current, start, position = names[0], 0, 0
+    for index, name in enumerate(names):
+        marker = re.compile(rf"^[ \t*#]*{re.escape(name)}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+        match = marker.search(text, position)
+        if match is None:
+            continue
+        if index > 0:
+            found[current] = text[start : match.start()].strip()
+        current, start, position = name, match.end(), match.end()
+    found[current] = text[start:].strip()
+    for name in names:
+        if not found.get(name):
+            raise ParseError(f'the completion has no "{name}": {_short(text)}')
+    return {name: found[name] for name in names}
+
+
+def _json_schema(signature: Signature, name: str) -> object:
+    kind = signature.type_of(name)
+    syntax = syntax_of(kind)
+    choices = choices_of(kind)
+    if choices is not None:
+        return {"enum": list(choices)}
+    if kind in (bool, int, float):
+        return {"type": {bool: "boolean", int: "integer", float: "number"}[kind]}
+    return json.loads(syntax.json) if isinstance(syntax, Schema) else {"type": "string", "minLength": 1}
+
+
+def _json_value(signature: Signature, name: str, text: str) -> object:
+    kind = signature.type_of(name)
+    if kind in (bool, int, float):
+        return signature.value(name, text)
+    return json.loads(text) if isinstance(syntax_of(kind), Schema) else text
+
+
+def _short(text: str, limit: int = 80) -> str:
+    shown = text.strip().replace("\n", "\\n")
+    return repr(shown if len(shown) <= limit else shown[: limit - 1] + "…")

@@ -1,0 +1,280 @@
+"""Runner: runs many examples through a program together, one LM batch for each round of pending calls."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cotune.programs.example import Example
+from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
+from cotune.programs.form import Form, ParseError
+from cotune.programs.lm import LM, Completion, Request, Sampling
+from cotune.programs.metrics import Metric
+from cotune.programs.program import Call, Program
+from cotune.programs.prompt import Prompts
+from cotune.programs.retrieval import RetrieverError
+from cotune.programs.rollout import Rollout, Step
+from cotune.programs.score import Score
+from cotune.programs.signature import Signature
+from cotune.programs.types import FieldTypeError, plain
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Everything that decides how a program runs on an example, prompts and seed apart.
+
+    Attributes:
+        program, lm, form: what runs, on which LM, and how its stages talk to it.
+        metric: None leaves every score at 0: for predictions on data without labels.
+        sampling: how completions are drawn.
+        max_error_rate: share of examples on which the user's code may fail; each is scored 0 and recorded.
+    """
+
+    program: Program
+    lm: LM
+    form: Form
+    metric: Metric | None
+    sampling: Sampling
+    max_error_rate: float = 0.5
+
+    def run(
+        self,
+        examples: Sequence[Example],
+        prompts: Prompts | Sequence[Prompts],
+        *,
+        seed: int = 0,
+        attempt: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """Runs the program on every example, in lockstep: each round of pending calls is one LM batch.
+
+        Each example has a copy of the program, and of its own inputs: what a run writes there no other one sees. (Copied
+        are the program's attributes that are lists, dicts or sets. Other objects, a retriever say, are shared.)
+
+        Args:
+            prompts: one set of prompts for all, or one for each example.
+            seed, attempt: with stage and example they seed each call's draws, so the batch has no influence on them.
+            progress: told, after each round, how many examples have newly ended.
+
+        Returns:
+            One rollout an example, in the order of the examples. A bad rollout is data, not an exception.
+
+        Raises:
+            FaultyProgramError: program, retriever or metric failed on more than `max_error_rate` of the examples.
+        """
+        sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
+        if len(sets) != len(examples):
+            raise ValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
+        signatures = {name: stage.signature for name, stage in self.program.stages.items()}
+        runs = [_Run(self.program, example) for example in examples]
+        pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
+        _report(progress, len(runs) - len(pending))
+        while pending:
+            requests = [
+                run.request(self.form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
+                for run, given in pending
+            ]
+            completions = self.lm.generate(requests, self.sampling)
+            before = len(pending)
+            pending = [
+                (run, given)
+                for (run, given), request, completion in zip(pending, requests, completions, strict=True)
+                if run.take(self.form, signatures[run.call.stage], request, completion)
+            ]
+            _report(progress, before - len(pending))
+        done = [_scored(run, self.metric) for run in runs]
+        check_errors(done, max_error_rate=self.max_error_rate)
+        return done
+
+
+def call_seed(seed: int, run: _Run, attempt: int) -> int:
+    """A 63-bit seed from what the call is, not from when or beside what it runs."""
+    text = f"{seed}|{run.example.id}|{run.call.stage}|{len(run.steps)}|{attempt}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class _Run:
+    """A rollout under way: the program's generator, the call it waits on, the steps behind it."""
+
+    call: Call
+
+    def __init__(self, program: Program, example: Example) -> None:
+        self.program, self.example = program, example
+        self.own = _own_copy(program)
+        self.generator: Generator[Call, Any, Any] | None = None
+        self.steps: list[Step] = []
+        self.prediction: Mapping[str, Any] | None = None
+        self.error: Failure | None = None
+
+    def advance(self, outputs: Any) -> bool:
+        """Runs the program to its next call; None starts it. False when it has ended, well or badly."""
+        try:
+            call = self._generator().send(outputs)
+        except StopIteration as stop:
+            self._finish(stop.value)
+        except RetrieverError as error:
+            self._fail("retriever", str(error))
+        except (MemoryError, KeyboardInterrupt):  # not the example's doing
+            raise
+        except (Exception, SystemExit) as error:  # the user's code: what it raises is recorded, counted and shown
+            self._fail("program", f"{type(self.program).__name__}.run raised {raised(error)}")
+        else:
+            return self._accept(call)
+        return False
+
+    def _generator(self) -> Generator[Call, Any, Any]:
+        if self.generator is None:
+            made: Any = self.own.run(**copy.deepcopy(dict(self.example.inputs)))
+            if not isinstance(made, Generator):
+                raise TypeError(f"run is no generator, it returned {shown(made)}; yield the stage calls")
+            self.generator = made
+        return self.generator
+
+    def _accept(self, call: Any) -> bool:
+        """Takes what the program yielded as the call that it waits on."""
+        if not isinstance(call, Call) or call.stage not in list(self.program.stages):
+            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages")
+        elif fault := _unsayable(call.inputs):
+            self._fail("program", f'run() called stage "{call.stage}" with {fault}')
+        elif len(self.steps) >= self.program.max_calls:
+            self._fail(
+                "program",
+                f"run() made {len(self.steps)} calls and wants another, more than "
+                f"{type(self.program).__name__}.max_calls allows; mend the loop, or set max_calls higher in the class",
+            )
+        else:
+            self.call = call
+            return True
+        return False
+
+    def request(self, form: Form, signature: Signature, prompts: Prompts, seed: int) -> Request:
+        messages = form.render(signature, prompts[self.call.stage], self.call.inputs)
+        return Request(messages, seed=seed, layout=form.layout(signature))
+
+    def take(self, form: Form, signature: Signature, request: Request, completion: Completion) -> bool:
+        """Records the completion as a step and resumes the program with its outputs. False when the rollout has ended."""
+        step = Step(self.call.stage, self.call.inputs, {}, request.messages, completion)
+        values: dict[str, Any] = {}
+        try:
+            if completion.finished == "too_long":
+                raise ParseError("the prompt is longer than the model's context window")
+            texts = form.read(signature, completion)
+            values = {name: signature.value(name, texts[name]) for name in signature.outputs}
+            step = replace(step, outputs={name: texts[name] for name in signature.outputs})
+        except ParseError as error:
+            self._fail("format", f'stage "{self.call.stage}": {error}')
+        except FieldTypeError as error:
+            self._fail("type", f'stage "{self.call.stage}": {error}')
+        self.steps.append(step)
+        return self.error is None and self.advance(values)
+
+    def _finish(self, prediction: Any) -> None:
+        if not isinstance(prediction, Mapping):
+            said = f"returned {shown(prediction)}; return a mapping of named values, e.g. the last outputs"
+            self._fail("program", f"run() {said}")
+        elif fault := _unwritable(prediction):
+            self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
+        else:
+            self.prediction = prediction
+
+    def _fail(self, kind: Kind, message: str) -> None:
+        self.error = Failure(kind, message)
+        if self.generator is not None:
+            # Now, and not whenever it is collected. Its clean-up may raise, but the rollout says already why it failed.
+            with suppress(Exception):
+                self.generator.close()
+
+
+def _unsayable(inputs: Any) -> str:
+    """What stops a call's inputs from being shown to an LM; "" for nothing. `Stage.__call__` makes texts of values, but
+    a `Call` may be made by hand, and a text from elsewhere may be no valid Unicode."""
+    if not isinstance(inputs, Mapping):
+        return f"the inputs {shown(inputs)}, which are no mapping"
+    for name, value in inputs.items():
+        if not isinstance(value, str):
+            return f"{shown(name)} of type {type(value).__name__}, which is no text; make calls by calling the stage"
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"half a surrogate pair in {shown(name)}, at character {error.start}: no text in UTF-8 holds one"
+    return ""
+
+
+def _unwritable(prediction: Mapping[Any, Any]) -> str:
+    """What stops a prediction from being written as JSON, as logs and `cotune predict` do; "" for nothing."""
+    wrong = [name for name in prediction if not isinstance(name, str)]
+    if wrong:
+        return f"its key {shown(wrong[0])} is no text"
+    try:
+        json.dumps(plain(prediction), ensure_ascii=False).encode()
+    except Exception as error:  # values are the user's, and so is what their __str__ raises
+        return raised(error)
+    return ""
+
+
+def _scored(run: _Run, metric: Metric | None) -> Rollout:
+    score, error = Score(0.0), run.error
+    if error is None and metric is not None and run.prediction is not None:
+        try:
+            # Copies: a metric that sorts a list in place must change no record.
+            score = _valid_score(metric(copy.deepcopy(run.example), copy.deepcopy(run.prediction)))
+        except _BadScoreError as bad:
+            error = Failure("metric", str(bad))
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except (Exception, SystemExit) as caught:  # the user's code, as above
+            error = Failure("metric", f"the metric raised {raised(caught)}")
+    return Rollout(
+        run.example, tuple(run.steps), run.prediction, score.value, error, score.feedback, dict(score.objectives)
+    )
+
+
+class _BadScoreError(ValueError):
+    """A metric gave what is no score."""
+
+
+def _valid_score(given: Any) -> Score:
+    """What a metric gave, as a Score. Python's and numpy's numbers and booleans will do, and tensors of one element."""
+    if not isinstance(given, Score):
+        return Score(_unit(given, "the metric returned {}, which is not a number in [0, 1]"))
+    if not isinstance(given.feedback, str):
+        raise _BadScoreError(f"the metric's feedback is {shown(given.feedback)}, which is no text")
+    objectives = {
+        str(name): _unit(value, f'the metric\'s objective "{name}" is {{}}, which is not a number in [0, 1]')
+        for name, value in given.objectives.items()
+    }
+    value = _unit(given.value, "the metric returned a Score of {}, which is not a number in [0, 1]")
+    return Score(value, given.feedback, objectives)
+
+
+def _unit(given: Any, message: str) -> float:
+    bad = _BadScoreError(message.format(shown(given)))
+    if isinstance(given, (str, bytes)) or given is None:
+        raise bad
+    try:
+        value = float(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise bad from error
+    if not 0 <= value <= 1:  # NaN fails this too
+        raise bad
+    return value
+
+
+def _own_copy(program: Program) -> Program:
+    """The program with lists, dicts and sets of its own: runs advance side by side, and may keep state on `self`."""
+    own = copy.copy(program)
+    for name, value in vars(program).items():
+        if isinstance(value, (list, dict, set, bytearray)):
+            with suppress(Exception):  # what cannot be copied is shared, as other objects are
+                vars(own)[name] = copy.deepcopy(value)
+    return own
+
+
+def _report(progress: Callable[[int], None] | None, ended: int) -> None:
+    if progress is not None and ended:
+        progress(ended)

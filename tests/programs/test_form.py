@@ -1,0 +1,294 @@
+"""Forms: what the LM is shown, what its completions are made of, and what is read from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import date
+from enum import Enum
+from typing import Any, Literal
+
+import pytest
+from cotune.programs import (
+    Choices,
+    Completion,
+    Demo,
+    Field,
+    Filled,
+    Fixed,
+    Form,
+    Json,
+    Line,
+    Lines,
+    Markers,
+    Number,
+    ParseError,
+    Prompt,
+    ReasonThenFill,
+    Signature,
+    Tags,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+class Mood(Enum):
+    GOOD = "good"
+    BAD = "bad"
+
+
+@dataclass
+class Place:
+    name: str
+    floor: int
+
+
+ONE = Signature.parse("question -> answer", instruction="Answer.")
+TWO = Signature.parse("context, question -> reasoning, answer", instruction="Answer.")
+THREE = Signature.parse("question -> plan, notes, answer")
+FORMS: list[Form] = [ReasonThenFill(), Lines(), Tags(), Markers(), Json()]
+MARKED: list[Form] = [ReasonThenFill(), Lines()]
+TYPED = {
+    Literal["yes", "no", "not sure"]: st.sampled_from(["yes", "no", "not sure"]),
+    Mood: st.sampled_from(Mood),
+    bool: st.booleans(),
+    int: st.integers(-(10**12), 10**12),
+    float: st.floats(-1e12, 1e12, allow_nan=False).map(lambda value: round(value, 6)),
+    date: st.dates(),
+    list[int]: st.lists(st.integers(-99, 99)),
+    Place: st.builds(Place, st.text(st.characters(codec="utf-8"), max_size=8), st.integers(-9, 9)),
+}
+
+
+def names(form: Form) -> str:
+    return type(form).__name__
+
+
+each_form = pytest.mark.parametrize("form", FORMS, ids=names)
+each_marked = pytest.mark.parametrize("form", MARKED, ids=names)
+
+
+# -- what the LM is shown
+
+
+def test_a_call_is_a_system_turn_demos_and_the_users_turn() -> None:
+    demo = Demo({"question": "1+1"}, {"answer": "2"})
+    assert ReasonThenFill().render(ONE, Prompt("Add.", (demo,)), {"question": "2+2"}) == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "question: 1+1"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "question: 2+2"},
+    ]
+
+
+@each_form
+def test_the_prompts_instruction_replaces_the_signatures(form: Form) -> None:
+    system = form.render(ONE, Prompt("Guess."), {"question": "?"})[0]["content"]
+    assert system.startswith("Guess.")
+    assert "Answer." not in system
+
+
+def test_lines_lists_several_outputs_with_their_descriptions() -> None:
+    signature = Signature.parse(
+        "context, question -> reasoning, answer", descriptions={"context": "passages", "answer": "one word"}
+    )
+    system = Lines().render(signature, Prompt("Read."), {"context": "c", "question": "q"})[0]["content"]
+    assert system == "Read.\ncontext: passages\nReply with these lines:\nreasoning: the reasoning\nanswer: one word"
+
+
+def test_the_default_form_never_asks_a_reasoning_stage_for_a_format() -> None:
+    turns = ReasonThenFill().render(TWO, Prompt("Read."), {"context": "c", "question": "q"})
+    assert [turn["content"] for turn in turns] == ["Read.", "context: c\nquestion: q"]
+
+
+@each_form
+def test_choices_are_named_to_the_lm(form: Form) -> None:
+    signature = Signature.parse("query -> intent: Literal['refund', 'new card']")
+    assert "refund, new card" in form.render(signature, Prompt("Sort."), {"query": "?"})[0]["content"]
+
+
+def test_reasoning_that_a_labelled_demo_lacks_is_left_out_and_never_said_to_be_missing() -> None:
+    demo = Demo({"context": "c", "question": "q"}, {"answer": "42"})
+    turns = ReasonThenFill().render(TWO, Prompt("Read.", (demo,)), {"context": "c", "question": "q"})
+    assert turns[2]["content"] == "answer: 42"
+
+
+@each_form
+def test_data_is_never_a_template(form: Form) -> None:
+    nasty = "{question} %s {0} {{x}} \\1 $answer"
+    turns = form.render(ONE, Prompt(nasty, (Demo({"question": nasty}, {"answer": nasty}),)), {"question": nasty})
+    assert turns[0]["content"].startswith(nasty)
+    assert nasty in turns[1]["content"]
+    assert form.parse(ONE, turns[2]["content"]) == {"answer": nasty}
+
+
+# -- what a completion is made of
+
+
+@each_form
+@pytest.mark.parametrize("signature", [ONE, TWO, THREE], ids=str)
+def test_layouts_have_fields_and_fixed_texts_by_turns(form: Form, signature: Signature) -> None:
+    layout = form.layout(signature)
+    assert all(type(part) is not type(after) for part, after in zip(layout, layout[1:], strict=False))
+    assert all(part.text and part.text == part.text.rstrip() for part in layout if isinstance(part, Fixed))
+    fields = [part.name for part in layout if isinstance(part, Field)]
+    assert fields == (["json"] if isinstance(form, Json) else list(signature.outputs))
+
+
+def test_reasoning_comes_first_and_free_and_the_rest_is_put_behind_it() -> None:
+    signature = Signature.parse("question -> reasoning, answer: float, sure: bool")
+    first, mark, answer, other, sure = ReasonThenFill().layout(signature)
+    assert isinstance(first, Field)
+    assert first.syntax is None
+    assert "\nanswer:" in first.stops
+    assert (mark, other) == (Fixed("\nanswer:"), Fixed("\nsure:"))
+    assert (answer.lead, answer.syntax) == (" ", Number())  # type: ignore[union-attr]
+    assert sure.syntax == Choices(("yes", "no"))  # type: ignore[union-attr]
+
+
+def test_generation_may_stop_where_a_new_example_would_begin() -> None:
+    last = ReasonThenFill().layout(TWO)[-1]
+    assert last.stops == ("\ncontext:", "\nquestion:")  # type: ignore[union-attr]
+
+
+def test_a_field_of_one_line_ends_where_its_line_does() -> None:
+    (field,) = ReasonThenFill().layout(Signature.parse("question -> answer: line"))
+    assert field.stops[0] == "\n"  # type: ignore[union-attr]
+    assert Signature.parse("question -> answer: line").type_of("answer") is Line
+
+
+# -- what is read
+
+
+def test_fields_that_an_engine_filled_in_are_read_by_position_whatever_they_hold() -> None:
+    said = "the answer: 3\nanswer: 4"
+    filled = (Filled("reasoning", said, 0, 9, "eos"), Filled("answer", " 5", 11, 12, "eos"))
+    completion = Completion(f"{said}\nanswer: 5", fields=filled)
+    assert ReasonThenFill().read(TWO, completion) == {"reasoning": said, "answer": "5"}
+
+
+values = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).map(str.strip).filter(bool)
+pieces = st.lists(st.sampled_from(["answer:", "\n", "**", "<answer>", "[[ ## answer ## ]]", '"', "a", " "]), max_size=8)
+
+
+@each_form
+@settings(max_examples=500, deadline=None, database=None)
+@given(values | pieces.map("".join).map(str.strip).filter(bool), values)
+def test_what_is_written_is_read_back_or_refused_by_name(form: Form, first: str, last: str) -> None:
+    outputs = {"reasoning": first, "answer": last}
+    why = form.unwritable(TWO, outputs)
+    if why:
+        assert any(name in why for name in outputs)
+    else:
+        assert form.parse(TWO, form.write(TWO, outputs)) == outputs
+
+
+@each_form
+@settings(max_examples=200, deadline=None, database=None)
+@given(st.data())
+def test_typed_values_are_read_back_from_every_form(form: Form, data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(list(TYPED)))
+    value = data.draw(TYPED[kind])
+    signature = Signature(("question",), ("first", "last"), types={"first": kind, "last": kind})
+    texts = {name: signature.text(name, value) for name in signature.outputs}
+    read = form.parse(signature, form.write(signature, texts))
+    assert {name: signature.value(name, text) for name, text in read.items()} == {"first": value, "last": value}
+
+
+@each_form
+@settings(max_examples=500, deadline=None, database=None)
+@given(st.text(st.characters(codec="utf-8"), max_size=60) | pieces.map("".join))
+def test_any_text_is_read_or_refused_in_one_line(form: Form, text: str) -> None:
+    try:
+        found = form.parse(TWO, text)
+    except ParseError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert set(found) == {"reasoning", "answer"}
+        assert all(found.values())
+
+
+@each_marked
+@pytest.mark.parametrize(
+    "text",
+    [
+        "reasoning: it is so\nanswer: 42",
+        "  Reasoning: it is so\n\nANSWER:42  \n",
+        "**reasoning:** it is so\n**Answer**: 42",
+        "# reasoning: it is so\n## answer: 42",
+        "it is so\nanswer: 42",
+        "Sure!\nreasoning: it is so\nanswer: 42",
+    ],
+)
+def test_markers_are_read_in_any_dress(form: Form, text: str) -> None:
+    assert form.parse(TWO, text) == {"reasoning": "it is so", "answer": "42"}
+
+
+@each_marked
+@pytest.mark.parametrize(("text", "answer"), [("42", "42"), ("answer: 42", "42"), ("Well.\nAnswer: 42", "42")])
+def test_one_output_is_read_with_or_without_its_marker(form: Form, text: str, answer: str) -> None:
+    assert form.parse(ONE, text) == {"answer": answer}
+
+
+@each_marked
+def test_values_may_have_many_lines(form: Form) -> None:
+    text = "reasoning: first\n\n- second: yes\nquestion: none\nanswer: a\nb"
+    assert form.parse(TWO, text) == {"reasoning": "first\n\n- second: yes\nquestion: none", "answer": "a\nb"}
+
+
+@each_marked
+def test_a_marker_inside_a_line_is_text(form: Form) -> None:
+    text = "reasoning: I think the answer: 7 is wrong\nanswer: 8"
+    assert form.parse(TWO, text) == {"reasoning": "I think the answer: 7 is wrong", "answer": "8"}
+
+
+@each_marked
+def test_a_field_whose_name_ends_another_is_not_its_marker(form: Form) -> None:
+    signature = Signature.parse("question -> final_answer, answer")
+    with pytest.raises(ParseError, match='no "answer"'):
+        form.parse(signature, "final_answer: 7")
+
+
+@pytest.mark.parametrize(
+    ("signature", "text", "missing"),
+    [
+        (ONE, "", "answer"),
+        (ONE, " \n ", "answer"),
+        (ONE, "answer:", "answer"),
+        (TWO, "reasoning: it goes on and on", "answer"),  # cut before its end
+        (TWO, "reasoning: r\nanswer:", "answer"),
+        (TWO, "answer: 42", "reasoning"),
+        (TWO, "answer: 42\nreasoning: r", "answer"),  # the wrong way round
+        (THREE, "plan: p\nanswer: a", "notes"),
+    ],
+)
+@each_marked
+def test_a_missing_or_empty_field_is_a_parse_error_that_names_it(
+    form: Form, signature: Signature, text: str, missing: str
+) -> None:
+    with pytest.raises(ParseError, match=f'no "{missing}"'):
+        form.parse(signature, text)
+
+
+@each_form
+def test_a_long_completion_is_shortened_in_the_error(form: Form) -> None:
+    with pytest.raises(ParseError) as raised:
+        form.parse(TWO, "reasoning: " + "x" * 1000)
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"reasoning": "so", "answer": 42}', {"reasoning": "so", "answer": "42"}),
+        ('Here it is: {"answer": "a\\nb", "reasoning": "so"} Done.', {"reasoning": "so", "answer": "a\nb"}),
+    ],
+)
+def test_json_is_read_wherever_it_stands(text: str, found: dict[str, Any]) -> None:
+    assert Json().parse(TWO, text) == found
+
+
+def test_json_holds_numbers_as_numbers() -> None:
+    signature = Signature.parse("question -> answer: float, tags: list[str]")
+    written = Json().write(signature, {"answer": "7", "tags": '["a"]'})
+    assert json.loads(written) == {"answer": 7.0, "tags": ["a"]}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cotune.lightning_modules import LanguageModel
-from cotune.programs import ChatTemplate, Demo, Example, Predict, Prompt, Prompts, Sampling, exact_match
+from cotune.programs import Demo, Example, Predict, Prompt, Prompts, Sampling, exact_match
 from cotune.prompting import Proposal, SearchTask, score_candidate
 
 from benchmarks import machine as rates
@@ -108,11 +108,7 @@ def _task(lm: LanguageModel, dev: Sequence[Example]) -> SearchTask:
     )
     initial = program.initial_prompts()
     return SearchTask(
-        program=program,
-        lm=lm,
-        template=ChatTemplate(),
-        metric=exact_match,
-        sampling=Sampling(max_new_tokens=8),
+        runner=Runner(program, lm, Lines(), exact_match, Sampling(max_new_tokens=8)),
         initial=initial,
         incumbent=initial,
         train=[],

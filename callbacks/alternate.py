@@ -326,18 +326,13 @@ class Alternate(Callback):
         module, data = _ours(trainer)
         with StepProgress(self._title("prompt step")) as progress:
             task = SearchTask(
-                program=module.program,
-                lm=module.lm,
-                template=module.template,
-                metric=data.metric,
-                sampling=module.sampling,
+                runner=module.runner(data.metric),
                 initial=module.initial_prompts,
                 incumbent=module.prompts,
                 train=self._search_examples(data),
                 dev=data.splits.dev,
                 threshold=data.bootstrapping.threshold,
                 seed=_seed(self.seed, "search", self.position),
-                max_error_rate=module.max_error_rate,
                 lm_calls=self._calls_left(data) if self.position == len(self.steps) - 1 else 0,
                 progress=progress,
             )
@@ -362,7 +357,7 @@ class Alternate(Callback):
         self._coverage = trace_coverage(traces, data.splits.train)
         maker = PairMaker(
             module.program,
-            module.template,
+            module.form,
             module.prompts,
             module.lm.encode,
             end_id=module.lm.end_ids[0],
@@ -423,7 +418,7 @@ class Alternate(Callback):
                 train,
                 program=module.program,
                 lm=module.lm,
-                template=module.template,
+                template=module.form,
                 prompts=module.prompts,
                 metric=data.metric,
                 sampling=module.sampling,

@@ -174,7 +174,7 @@ def _pair_maker(module: ProgramModule, traces: Path, data: TraceDataModule) -> P
 
     return PairMaker(
         module.program,
-        module.template,
+        module.form,
         _pair_prompts(module, traces, data),
         module.lm.encode,
         end_id=module.lm.end_ids[0],

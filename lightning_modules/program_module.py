@@ -16,18 +16,18 @@ from cotune.lightning_modules.packing import checkpoint_layers
 from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.skips import SkipLimits, Skips
 from cotune.programs import (
-    ChatTemplate,
     Example,
+    Form,
     Metric,
     Program,
     Prompts,
+    ReasonThenFill,
     Rollout,
+    Runner,
     Sampling,
-    Template,
     mean_score,
     prompts_from_dict,
     prompts_to_dict,
-    rollouts,
 )
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -76,7 +76,7 @@ class ProgramModule(LightningModule):
     Args:
         program: what to tune.
         lm: the shared LM.
-        template: how stages talk to it.
+        form: how stages talk to it; reasoning first and then each output behind its name, where none is given.
         sampling: how the program's completions are drawn, in prompt steps, validation and test.
         optimizer: for the adapter's parameters.
         learning_rate: its course within a weight step.
@@ -93,7 +93,7 @@ class ProgramModule(LightningModule):
         self,
         program: Program,
         lm: LanguageModel,
-        template: Template | None = None,
+        form: Form | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
         learning_rate: LearningRate = LearningRate(),
@@ -105,7 +105,7 @@ class ProgramModule(LightningModule):
     ) -> None:
         super().__init__()
         self.program, self.lm, self.sampling = program, lm, sampling
-        self.template: Template = template or ChatTemplate()
+        self.form: Form = form or ReasonThenFill()
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.seed, self.max_error_rate = seed, max_error_rate
         self.initial_prompts: Prompts = program.initial_prompts()
@@ -139,18 +139,12 @@ class ProgramModule(LightningModule):
         progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
         """Runs the program as it stands (current weights; current prompts unless others are given)."""
-        return rollouts(
-            self.program,
-            examples,
-            lm=self.lm,
-            prompts=self.prompts if prompts is None else prompts,
-            template=self.template,
-            metric=metric,
-            sampling=self.sampling,
-            seed=self.seed,
-            max_error_rate=self.max_error_rate,
-            progress=progress,
-        )
+        given = self.prompts if prompts is None else prompts
+        return self.runner(metric).run(examples, given, seed=self.seed, progress=progress)
+
+    def runner(self, metric: Metric | None) -> Runner:
+        """How this program runs on its LM, and by what it is scored."""
+        return Runner(self.program, self.lm, self.form, metric, self.sampling, self.max_error_rate)
 
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["format", "type", "program", "retriever", "metric"]
 KINDS: tuple[Kind, ...] = ("program", "retriever", "metric")
-"""Whose the faults are. Failures of format and type are none: there it is the LM that wrote what cannot be read, or what
-is no value of its field's type."""
+"""Whose the faults are. Failures of format and type are none: there it is the LM that wrote what cannot be read, or
+what is no value of its field's type."""
 
 
 @dataclass(frozen=True)

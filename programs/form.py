@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from cotune.programs.layout import Field, Fixed, Layout, Schema
-from cotune.programs.lm import Completion, Message
+from cotune.programs.lm import Completion
 from cotune.programs.prompt import Demo, Prompt
 from cotune.programs.signature import Signature
 from cotune.programs.types import Line, choices_of, syntax_of
@@ -117,9 +117,9 @@ class Form(ABC):
 class ReasonThenFill(Form):
     """Reasoning first, in the LM's own way; then each remaining field behind its name. The default.
 
-    Nothing in the prompt talks of a format, since being asked for one takes small LMs out of their reasoning: the engine
-    puts "name:" there when the LM has ended its turn, or has written it itself. A stage with one output and no reasoning
-    gives the bare value.
+    Nothing in the prompt talks of a format, since being asked for one takes small LMs out of their reasoning: the
+    engine puts "name:" there when the LM has ended its turn, or has written it itself. A stage with one output and no
+    reasoning gives the bare value.
     """
 
     def layout(self, signature: Signature) -> Layout:
@@ -151,7 +151,9 @@ class Lines(Form):
         if len(signature.outputs) == 1:
             (name,) = signature.outputs
             about = hint(signature, name)
-            return "\n".join([prompt.instruction, *inputs, f"Reply with the {name} only" + (f": {about}." if about else ".")])
+            return "\n".join(
+                [prompt.instruction, *inputs, f"Reply with the {name} only" + (f": {about}." if about else ".")]
+            )
         outputs = [f"{name}: {hint(signature, name) or f'the {name}'}" for name in signature.outputs]
         return "\n".join([prompt.instruction, *inputs, "Reply with these lines:", *outputs])
 
@@ -202,7 +204,16 @@ class Markers(Form):
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         wanted = "\n\n".join(f"[[ ## {name} ## ]]\n(the {name})" for name in signature.outputs)
         return "\n".join(
-            [prompt.instruction, *self.about(signature), "", "Reply in this form:", "", wanted, "", "[[ ## completed ## ]]"]
+            [
+                prompt.instruction,
+                *self.about(signature),
+                "",
+                "Reply in this form:",
+                "",
+                wanted,
+                "",
+                "[[ ## completed ## ]]",
+            ]
         )
 
     def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
@@ -223,11 +234,13 @@ class Markers(Form):
 
 
 class Json(Form):
-    """One JSON object that holds the outputs. Decoding in this process is held to its schema, which needs `llguidance`."""
+    """One JSON object that holds the outputs. Decoding in this process is held to its schema: that needs llguidance."""
 
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         names = ", ".join(f'"{name}"' for name in signature.outputs)
-        return "\n".join([prompt.instruction, *self.about(signature), f"Reply with a JSON object with the keys {names}."])
+        return "\n".join(
+            [prompt.instruction, *self.about(signature), f"Reply with a JSON object with the keys {names}."]
+        )
 
     def layout(self, signature: Signature) -> Layout:
         kinds = {name: _json_schema(signature, name) for name in signature.outputs}
@@ -241,7 +254,9 @@ class Json(Form):
 
     def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
         given = {name: outputs[name].strip() for name in signature.outputs if name in outputs}
-        return json.dumps({name: _json_value(signature, name, text) for name, text in given.items()}, ensure_ascii=False)
+        return json.dumps(
+            {name: _json_value(signature, name, text) for name, text in given.items()}, ensure_ascii=False
+        )
 
     def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
         return self.parse(signature, completion.text)  # JSON says itself where its values end

@@ -30,7 +30,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Schema:
-    """A field that holds JSON of this JSON schema, which is itself JSON text (keys sorted), so that it can be hashed."""
+    """A field that holds JSON of this JSON schema, which is itself JSON text, so that it can be hashed."""
 
     json: str
 
@@ -57,7 +57,7 @@ class Field:
         name: the output field that it holds.
         lead: what stands between the fixed text before it and its value: a space or a line break, or nothing. With a
             `syntax` the LM writes it, because it must; it is no part of the value.
-        stops: texts that end the field; what follows from there on is no part of it. The end of the turn always ends it.
+        stops: texts that end the field and are no part of it. The end of the turn always ends it.
         max_tokens: the field's own limit in tokens; None for what is left of `Sampling.max_new_tokens`.
         syntax: what may stand here; None for any text.
     """
@@ -70,7 +70,7 @@ class Field:
 
 
 Layout = tuple[Union[Fixed, Field], ...]  # noqa: UP007
-"""Fixed texts and fields by turns: no two fixed texts and no two fields stand side by side; there is one field at least."""
+"""Fixed texts and fields by turns: no two of a kind stand side by side, and there is one field at least."""
 
 FREE: Layout = (Field("text"),)
 """One field of any text: a completion without a form."""

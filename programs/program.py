@@ -17,7 +17,7 @@ Outputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A wish of a program: run this stage on these inputs. `yield` it, and the outputs come back, as their types say."""
+    """A wish of a program: run this stage on these inputs. `yield` it, and the typed outputs come back."""
 
     stage: str
     inputs: Mapping[str, str]

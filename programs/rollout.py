@@ -33,8 +33,8 @@ class Step:
 class Rollout:
     """One run of a program on one example.
 
-    `score` is in [0, 1], and 0 wherever there is an `error`; `feedback` and `objectives` are what the metric said beside
-    it. `steps` holds the calls that were made, the one whose completion could not be read included, its `outputs` empty.
+    `score` is in [0, 1], and 0 wherever there is an `error`; `feedback` and `objectives` are what the metric said
+    beside it. `steps` holds the calls that were made, one whose completion could not be read with empty `outputs`.
     """
 
     example: Example

@@ -53,8 +53,8 @@ class Runner:
     ) -> list[Rollout]:
         """Runs the program on every example, in lockstep: each round of pending calls is one LM batch.
 
-        Each example has a copy of the program, and of its own inputs: what a run writes there no other one sees. (Copied
-        are the program's attributes that are lists, dicts or sets. Other objects, a retriever say, are shared.)
+        Each run has its own copy of the program and of the inputs: no other run sees what it writes there. Attributes
+        of the program that are lists, dicts or sets are copied; other objects, such as a retriever, are shared.
 
         Args:
             prompts: one set of prompts for all, or one for each example.
@@ -157,7 +157,7 @@ class _Run:
         return Request(messages, seed=seed, layout=form.layout(signature))
 
     def take(self, form: Form, signature: Signature, request: Request, completion: Completion) -> bool:
-        """Records the completion as a step and resumes the program with its outputs. False when the rollout has ended."""
+        """Records the completion as a step and resumes the program with its outputs. False when the run has ended."""
         step = Step(self.call.stage, self.call.inputs, {}, request.messages, completion)
         values: dict[str, Any] = {}
         try:

@@ -23,8 +23,8 @@ from cotune.programs.types import (
 )
 
 _SHORT_FORM = (
-    'A signature is written "inputs -> outputs" with names separated by commas and a type after a colon where a field is '
-    "not text, e.g. \"context, question -> answer\" or \"query -> intent: Literal['refund', 'other'], urgent: bool\"."
+    'A signature is written "inputs -> outputs" with names separated by commas and a type after a colon where a field '
+    "is not text, e.g. \"context, question -> answer\" or \"query -> intent: Literal['refund', 'other'], urgent: bool\"."
 )
 
 
@@ -153,8 +153,8 @@ class Signature:
             raise FieldTypeError(f'"{name}": {error}') from None
 
     def shown(self, name: str, value: Any) -> str:
-        """How an input is shown to the LM: a number, choice or date of a typed field as its type writes it, anything else
-        by `as_text`.
+        """How an input is shown to the LM: a number, choice or date of a typed field as its type writes it, anything
+        else by `as_text`.
 
         Raises:
             TypeError: the value is None or has no JSON form.

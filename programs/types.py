@@ -26,7 +26,7 @@ class Line(str):
 
 
 class Reasoning(str):
-    """Text that leads to the outputs after it: a form lets the LM write it freely. A first output of this name is one."""
+    """Text that leads to the outputs after it, written freely. A first output named "reasoning" is of this type."""
 
     __slots__ = ()
 

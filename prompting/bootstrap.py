@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from cotune.programs import Demo, Example, Faults, Prompts, Rollout, faults_of, rollouts
+from cotune.programs import Demo, Example, Faults, Prompts, Rollout, faults_of
 from cotune.programs.demos import hide_own_demos
 from cotune.programs.faults import merged
 from cotune.prompting.search import SearchTask
@@ -48,12 +48,12 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Boots
             at temperature 0 those would repeat the first word for word, so they are not run, and a note says so.
 
     Raises:
-        FaultyProgramError: the user's code raised on more of train than `task.max_error_rate` allows.
+        FaultyProgramError: the user's code raised on more of train than `task.runner.max_error_rate` allows.
         ValueError: attempts is below 1.
     """
     if attempts < 1:
         raise ValueError(f"attempts {attempts} is below 1; 1 runs every example once.")
-    tries = attempts if task.sampling.temperature > 0 else 1
+    tries = attempts if task.runner.sampling.temperature > 0 else 1
     train = list({example.id: example for example in task.train}.values())  # equal rows share an id: run one
     last: dict[str, Rollout] = {}
     faults: Faults = {}
@@ -80,18 +80,13 @@ def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:
 def _run(task: SearchTask, prompts: Prompts, examples: Sequence[Example], attempt: int) -> list[Rollout]:
     if task.progress is not None:
         task.progress.start(len(examples), "bootstrap" if attempt == 0 else f"bootstrap, attempt {attempt + 1}")
-    return rollouts(
-        task.program,
+    # Later attempts rerun the unsolved only, so the error rate can be high there even if few examples fail.
+    runner = task.runner if attempt == 0 else replace(task.runner, max_error_rate=1.0)
+    return runner.run(
         examples,
-        lm=task.lm,
-        prompts=[hide_own_demos(prompts, example.id) for example in examples],
-        template=task.template,
-        metric=task.metric,
-        sampling=task.sampling,
+        [hide_own_demos(prompts, example.id) for example in examples],
         seed=task.seed,
         attempt=attempt,
-        # Later attempts see only the unsolved, among which faults may well be the most without being many.
-        max_error_rate=task.max_error_rate if attempt == 0 else 1.0,
         progress=None if task.progress is None else task.progress.advance,
     )
 

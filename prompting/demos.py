@@ -71,11 +71,11 @@ class RandomDemoSearch(PromptSearch):
         return self.attempts * train + (4 + self.num_candidates) * dev
 
     def search(self, task: SearchTask) -> Found:
-        calls = CountingLM(task.lm)
-        task = replace(task, lm=calls)
+        calls = CountingLM(task.runner.lm)
+        task = replace(task, runner=replace(task.runner, lm=calls))
         start = task.initial if self.restart else task.incumbent
         made = bootstrap(task, start, attempts=self.attempts)
-        labelled = labelled_demos(task.program, task.train)
+        labelled = labelled_demos(task.runner.program, task.train)
         proposals, notes = [Proposal(task.initial, "zero-shot")], list(made.notes)
         for why, demos in self._demo_sets(made.solved, labelled, task.seed):
             if any(demos.values()):

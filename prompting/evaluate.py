@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
 
@@ -20,11 +20,10 @@ from cotune.programs import (
     Sampling,
     faults_of,
     prompts_id,
-    rollouts,
 )
 from cotune.programs.faults import check_errors, merged
 from cotune.prompting.racing import contenders
-from cotune.prompting.search import Candidate, Found, SearchTask
+from cotune.prompting.search import UNREADABLE, Candidate, Found, SearchTask
 
 _STRIDE = 16
 """Examples between two looks at a race. Fewer drop candidates sooner, and the best one more often."""
@@ -178,15 +177,15 @@ def score_candidate(
     """Runs the proposal on dev, and stops as soon as it cannot rank above `beat` any more.
 
     The pruning is exact. Scores are at most 1, so (sum so far + examples left) / examples bounds the final mean, and
-    unreadable answers do not get fewer; at or below `beat` the candidate cannot win, ties going to the earlier. Sums
-    are `fsum`s, which round monotonically: no rounding can put the bound under the mean it bounds.
+    answers without a value do not get fewer; at or below `beat` the candidate cannot win, ties going to the earlier.
+    Sums are `fsum`s, which round monotonically: no rounding can put the bound under the mean it bounds.
 
     Args:
         beat: the best complete candidate so far; None scores all of dev.
         chunk: examples an LM batch.
 
     Raises:
-        FaultyProgramError: the user's code raised on more of dev than `task.max_error_rate` allows.
+        FaultyProgramError: the user's code raised on more of dev than `task.runner.max_error_rate` allows.
         ValueError: chunk is below 1.
     """
     if chunk < 1:
@@ -208,31 +207,23 @@ def _candidate(proposal: Proposal, done: Sequence[Rollout], total: int) -> Candi
 
 
 def _run(task: SearchTask, prompts: Prompts | Sequence[Prompts], examples: Sequence[Example]) -> list[Rollout]:
-    return rollouts(
-        task.program,
-        examples,
-        lm=task.lm,
-        prompts=prompts,
-        template=task.template,
-        metric=task.metric,
-        sampling=task.sampling,
-        seed=task.seed,  # the same draws for every candidate: they differ by their prompts alone
-        max_error_rate=1.0,  # of a chunk; of dev it is checked below
-        progress=None if task.progress is None else task.progress.advance,
-    )
+    runner = replace(task.runner, max_error_rate=1.0)  # of a chunk; of dev it is checked below
+    progress = None if task.progress is None else task.progress.advance
+    # The same draws for every candidate: they differ by their prompts alone.
+    return runner.run(examples, prompts, seed=task.seed, progress=progress)
 
 
 def _beaten(done: Sequence[Rollout], total: int, beat: Candidate | None) -> bool:
     bound = math.fsum([*(rollout.score for rollout in done), total - len(done)]) / total
-    unreadable = sum(rollout.error is not None and rollout.error.kind == "format" for rollout in done)
+    unreadable = sum(rollout.error is not None and rollout.error.kind in UNREADABLE for rollout in done)
     return beat is not None and (bound, -unreadable) <= beat.rank
 
 
 def _check_faults(done: Sequence[Rollout], task: SearchTask) -> None:
     """Raises once the faults are too many for the whole of dev; one fault in a small chunk is not a faulty program."""
     faults = sum(fault.count for fault in faults_of(done).values())
-    if faults > task.max_error_rate * len(task.dev):
-        check_errors(done, max_error_rate=task.max_error_rate)
+    if faults > task.runner.max_error_rate * len(task.dev):
+        check_errors(done, max_error_rate=task.runner.max_error_rate)
 
 
 def _distinct(proposals: Sequence[Proposal]) -> tuple[list[Proposal], list[str]]:

@@ -8,18 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cotune.programs import (
-    LM,
-    Example,
-    Faults,
-    Metric,
-    Program,
-    Prompts,
-    Sampling,
-    Template,
-    prompts_id,
-    prompts_to_dict,
-)
+from cotune.programs import Example, Faults, Program, Prompts, Runner, prompts_id, prompts_to_dict
+
+UNREADABLE = ("format", "type")
+"""Kinds of errors that are the LM's: it wrote what cannot be read, or what is no value of its field's type."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Candidate:
         parent: `prompts_id` of the prompts it was made from; "" if it was not made from any.
         why: how it came about, e.g. "incumbent", "zero-shot", "random 3".
         pruned: scoring stopped early: the candidate could no longer beat the best one, or was dropped in a race.
-        errors: rollouts without a valid score, each scored 0, by kind: "format", "program", "retriever", "metric".
+        errors: rollouts without a valid score, each scored 0, by kind (`Failure.kind`).
         faults: those of the user's code among them, each kind with its first example.
     """
 
@@ -56,11 +48,11 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[float, int]:
-        """What decides between candidates: the score, and between equal scores the fewer unreadable answers.
+        """What decides between candidates: the score, and between equal scores the fewer answers without a value.
 
         Where nothing passes, prompts that the LM answers in the asked form are still the better ones to go on from.
         """
-        return self.score, -self.errors.get("format", 0)
+        return self.score, -sum(self.errors.get(kind, 0) for kind in UNREADABLE)
 
     @property
     def id(self) -> str:
@@ -101,14 +93,13 @@ class SearchTask:
     """All that a prompt search may depend on.
 
     Attributes:
-        program, lm, template, metric, sampling: how rollouts are made and scored.
+        runner: how rollouts are made and scored; its `max_error_rate` is of the examples of one pass.
         initial: the zero-shot prompts of the program.
         incumbent: the best prompts so far; what the search has to beat.
         train: demos are bootstrapped from these.
         dev: candidates are scored on these. Shares no example with `train`.
         threshold: a rollout is a success if its score is at least this, in (0, 1] (the paper's lambda).
         seed: of all random draws, the search's and the LM's.
-        max_error_rate: share of the examples of one pass on which the user's code may raise.
         lm_calls: a search that can draw more candidates than its own arguments say does so until it has made so many
             LM calls; 0 leaves its size to itself.
         progress: told what happens; None for silence.
@@ -118,18 +109,13 @@ class SearchTask:
             stage, or the threshold is out of range.
     """
 
-    program: Program
-    lm: LM
-    template: Template
-    metric: Metric
-    sampling: Sampling
+    runner: Runner
     initial: Prompts
     incumbent: Prompts
     train: Sequence[Example]
     dev: Sequence[Example]
     threshold: float = 1.0
     seed: int = 0
-    max_error_rate: float = 0.5
     lm_calls: int = 0
     progress: Progress | None = None
 
@@ -140,7 +126,7 @@ class SearchTask:
             raise ValueError("dev is empty, so no candidate can be scored; give it at least one example.")
         _check_disjoint(self.train, self.dev)
         for name, prompts in (("initial", self.initial), ("incumbent", self.incumbent)):
-            _check_stages(name, prompts, self.program)
+            _check_stages(name, prompts, self.runner.program)
             _check_demos(name, prompts, self.dev)
 
 
@@ -168,12 +154,13 @@ class PromptSearch(ABC):
 
     The contract of `search`:
 
-    - The incumbent is a candidate, and the first. Between equal scores the fewer unreadable answers decide, then the
-      earlier candidate, hence the prompts already trusted: the result is never worse on dev than the incumbent.
+    - The incumbent is a candidate, and the first. Between equal scores the fewer answers without a value decide, then
+      the earlier candidate, hence the prompts already trusted: the result is never worse on dev than the incumbent.
     - The result depends on the task and the search's own arguments only; all randomness is seeded by `task.seed`.
     - Dev scores candidates and nothing else: no demo, instruction or example of a prompt is taken from it.
-    - A bad rollout (a completion that does not parse, the user's code raising on an example) scores 0 and is counted.
-      It never raises, unless there are more of the latter than `task.max_error_rate` allows: then FaultyProgramError.
+    - A bad rollout (a completion that cannot be read, the user's code raising on an example) scores 0 and is counted.
+      It never raises, unless there are more of the latter than the runner's `max_error_rate` allows: then
+      FaultyProgramError.
     - Nothing is left out silently: `Found.notes` says what was skipped, `Found.faults` what the user's code got wrong.
     - The task is not changed, and nothing is kept on the search between calls.
     """

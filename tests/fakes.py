@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from cotune.programs import Call, Completion, Example, Field, Program, Request, Sampling, Signature, Stage
+from cotune.programs import (
+    Call,
+    Completion,
+    Example,
+    Field,
+    Lines,
+    Program,
+    Request,
+    Runner,
+    Sampling,
+    Signature,
+    Stage,
+    exact_match,
+)
+from cotune.prompting import SearchTask
 
 EOS = 256
 """The id after the 256 byte values, as FakeLM writes it."""
@@ -80,6 +95,20 @@ def shown(request: Request) -> int:
 def doubling(request: Request) -> str:
     """What a perfect LM answers to "number -> answer" when asked to double."""
     return str(2 * int(asked(request, "number")))
+
+
+def runner(lm: Any, program: Program, **changes: Any) -> Runner:
+    """A runner of the program on a fake, by exact match and greedily unless said otherwise."""
+    return replace(Runner(program, lm, Lines(), exact_match, Sampling()), **changes)
+
+
+def search_task(
+    lm: Any, program: Program, *, train: Sequence[Example], dev: Sequence[Example], **changes: Any
+) -> SearchTask:
+    """A search task from zero-shot prompts; changes of the runner and of the task go by their names."""
+    of_runner = {name: changes.pop(name) for name in tuple(changes) if name in ("metric", "sampling", "max_error_rate")}
+    prompts = {"initial": program.initial_prompts(), "incumbent": program.initial_prompts(), **changes}
+    return SearchTask(runner(lm, program, **of_runner), train=train, dev=dev, **prompts)
 
 
 def doubles(*numbers: int) -> list[Example]:

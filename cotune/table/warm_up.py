@@ -6,13 +6,14 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cotune.cli import guarded
 from cotune.datamodules import Pair, collate
 from cotune.lightning_modules.gradients import BatchGradients
 from cotune.programs import Example, Prompt, draw_demos, labelled_demos
-from cotune.programs.rollout import Rollout, Step, rollouts
+from cotune.programs.rollout import Rollout, Step
 from cotune.table.cost import Pace
 from cotune.table.parts import Parts, parts_of
 
@@ -74,23 +75,14 @@ def _run(parts: Parts, examples: Sequence[Example]) -> list[Rollout]:
     for stage, prompt in prompts.items():
         drawn = draw_demos(shown.get(stage, ()), _DEMOS, rng, exclude_sources=asked)
         prompts[stage] = Prompt(prompt.instruction, tuple(drawn))
-    return rollouts(
-        module.program,
-        examples,
-        lm=module.lm,
-        prompts=prompts,
-        template=module.template,
-        metric=None,
-        sampling=module.sampling,
-        max_error_rate=1.0,
-    )
+    return replace(module.runner(None), max_error_rate=1.0).run(examples, prompts)
 
 
 def _pair(parts: Parts, step: Step) -> Pair:
     """A step as it is trained on: behind the zero-shot prompt."""
     module = parts.module
     signature, prompt = module.program.stages[step.stage].signature, module.initial_prompts[step.stage]
-    ids = module.lm.encode(module.template.render(signature, prompt, step.inputs))
+    ids = module.lm.encode(module.form.render(signature, prompt, step.inputs))
     return Pair(ids, step.completion.completion_ids or (module.lm.end_ids[0],))
 
 

@@ -26,10 +26,23 @@ class Place:
     floor: int = 0
 
 
-KINDS = [str, Line, int, float, bool, date, Literal["a b", "c"], Literal[1, 2], Mood, list[int], dict[str, float], Place]
+KINDS = [
+    str,
+    Line,
+    int,
+    float,
+    bool,
+    date,
+    Literal["a b", "c"],
+    Literal[1, 2],
+    Mood,
+    list[int],
+    dict[str, float],
+    Place,
+]
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in (Mood, Place)], ids=type_name)
+@pytest.mark.parametrize("kind", KINDS, ids=type_name)
 def test_a_types_name_reads_back(kind: Any) -> None:
     assert parse_type(type_name(kind)) == kind
 
@@ -60,7 +73,7 @@ def test_a_type_that_is_none_is_refused_by_name(text: str, message: str) -> None
 
 
 def test_choices_that_are_written_alike_are_refused() -> None:
-    with pytest.raises(FieldTypeError, match="two choices .* are written alike"):
+    with pytest.raises(FieldTypeError, match=r"two choices .* are written alike"):
         Signature(("q",), ("a",), types={"a": Literal[1, "1"]})
 
 
@@ -152,7 +165,10 @@ def test_values_are_shown_and_kept_as_their_text() -> None:
     assert as_text(Mood.GOOD) == "good"
     assert as_text(date(2024, 7, 26)) == "2024-07-26"
     assert as_text([Mood.BAD, 2]) == "[1] bad\n[2] 2"
-    assert plain({"place": Place("hall", 1), "mood": Mood.BAD}) == {"place": {"name": "hall", "floor": 1}, "mood": "bad"}
+    assert plain({"place": Place("hall", 1), "mood": Mood.BAD}) == {
+        "place": {"name": "hall", "floor": 1},
+        "mood": "bad",
+    }
 
 
 def test_a_list_of_values_in_yaml_stands_for_choices() -> None:
@@ -179,7 +195,7 @@ def test_a_field_assigned_anything_else_is_refused() -> None:
     class Sort:
         team: str = "billing"
 
-    with pytest.raises(ValueError, match='field "team" of Sort is assigned \'billing\''):
+    with pytest.raises(ValueError, match="field \"team\" of Sort is assigned 'billing'"):
         Signature.of(Sort)
 
 

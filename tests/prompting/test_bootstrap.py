@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from cotune.programs import (
-    ChatTemplate,
     Demo,
     Example,
     FaultyProgramError,
@@ -19,25 +18,13 @@ from cotune.programs import (
     exact_match,
 )
 from cotune.prompting import Bootstrapped, SearchTask, bootstrap
-from fakes import Branch, FakeLM, Loop, asked, doubles, doubling, shown
+from fakes import Branch, FakeLM, Loop, asked, doubles, doubling, search_task, shown
 
 WARM = Sampling(temperature=0.7)
 
 
 def task(lm: FakeLM, program: Program, train: list[Example], **changes: Any) -> SearchTask:
-    given: dict[str, Any] = {
-        "program": program,
-        "lm": lm,
-        "template": ChatTemplate(),
-        "metric": exact_match,
-        "sampling": Sampling(),
-        "initial": program.initial_prompts(),
-        "incumbent": program.initial_prompts(),
-        "train": train,
-        "dev": doubles(1000),
-        **changes,
-    }
-    return SearchTask(**given)
+    return search_task(lm, program, train=train, **{"dev": doubles(1000), **changes})
 
 
 def run(lm: FakeLM, program: Program, train: list[Example], attempts: int = 1, **changes: Any) -> Bootstrapped:

@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 from cotune.programs import (
-    ChatTemplate,
     Example,
     FaultyProgramError,
     Predict,
     Prompt,
     Prompts,
     Request,
-    Sampling,
     prompts_id,
 )
 from cotune.prompting import Candidate, Proposal, SearchTask, choose, score_candidate
 from cotune.prompting.evaluate import go_on
-from fakes import FakeLM, asked, instruction
+from fakes import FakeLM, asked, instruction, search_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,18 +41,9 @@ def table_task(table: Table, incumbent: str, **changes: Any) -> tuple[SearchTask
         return str(table[instruction(request)][int(asked(request, "row"))])
 
     lm, size = FakeLM(answer), len(table[incumbent])
-    task = SearchTask(
-        program=Predict("row -> answer"),
-        lm=lm,
-        template=ChatTemplate(),
-        metric=stated,
-        sampling=Sampling(),
-        initial=says("initial"),
-        incumbent=says(incumbent),
-        train=[],
-        dev=[Example.of({"row": row}, {}, id=str(row)) for row in range(size)],
-        **changes,
-    )
+    dev = [Example.of({"row": row}, {}, id=str(row)) for row in range(size)]
+    prompts = {"initial": says("initial"), "incumbent": says(incumbent)}
+    task = search_task(lm, Predict("row -> answer"), train=[], dev=dev, **{"metric": stated, **prompts, **changes})
     return task, lm
 
 

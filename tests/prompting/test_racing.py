@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from cotune.programs import ChatTemplate, Example, Predict, Prompt, Prompts, Sampling
+from cotune.programs import Example, Predict, Prompt, Prompts
 from cotune.prompting import Found, Proposal, RandomDemoSearch, SearchTask, choose
 from cotune.prompting.racing import contenders
-from fakes import FakeLM, asked, instruction
+from fakes import FakeLM, asked, instruction, search_task
 
 Table = Mapping[str, Sequence[float]]
 """Instruction -> the score of each dev example; the first one's is the incumbent's."""
@@ -41,17 +41,9 @@ def stated(example: Example, prediction: Mapping[str, Any]) -> float:
 def made(table: Table) -> tuple[SearchTask, FakeLM]:
     lm = FakeLM(lambda request: str(table[instruction(request)][int(asked(request, "row"))]))
     incumbent = says(next(iter(table)))
-    task = SearchTask(
-        program=Predict("row -> answer"),
-        lm=lm,
-        template=ChatTemplate(),
-        metric=stated,
-        sampling=Sampling(),
-        initial=incumbent,
-        incumbent=incumbent,
-        train=[],
-        dev=[Example.of({"row": row}, {}, id=str(row)) for row in range(len(next(iter(table.values()))))],
-    )
+    dev = [Example.of({"row": row}, {}, id=str(row)) for row in range(len(next(iter(table.values()))))]
+    prompts = {"initial": incumbent, "incumbent": incumbent}
+    task = search_task(lm, Predict("row -> answer"), train=[], dev=dev, metric=stated, **prompts)
     return task, lm
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from cotune.programs import (
     Call,
-    ChatTemplate,
     Demo,
     DescribeThenDecide,
     Example,
@@ -18,11 +17,10 @@ from cotune.programs import (
     Sampling,
     Signature,
     Stage,
-    exact_match,
     prompts_id,
 )
 from cotune.prompting import Candidate, Found, RandomDemoSearch, SearchTask
-from fakes import FakeLM, Loop, asked, doubles, doubling, instruction, shown
+from fakes import FakeLM, Loop, asked, doubles, doubling, instruction, search_task, shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,19 +29,7 @@ DEV = doubles(101, 102, 103, 104)
 
 def task(lm: FakeLM, train: list[Example], program: Program | None = None, **changes: Any) -> SearchTask:
     program = program or Loop(1)
-    given: dict[str, Any] = {
-        "program": program,
-        "lm": lm,
-        "template": ChatTemplate(),
-        "metric": exact_match,
-        "sampling": Sampling(),
-        "initial": program.initial_prompts(),
-        "incumbent": program.initial_prompts(),
-        "train": train,
-        "dev": DEV,
-        **changes,
-    }
-    return SearchTask(**given)
+    return search_task(lm, program, train=train, **{"dev": DEV, **changes})
 
 
 def needs_demos(least: int = 1) -> FakeLM:

@@ -6,26 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from cotune.programs import ChatTemplate, Demo, Prompt, Sampling, exact_match
+from cotune.programs import Demo, Prompt
 from cotune.prompting import Candidate, PromptSearch, SearchTask
-from fakes import FakeLM, Loop, doubles, doubling
+from fakes import FakeLM, Loop, doubles, doubling, search_task
 
 
 def task(**changes: Any) -> SearchTask:
     program = Loop(1)
-    given: dict[str, Any] = {
-        "program": program,
-        "lm": FakeLM(doubling),
-        "template": ChatTemplate(),
-        "metric": exact_match,
-        "sampling": Sampling(),
-        "initial": program.initial_prompts(),
-        "incumbent": program.initial_prompts(),
-        "train": doubles(1, 2),
-        "dev": doubles(3, 4),
-        **changes,
-    }
-    return SearchTask(**given)
+    return search_task(FakeLM(doubling), program, **{"train": doubles(1, 2), "dev": doubles(3, 4), **changes})
 
 
 def test_train_and_dev_must_not_overlap() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cotune.lightning_modules import LanguageModel
-from cotune.programs import Demo, Example, Predict, Prompt, Prompts, Sampling, exact_match
+from cotune.programs import Demo, Example, Lines, Predict, Prompt, Prompts, Runner, Sampling, exact_match
 from cotune.prompting import Proposal, SearchTask, score_candidate
 
 from benchmarks import machine as rates

@@ -8,25 +8,30 @@ from dataclasses import replace
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.program import Program, as_text
+from cotune.programs.layout import Schema
+from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
 from cotune.programs.signature import Signature
+from cotune.programs.types import as_text, syntax_of
 
 
 def labelled_demos(program: Program, examples: Sequence[Example]) -> dict[str, list[Demo]]:
     """Demos that need no run: a stage's inputs taken from the example's inputs, its outputs from the labels.
 
     A stage has one for every example that gives ALL of its inputs and at least one of its outputs; outputs without a
-    label (the reasoning, say) are left out of the demo, and the template shows them as not given. A value of None
-    counts as not there. Fields are matched by name.
+    label are left out of the demo, and the form shows them as not given. But a stage that reasons has none where the
+    labels lack its reasoning: shown answers without reasoning, an LM stops reasoning (13 tokens an answer instead of
+    138 were seen). A value of None counts as not there. Fields are matched by name.
 
     Returns:
         Stage -> demos, in the order of the examples. A stage with none is not a key.
 
     >>> from cotune.programs.reasoning import Predict
     >>> sums = [Example.of({"question": "1+1"}, {"answer": "2"}, id="a")]
-    >>> labelled_demos(Predict("question -> answer", reasoning=True), sums)
+    >>> labelled_demos(Predict("question -> answer"), sums)
     {'predict': [Demo(inputs={'question': '1+1'}, outputs={'answer': '2'}, source='a')]}
+    >>> labelled_demos(Predict("question -> answer", reasoning=True), sums)
+    {}
 
     Raises:
         TypeError: a value cannot be shown to an LM; see `as_text`.
@@ -72,11 +77,39 @@ def hide_own_demos(prompts: Prompts, example_id: str) -> dict[str, Prompt]:
 
 
 def _labelled(signature: Signature, example: Example) -> Demo | None:
-    inputs, outputs = _given(signature.inputs, example.inputs), _given(signature.outputs, example.labels)
-    if len(inputs) < len(signature.inputs) or not outputs:
+    inputs = {
+        name: signature.shown(name, example.inputs[name]) for name in signature.inputs if _has(example.inputs, name)
+    }
+    outputs = {
+        name: label_text(signature, name, example.labels[name])
+        for name in signature.outputs
+        if _has(example.labels, name)
+    }
+    lacks_reasoning = signature.reasoning and signature.reasoning not in outputs
+    if len(inputs) < len(signature.inputs) or not outputs or lacks_reasoning:
         return None
     return Demo(inputs, outputs, source=example.id)
 
 
-def _given(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: as_text(values[name]) for name in names if values.get(name) is not None}
+def label_text(signature: Signature, name: str, label: Any) -> str:
+    """How a label stands in a field: as the field's type writes it; of several answers that are right, the first.
+
+    Raises:
+        FieldTypeError: the label is no value of the field's type.
+        TypeError: it cannot be shown to an LM; see `as_text`.
+    """
+    kind = signature.type_of(name)
+    if isinstance(label, (list, tuple)) and label and not isinstance(syntax_of(kind), Schema):
+        label = label[0]
+    return as_text(label) if syntax_of(kind) is None else signature.text(name, label)
+
+
+def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
+    """The prompts with the example's labels as a hint behind each stage's instruction."""
+    gold = "; ".join(f"{name}: {as_text(value)}" for name, value in example.labels.items())
+    hint = f"Hint, which your reply must not mention: the final result should be {gold}."
+    return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
+
+
+def _has(values: Mapping[str, Any], name: str) -> bool:
+    return values.get(name) is not None

@@ -24,7 +24,7 @@ from cotune.programs.types import (
 
 _SHORT_FORM = (
     'A signature is written "inputs -> outputs" with names separated by commas and a type after a colon where a field '
-    "is not text, e.g. \"context, question -> answer\" or \"query -> intent: Literal['refund', 'other'], urgent: bool\"."
+    "is not text, e.g. \"context, question -> answer\" or \"query -> intent: Literal['refund', 'other']\"."
 )
 
 

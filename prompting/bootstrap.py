@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cotune.programs import Demo, Example, Faults, Prompts, Rollout, faults_of
-from cotune.programs.demos import hide_own_demos
+from cotune.programs.demos import hide_own_demos, hinted
 from cotune.programs.faults import merged
 from cotune.prompting.search import SearchTask
+
+HINTED = 4
+"""Runs with a hint for each success that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +24,12 @@ class Solved:
         demos: stage -> one demo for EACH of its calls, in the order of the calls. A stage that a branch left out is
             not a key. All calls are kept, because the later ones of a loop (with passages found, say) look unlike the
             first; whoever draws a demo set takes one of them, so that one example does not fill a prompt.
+        hinted: the run was shown the gold answer; no demo of it says so.
     """
 
     source: str
     demos: Mapping[str, tuple[Demo, ...]]
+    hinted: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Bootstrapped:
     faults: Faults = field(default_factory=dict)
 
 
-def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Bootstrapped:
+def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: int = 0) -> Bootstrapped:
     """Runs the program on all of train, in one batch, and keeps what scores at least `task.threshold`.
 
     A success has a valid score: a completion that does not parse, or code that raises, is never one. An example is run
@@ -46,6 +51,9 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Boots
         prompts: the ones to run with.
         attempts: times an example is tried until it succeeds. From the second on only the unsolved run, with new draws;
             at temperature 0 those would repeat the first word for word, so they are not run, and a note says so.
+        enough: successes that a search needs. Where fewer were found and a stage reasons, `HINTED` times as many of the
+            unsolved run once more with the gold answer as a hint (STaR, Zelikman et al., 2022): reasoning that leads to
+            it makes a demo, and labels have none. Runs whose reasoning speaks of the hint are left out.
 
     Raises:
         FaultyProgramError: the user's code raised on more of train than `task.runner.max_error_rate` allows.
@@ -64,8 +72,19 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1) -> Boots
             last.update({r.example.id: r for r in done})
             faults = merged(faults, faults_of(done))
     done = list(last.values())  # updating keeps the place of the first attempt: train order
-    solved = tuple(Solved(r.example.id, demos_of(r)) for r in done if _solved(r, task.threshold))
-    return Bootstrapped(solved, tuple(_notes(task, done, len(solved), attempts, tries)), faults)
+    solved = [Solved(r.example.id, demos_of(r)) for r in done if _solved(r, task.threshold)]
+    notes = _notes(task, done, len(solved), attempts, tries)
+    reasons = any(stage.signature.reasoning for stage in task.runner.program.stages.values())
+    if reasons and len(solved) < min(enough, len(done)):
+        unsolved = [r.example for r in done if not _solved(r, task.threshold)][: HINTED * enough]
+        told = _run(task, prompts, unsolved, tries, hints=True)
+        faults = merged(faults, faults_of(told))
+        made = [r for r in told if _solved(r, task.threshold) and not _speaks_of_a_hint(r)]
+        solved += [Solved(r.example.id, demos_of(r), hinted=True) for r in made]
+        notes.append(
+            f"bootstrap: {len(made)} of {len(told)} unsolved examples gave reasoning once shown the gold answer"
+        )
+    return Bootstrapped(tuple(solved), tuple(notes), faults)
 
 
 def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:
@@ -77,18 +96,26 @@ def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:
     return found
 
 
-def _run(task: SearchTask, prompts: Prompts, examples: Sequence[Example], attempt: int) -> list[Rollout]:
+def _run(
+    task: SearchTask, prompts: Prompts, examples: Sequence[Example], attempt: int, *, hints: bool = False
+) -> list[Rollout]:
     if task.progress is not None:
-        task.progress.start(len(examples), "bootstrap" if attempt == 0 else f"bootstrap, attempt {attempt + 1}")
+        which = ", with hints" if hints else f", attempt {attempt + 1}" if attempt else ""
+        task.progress.start(len(examples), f"bootstrap{which}")
+    given = [(hide_own_demos(prompts, example.id), example) for example in examples]
     # Later attempts rerun the unsolved only, so the error rate can be high there even if few examples fail.
     runner = task.runner if attempt == 0 else replace(task.runner, max_error_rate=1.0)
     return runner.run(
         examples,
-        [hide_own_demos(prompts, example.id) for example in examples],
+        [hinted(shown, example) if hints else shown for shown, example in given],
         seed=task.seed,
         attempt=attempt,
         progress=None if task.progress is None else task.progress.advance,
     )
+
+
+def _speaks_of_a_hint(rollout: Rollout) -> bool:
+    return any("hint" in text.lower() for step in rollout.steps for text in step.outputs.values())
 
 
 def _solved(rollout: Rollout | None, threshold: float) -> bool:

@@ -9,7 +9,7 @@ from itertools import count
 
 from cotune.programs import Demo, Prompts, prompts_id
 from cotune.programs.demos import draw_demos, labelled_demos
-from cotune.prompting.bootstrap import Solved, bootstrap
+from cotune.prompting.bootstrap import HINTED, Solved, bootstrap
 from cotune.prompting.evaluate import CountingLM, Proposal, choose, go_on
 from cotune.prompting.search import Found, PromptSearch, SearchTask
 
@@ -31,8 +31,10 @@ class RandomDemoSearch(PromptSearch):
 
     In 3 and 4 whole rollouts are drawn, so the demos of different stages show the same examples; where a rollout called
     a stage more than once, one of the calls is drawn. A stage with fewer than `max_labelled_demos` is filled up to that
-    number with labelled demos of other examples, behind the bootstrapped. With no success at all, 3 is skipped and 4
-    draws labelled demos only. Only demos change: instructions stay, and a stage that gets no demo keeps its prompt.
+    number with labelled demos of other examples, after the bootstrapped. A stage that reasons has no labelled demos:
+    labels hold no reasoning, so with fewer than `max_demos` successes some unsolved run once more with the gold answer
+    as a hint. With no success at all, 3 is skipped and 4 draws labelled demos only. Only demos change: instructions
+    stay, and a stage that gets no demo keeps its prompt.
 
     Args:
         num_candidates: random demo sets. The paper says 6 candidates; whether that counts the first three is not known.
@@ -68,13 +70,14 @@ class RandomDemoSearch(PromptSearch):
         self.restart, self.attempts, self.chunk, self.racing = restart, attempts, chunk, racing
 
     def most_runs(self, train: int, dev: int) -> int:
-        return self.attempts * train + (4 + self.num_candidates) * dev
+        told = min(train, HINTED * self.max_demos)
+        return self.attempts * train + told + (4 + self.num_candidates) * dev
 
     def search(self, task: SearchTask) -> Found:
         calls = CountingLM(task.runner.lm)
         task = replace(task, runner=replace(task.runner, lm=calls))
         start = task.initial if self.restart else task.incumbent
-        made = bootstrap(task, start, attempts=self.attempts)
+        made = bootstrap(task, start, attempts=self.attempts, enough=self.max_demos)
         labelled = labelled_demos(task.runner.program, task.train)
         proposals, notes = [Proposal(task.initial, "zero-shot")], list(made.notes)
         for why, demos in self._demo_sets(made.solved, labelled, task.seed):

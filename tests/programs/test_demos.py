@@ -34,7 +34,7 @@ def test_only_stages_whose_inputs_are_all_given_have_labelled_demos() -> None:
 
 
 def test_missing_outputs_are_left_out_and_foreign_labels_ignored() -> None:
-    program = Predict("question -> answer", reasoning=True)
+    program = Predict("question -> why, answer")
     (made,) = labelled_demos(program, [Example.of({"question": ["a", "b"]}, {"answer": 4, "source": "web"})])["predict"]
     assert (made.inputs, made.outputs) == ({"question": "[1] a\n[2] b"}, {"answer": "4"})
 
@@ -86,3 +86,16 @@ def test_an_example_does_not_see_its_own_demos(example: str, left: list[str]) ->
     assert [d.source for d in hidden["stage"].demos] == left
     assert hidden["stage"].instruction == "Do."
     assert hidden["bare"] == prompts["bare"]
+
+
+def test_labels_stand_in_demos_as_their_types_write_them() -> None:
+    program = Predict("question -> answer: float, right: bool")
+    (demo,) = labelled_demos(program, [Example.of({"question": "?"}, {"answer": "7.0", "right": True})])["predict"]
+    assert demo.outputs == {"answer": "7", "right": "yes"}
+
+
+def test_of_several_right_answers_a_demo_shows_the_first() -> None:
+    (demo,) = labelled_demos(Predict("question -> answer"), [Example.of({"question": "?"}, {"answer": ["a", "b"]})])[
+        "predict"
+    ]
+    assert demo.outputs == {"answer": "a"}

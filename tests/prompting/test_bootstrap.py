@@ -11,13 +11,14 @@ from cotune.programs import (
     Example,
     FaultyProgramError,
     Metric,
+    Predict,
     Program,
     Prompt,
     Request,
     Sampling,
     exact_match,
 )
-from cotune.prompting import Bootstrapped, SearchTask, bootstrap
+from cotune.prompting import Bootstrapped, RandomDemoSearch, SearchTask, bootstrap
 from fakes import Branch, FakeLM, Loop, asked, doubles, doubling, search_task, shown
 
 WARM = Sampling(temperature=0.7)
@@ -157,3 +158,42 @@ def test_no_train_no_demos_no_error() -> None:
 def test_fewer_attempts_than_one_are_refused() -> None:
     with pytest.raises(ValueError, match="attempts 0 is below 1"):
         run(FakeLM(doubling), Loop(1), doubles(1), attempts=0)
+
+
+# -- stages that reason
+
+REASONING = Predict("number -> answer", reasoning=True)
+
+
+def thinks_when_told(request: Request) -> str:
+    """Solves 1 by itself, the others only when it is shown the answer; about 3 it speaks of the hint."""
+    number = asked(request, "number")
+    told = "the final result should be" in request.messages[0]["content"]
+    if number != "1" and not told:
+        return "reasoning: no idea\nanswer: 0"
+    return f"reasoning: {'as the hint says' if number == '3' else 'twice'} {number}\nanswer: {2 * int(number)}"
+
+
+def test_reasoning_that_is_missing_is_made_with_the_gold_answer_as_a_hint() -> None:
+    made = bootstrap(task(FakeLM(thinks_when_told), REASONING, doubles(1, 2, 3)), REASONING.initial_prompts(), enough=3)
+    assert [(one.source, one.hinted) for one in made.solved] == [("1", False), ("2", True)]
+    (demo,) = made.solved[1].demos["predict"]
+    assert demo.outputs == {"reasoning": "twice 2", "answer": "4"}
+    assert "bootstrap: 1 of 2 unsolved examples gave reasoning once shown the gold answer" in made.notes
+
+
+def test_hints_are_not_given_where_enough_is_solved_or_nothing_reasons() -> None:
+    lm = FakeLM(thinks_when_told)
+    bootstrap(task(lm, REASONING, doubles(1, 2)), REASONING.initial_prompts(), enough=1)
+    assert lm.calls == 2
+    lm = FakeLM(lambda request: "no")
+    bootstrap(task(lm, Loop(1), doubles(1, 2)), Loop(1).initial_prompts(), enough=3)
+    assert lm.calls == 2
+
+
+def test_a_stage_that_reasons_is_shown_no_labels_without_reasoning() -> None:
+    found = RandomDemoSearch(num_candidates=2).search(task(FakeLM(thinks_when_told), REASONING, doubles(1, 2, 3)))
+    demos = [demo for candidate in found.candidates for demo in candidate.prompts["predict"].demos]
+    assert demos
+    assert all(demo.outputs["reasoning"] for demo in demos)
+    assert '"labels-only" skipped: there are no demos for it' in found.notes

@@ -3,7 +3,7 @@
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, faults_of
-from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags
+from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import LM, Completion, Filled, Message, Request, Sampling
 from cotune.programs.metrics import Metric, exact_match, first_line_number
@@ -73,6 +73,7 @@ __all__ = [
     "Step",
     "Tags",
     "Template",
+    "Unreadable",
     "content_id",
     "draw_demos",
     "exact_match",

@@ -14,7 +14,15 @@ from cotune.programs.signature import Signature
 from cotune.programs.types import Line, choices_of, syntax_of
 
 
-class ParseError(ValueError):
+class Unreadable(ValueError):  # noqa: N818 (users raise it as a statement about an answer)
+    """What the LM wrote cannot be used. A program raises it where its own code finds that an answer is no answer: the
+    run ends with score 0 and the reason, and is counted among the LM's failures, never as a fault of the program.
+
+    For example: `raise Unreadable("the plan is no JSON")`.
+    """
+
+
+class ParseError(Unreadable):
     """A completion does not hold what the signature asks for. It ends its rollout with score 0, and is counted."""
 
 

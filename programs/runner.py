@@ -12,7 +12,7 @@ from typing import Any
 
 from cotune.programs.example import Example
 from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
-from cotune.programs.form import Form, ParseError
+from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.metrics import Metric
 from cotune.programs.program import Call, Program
@@ -117,6 +117,8 @@ class _Run:
             call = self._generator().send(outputs)
         except StopIteration as stop:
             self._finish(stop.value)
+        except Unreadable as error:
+            self._fail("format", f"{type(self.program).__name__}.run: {error}")
         except RetrieverError as error:
             self._fail("retriever", str(error))
         except (MemoryError, KeyboardInterrupt):  # not the example's doing

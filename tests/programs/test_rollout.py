@@ -29,6 +29,7 @@ from cotune.programs import (
     Score,
     Signature,
     Stage,
+    Unreadable,
     exact_match,
     faults_of,
     mean_score,
@@ -561,3 +562,21 @@ def test_a_score_that_is_none_is_the_metrics_fault(score: Score, message: str) -
     assert done.error is not None
     assert done.error.kind == "metric"
     assert message in done.error.message
+
+
+class Planner(Program):
+    plan = Stage("number -> plan")
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
+        found = yield self.plan(number=number)
+        if not found["plan"].startswith("{"):
+            raise Unreadable("the plan is no JSON")
+        return {"answer": str(2 * number)}
+
+
+def test_a_program_may_say_that_an_answer_is_unusable_without_being_at_fault() -> None:
+    done = run(Planner(), doubles(1, 2, 3), FakeLM(lambda request: "{}" if asked(request, "number") == "1" else "no"))
+    assert [r.score for r in done] == [1.0, 0.0, 0.0]
+    assert done[1].error is not None
+    assert (done[1].error.kind, done[1].error.message) == ("format", "Planner.run: the plan is no JSON")
+    assert faults_of(done) == {}

@@ -81,7 +81,7 @@ def test_its_python_runs(page: Path, reader: Path, tiny_model: Path, monkeypatch
         assert main([*fit(tiny_model, schedule="p", name=name)]) == 0
     names: dict[str, Any] = {"__name__": "__page__"}
     for block in scripts:
-        exec(compile(block.text, page.name, "exec"), names)
+        exec(compile(block.text, page.name, "exec", dont_inherit=True), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

@@ -20,8 +20,10 @@ from typing import Any
 
 from cotune.datamodules.crash_point import crash_point
 from cotune.lightning_modules.generation import Generated, Prompted
+from cotune.programs.layout import Layout
+from cotune.programs.lm import Filled
 
-FORMAT = 1
+FORMAT = 2
 """Changes with the meaning of keys or values: a store of another format is set aside."""
 
 _APPLICATION = 0x636F7475  # "cotu": SQLite keeps it in the file's header
@@ -136,7 +138,7 @@ class CompletionStore:
             self.path.rename(aside)
         for beside in ("-wal", "-shm"):
             self.path.with_name(self.path.name + beside).unlink(missing_ok=True)
-        print(f"{self.path} was damaged ({why}); it is kept as {aside.name}, and a new one is begun.")
+        print(f"{self.path} cannot be read ({why}); it is kept as {aside.name}, and a new one is begun.")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -158,7 +160,7 @@ def completion_keys(prompts: Sequence[Prompted], common: Mapping[str, Any], *, s
     keys = []
     for prompt in prompts:
         own = shared.copy()
-        own.update(json.dumps([list(prompt.ids), prompt.stops, prompt.seed if seeded else None]).encode())
+        own.update(json.dumps([list(prompt.ids), _plain(prompt.layout), prompt.seed if seeded else None]).encode())
         keys.append(own.digest())
     return keys
 
@@ -175,13 +177,22 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(f"PRAGMA user_version = {FORMAT}")
         connection.execute("COMMIT")
         if not _settled(connection):
-            raise sqlite3.DatabaseError(f"it is no completion store of format {FORMAT}")
+            raise sqlite3.DatabaseError(_other_format(connection))
 
 
 def _settled(connection: sqlite3.Connection) -> bool:
     header = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     made = connection.execute("SELECT sql FROM sqlite_master").fetchall()
     return header == [_APPLICATION, FORMAT] and made == [(_TABLE,)]
+
+
+def _other_format(connection: sqlite3.Connection) -> str:
+    application, version = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    if application == _APPLICATION and version != FORMAT:
+        return f"its completions are of format {version}, and this version of cotune reads {FORMAT}"
+    return f"it is no completion store of format {FORMAT}"
 
 
 def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[_Row]:
@@ -217,15 +228,37 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
     return "readonly database" in said and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
+def _plain(layout: Layout) -> list[Any]:
+    """A layout as values that JSON holds, no two layouts alike."""
+    return [[type(part).__name__, *map(_plain_value, vars(part).values())] for part in layout]
+
+
+def _plain_value(value: Any) -> Any:
+    return [type(value).__name__, *vars(value).values()] if hasattr(value, "__dataclass_fields__") else value
+
+
 def _pack(generated: Generated) -> bytes:
-    text = json.dumps([generated.finished, generated.text]).encode()
+    """The ids as numbers, the rest as JSON. A field that is the whole text, and rows without forced ids, take little."""
+    fields = [
+        [field.name, None if field.text == generated.text else field.text, field.start, field.end, field.ended]
+        for field in generated.fields
+    ]
+    forced = "".join("01"[mark] for mark in generated.forced)
+    text = json.dumps([generated.finished, generated.text, fields, forced, generated.log_probs]).encode()
     return struct.pack(f"<I{len(generated.ids)}I", len(generated.ids), *generated.ids) + text
 
 
 def _unpack(value: bytes) -> Generated:
     (count,) = struct.unpack_from("<I", value)
-    finished, text = json.loads(value[4 + 4 * count :])
-    return Generated(list(struct.unpack_from(f"<{count}I", value, 4)), text, finished)
+    finished, text, fields, forced, log_probs = json.loads(value[4 + 4 * count :])
+    return Generated(
+        list(struct.unpack_from(f"<{count}I", value, 4)),
+        text,
+        finished,
+        tuple(Filled(name, text if own is None else own, *rest) for name, own, *rest in fields),
+        tuple(mark == "1" for mark in forced),
+        tuple(log_probs),
+    )
 
 
 def _checksum(key: bytes, value: bytes) -> bytes:

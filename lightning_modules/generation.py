@@ -6,15 +6,18 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 from cotune.datamodules.collate import shared_prefix
+from cotune.inference import Codec, Filling, Plan
 from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, attending, packed_as
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.prefixes import BLOCK, PrefixCache, group_by_prefix
-from cotune.lightning_modules.sample import sample
-from cotune.programs.lm import Sampling
+from cotune.lightning_modules.sample import log_probs, sample
+from cotune.programs.layout import FREE, Layout
+from cotune.programs.lm import Filled, Sampling
 from torch import Tensor
 
 WAVE = 128
@@ -30,20 +33,24 @@ class GenerationMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class Prompted:
-    """A prompt to complete, as ids."""
+    """A prompt to complete, as ids, and what its completion is made of."""
 
     ids: Sequence[int]
-    stops: tuple[str, ...] = ()
+    layout: Layout = FREE
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Ids written (end-of-turn token included, a stop string not), their text, and why they end."""
+    """Ids written (end-of-turn token included, a stop string not), their text, and why they end; the rest as in
+    `Completion`."""
 
     ids: list[int]
     text: str
     finished: Literal["eos", "stop", "length", "too_long"]
+    fields: tuple[Filled, ...] = ()
+    forced: tuple[bool, ...] = ()
+    log_probs: tuple[float, ...] = ()
 
 
 class Decoder:
@@ -55,8 +62,7 @@ class Decoder:
 
     Args:
         model: a transformers (or PEFT) causal LM whose layers all attend, in eval mode.
-        decode: ids -> text.
-        end_ids: ids that end a turn.
+        codec: its tokenizer.
         window: longest prompt plus completion, in tokens.
         cache_tokens: keys and values kept at once, in tokens: half for the rows of a batch, half for prefixes.
         weights: a value that changes when the weights do. While it is equal, prefixes are kept from call to call; None
@@ -69,20 +75,19 @@ class Decoder:
         self,
         model: Any,
         *,
-        decode: Callable[[Sequence[int]], str],
-        end_ids: Sequence[int],
+        codec: Codec,
         window: int,
         cache_tokens: int,
         weights: Callable[[], Hashable] | None = None,
         keep_rows: bool = False,
     ) -> None:
-        self.model, self.decode = model, decode
-        self.end_ids = frozenset(end_ids)
+        self.model, self.codec = model, codec
         self.window, self.cache_tokens = window, cache_tokens
         self.weights, self.keep_rows = weights, keep_rows
         self._prefixes = PrefixCache(cache_tokens // 2)
         self.asked = PrefixCache(cache_tokens // 2)
         self._made_with: Hashable = None
+        self._plans: dict[Layout, Plan] = {}
 
     def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
         """Indices of the prompts in the parts they are best generated in, one after another.
@@ -104,12 +109,17 @@ class Decoder:
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = self._rows(prompts, sampling)
         with attending(self.model):
-            for batch in _of_like_size(rows):
+            for batch in _of_like_size([row for row in rows if not row.ended]):  # some are fixed from end to end
                 self._run(batch)
         for row in rows:
-            assert row.ended is not None
-            results[row.index] = row.ended
+            results[row.index] = row.result
         return results
+
+    def plan(self, layout: Layout) -> Plan:
+        """The layout for this tokenizer, compiled once."""
+        if layout not in self._plans:
+            self._plans[layout] = Plan(layout, self.codec)
+        return self._plans[layout]
 
     def _forget_if_written(self) -> None:
         made_with = self.weights() if self.weights else None
@@ -119,8 +129,11 @@ class Decoder:
         self._made_with = made_with
 
     def _rows(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[_Row]:
-        """A row for each prompt that fits the window, those that share a prefix behind one another."""
-        fitting = [i for i, prompt in enumerate(prompts) if len(prompt.ids) < self.window]
+        """A row for each prompt that fits the window with all that its layout needs, those that share a prefix behind
+        one another."""
+        fitting = [
+            i for i, prompt in enumerate(prompts) if len(prompt.ids) + self.plan(prompt.layout).least <= self.window
+        ]
         rows = []
         for group in group_by_prefix([prompts[i].ids for i in fitting]):
             members = [fitting[g] for g in group]
@@ -190,20 +203,25 @@ class Decoder:
 
 
 class _Row:
-    """A prompt under way: what it has written, its random draws, and how it ended."""
+    """A prompt under way: what it has written, its random draws, and how much of it the model has read.
+
+    Attributes:
+        own: the prompt's ids behind the prefix.
+        held: keys and values it has behind its prefix.
+    """
 
     def __init__(self, index: int, prompt: Prompted, prefix: tuple[int, ...], sampling: Sampling, decoder: Decoder):
         self.index, self.prompt, self.prefix = index, prompt, prefix
-        self.sampling, self.decoder = sampling, decoder
+        self.sampling, self.plan = sampling, decoder.plan(prompt.layout)
         # Its own room: a longer neighbour must not cut it short.
-        self.limit = min(sampling.max_new_tokens, decoder.window - len(prompt.ids))
+        self.room = decoder.window - len(prompt.ids)
         self.own = list(prompt.ids[len(prefix) :])
-        self.draws = self._draws() if sampling.temperature > 0 else None
         self.restart()
+        self.draws = self._draws() if sampling.temperature > 0 else None
 
     def restart(self) -> None:
-        self.written: list[int] = []
-        self.ended: Generated | None = None
+        self.filling = Filling(self.plan, max_new_tokens=self.sampling.max_new_tokens, room=self.room)
+        self.held = 0
 
     @property
     def key(self) -> tuple[int, ...]:
@@ -213,43 +231,41 @@ class _Row:
     @property
     def capacity(self) -> int:
         """Keys and values it can come to have, without its prefix: the last token written needs none."""
-        return len(self.own) + self.limit - 1
+        return len(self.own) + self.filling.most - 1
 
     @property
-    def held(self) -> int:
-        """Keys and values it has behind its prefix, the last token's not yet."""
-        return len(self.own) + len(self.written) - 1
+    def unread(self) -> Sequence[int]:
+        """Ids that the model has not read: the last token, a fixed text, before the first pass the prompt's own too."""
+        start = self.held - len(self.own)
+        return self.filling.written[start:] if start >= 0 else self.own[self.held :] + self.filling.written
 
-    def take(self, token: int) -> None:
-        self.written.append(token)
-        self.ended = self._end()
+    @property
+    def ended(self) -> bool:
+        return self.filling.finished is not None
+
+    @property
+    def result(self) -> Generated:
+        filling = self.filling
+        assert filling.finished is not None
+        forced = tuple(filling.forced) if any(filling.forced) else ()
+        log_probs = tuple(filling.log_probs) if self.sampling.log_probs else ()
+        return Generated(filling.written, filling.text, filling.finished, tuple(filling.fields), forced, log_probs)
+
+    def read(self) -> None:
+        """The model has read all there is."""
+        self.held = len(self.own) + len(self.filling.written)
+
+    def take(self, token: int, log_prob: float) -> None:
+        self.filling.take(token, log_prob)
+        # Of tokens that were taken back, keys and values are written over. The last id is read for what follows it.
+        written = len(self.filling.written)
+        self.held = len(self.own) + min(self.filling.kept, written - 1)
 
     def _draws(self) -> list[float]:
-        """Uniform numbers, one a token, from the row's own seed."""
+        """Uniform numbers, one a token that is decided, from the row's own seed."""
         generator = torch.Generator().manual_seed(self.prompt.seed)
-        drawn: list[float] = torch.rand(self.limit, generator=generator, dtype=torch.float64).tolist()
+        drawn: list[float] = torch.rand(self.filling.draws, generator=generator, dtype=torch.float64).tolist()
         return drawn
-
-    def _end(self) -> Generated | None:
-        ids, decode = self.written, self.decoder.decode
-        if ids[-1] in self.decoder.end_ids:
-            return Generated(ids, decode(ids[:-1]), "eos")
-        stopped = self._stop()
-        if stopped is not None:
-            return stopped
-        return Generated(ids, decode(ids), "length") if len(ids) >= self.limit else None
-
-    def _stop(self) -> Generated | None:
-        ids, stops, decode = self.written, self.prompt.stops, self.decoder.decode
-        if not stops:
-            return None
-        tail = decode(ids[-2 - max(len(stop.encode()) for stop in stops) :])  # a token has a byte or more
-        if not any(stop in tail for stop in stops):
-            return None
-        text = decode(ids)
-        cut = min(text.index(stop) for stop in stops if stop in text)
-        count = next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= cut)
-        return Generated(ids[:count], text[:cut], "stop")
 
 
 class _Batch:
@@ -275,7 +291,7 @@ class _Batch:
         limit = _PREFILL.get(self.decoder.model.device.type, _PREFILL["cuda"])
         joining, tokens = list[_Row](), 0
         for row in [self.waiting.popleft() for _ in range(count)]:
-            new = len(row.own) - self._kept(row)
+            new = len(row.unread) - self._kept(row)
             if joining and tokens + new > limit:
                 self._prefill(joining)
                 joining, tokens = [], 0
@@ -285,32 +301,26 @@ class _Batch:
 
     def _prefill(self, rows: list[_Row]) -> None:
         first = len(self.running)
-        known = [self._recall(first + i, row) for i, row in enumerate(rows)]
-        new = [row.own[start:] for row, start in zip(rows, known, strict=True)]
-        ends, total = [], 0
-        for ids in new:
-            total += len(ids)
-            ends.append(total - 1)
-        logits_RV = self._forward(rows, new, first, known, ends)
+        for i, row in enumerate(rows):
+            row.held = self._recall(first + i, row)
+        logits_RV = self._forward(rows, first)
         for i, row in enumerate(rows):
             self._remember(first + i, row)
         self.running += rows
         self._take(rows, logits_RV)
 
     def _step(self) -> None:
-        rows = self.running
-        new = [row.written[-1:] for row in rows]
-        self._take(rows, self._forward(rows, new, 0, [row.held for row in rows], range(len(rows))))
+        self._take(self.running, self._forward(self.running, 0))
 
-    def _forward(
-        self, rows: Sequence[_Row], new: Sequence[Sequence[int]], first: int, starts: Sequence[int], keep: Sequence[int]
-    ) -> Tensor:
+    def _forward(self, rows: Sequence[_Row], first: int) -> Tensor:
+        """(R, V) logits behind all that these rows, from slot `first` on, have not read yet. Now they have."""
         device = self.decoder.model.device
-        lengths = [len(ids) for ids in new]
+        new = [row.unread for row in rows]
+        lengths, starts = [len(ids) for ids in new], [row.held for row in rows]
         positions = [
             len(row.prefix) + start + i
-            for row, start, ids in zip(rows, starts, new, strict=True)
-            for i in range(len(ids))
+            for row, start, length in zip(rows, starts, lengths, strict=True)
+            for i in range(length)
         ]
         packed = Packed(
             own=self.own,
@@ -320,7 +330,11 @@ class _Batch:
             shared=self._shared(rows, lengths),
             positions=torch.tensor(positions, device=device),
         )
-        return self.decoder.forward([i for ids in new for i in ids], packed, keep)
+        ends = [end - 1 for end in accumulate(lengths)]
+        logits_RV = self.decoder.forward([i for ids in new for i in ids], packed, ends)
+        for row in rows:
+            row.read()
+        return logits_RV
 
     def _shared(self, rows: Sequence[_Row], lengths: Sequence[int]) -> list[Shared]:
         """The prefixes of these rows, and which of the packed tokens stand behind each."""
@@ -341,10 +355,10 @@ class _Batch:
 
     def _take(self, rows: Sequence[_Row], logits_RV: Tensor) -> None:
         """Adds a token to each of these rows. Rows that end leave, and the last ones move up into their slots."""
-        for row, token in zip(rows, _choose(rows, logits_RV), strict=True):
-            row.take(token)
+        for row, token, log_prob in zip(rows, *_chosen(rows, logits_RV), strict=True):
+            row.take(token, log_prob)
         for slot in reversed(range(len(self.running))):
-            if self.running[slot].ended is not None:
+            if self.running[slot].ended:
                 last = self.running.pop()
                 if slot < len(self.running):
                     self.running[slot] = last
@@ -370,13 +384,25 @@ class _Batch:
             self.decoder.asked.put(row.key, states)
 
 
+def _chosen(rows: Sequence[_Row], logits_RV: Tensor) -> tuple[list[int], list[float]]:
+    """The next token of each row, and its log-probability where that is asked for."""
+    for place, row in enumerate(rows):
+        forbidden_V = row.filling.forbidden(logits_RV.shape[1], logits_RV.device)
+        if forbidden_V is not None:
+            logits_RV[place].masked_fill_(forbidden_V, float("-inf"))
+    tokens, sampling = _choose(rows, logits_RV), rows[0].sampling
+    if not sampling.log_probs:
+        return tokens, [0.0] * len(tokens)
+    return tokens, log_probs(logits_RV, tokens, temperature=sampling.temperature)
+
+
 def _choose(rows: Sequence[_Row], logits_RV: Tensor) -> list[int]:
     """The next token of each row: the likeliest, or drawn with the row's own number."""
     sampling = rows[0].sampling
     if sampling.temperature == 0:
         greedy: list[int] = logits_RV.argmax(dim=-1).tolist()
         return greedy
-    draws = [row.draws[len(row.written)] for row in rows if row.draws is not None]
+    draws = [row.draws[row.filling.free] for row in rows if row.draws is not None]
     draws_R = torch.tensor(draws, dtype=torch.float64, device=logits_RV.device)
     drawn: list[int] = sample(logits_RV, draws_R, temperature=sampling.temperature, top_p=sampling.top_p).tolist()
     return drawn
@@ -395,7 +421,8 @@ def _of_like_size(rows: Sequence[_Row]) -> list[list[_Row]]:
 
 def _one_row(row: _Row) -> str:
     return (
-        f"memory ran out on a single completion: a prompt of {len(row.prompt.ids)} tokens and up to {row.limit} new "
-        "ones. Ways out: model.lm.dtype bfloat16, model.lm.quantization nf4, model.lm.merge_while_generating false, "
+        f"memory ran out on a single completion: a prompt of {len(row.prompt.ids)} tokens and up to "
+        f"{row.filling.most} new ones. Ways out: model.lm.dtype bfloat16, model.lm.quantization nf4, "
+        "model.lm.merge_while_generating false, "
         "shorter prompts (fewer demos or passages), model.sampling.max_new_tokens, or a smaller model."
     )

@@ -6,13 +6,14 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
+from cotune.inference import Codec
 from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
 from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.lightning_modules.lora import (
@@ -37,6 +38,7 @@ from cotune.lightning_modules.quantization import (
     quantized_as,
 )
 from cotune.programs import Completion, Request, Sampling
+from cotune.programs.layout import FREE, Layout
 from torch import Tensor, nn
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -194,7 +196,7 @@ class LanguageModel(nn.Module):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         started = time.perf_counter()
-        prompts = [Prompted(self.encode(r.messages), r.stops, r.seed) for r in requests]
+        prompts = [Prompted(self.encode(r.messages), _layout(r), r.seed) for r in requests]
         results, generated = self._completed(prompts, sampling)
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
@@ -203,9 +205,19 @@ class LanguageModel(nn.Module):
         self.usage.cached += len(prompts) - generated
         self.usage.seconds += time.perf_counter() - started
         return [
-            Completion(result.text, tuple(prompt.ids), tuple(result.ids), result.finished)
+            Completion(
+                result.text,
+                tuple(prompt.ids),
+                tuple(result.ids),
+                result.finished,
+                result.fields,
+                result.forced,
+                result.log_probs,
+            )
             for prompt, result in zip(prompts, results, strict=True)
         ]
+
+    complete = generate
 
     def keep_completions(self, path: str | Path | None) -> None:
         """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
@@ -255,7 +267,8 @@ class LanguageModel(nn.Module):
         """What a completion follows from, hashed: the LM (only where completions are stored), prompt and sampling."""
         lm = self._identity() if self.store else {}
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
-        return completion_keys(prompts, {**lm, **drawn, "max_new_tokens": sampling.max_new_tokens}, seeded=bool(drawn))
+        asked = {"max_new_tokens": sampling.max_new_tokens, "log_probs": sampling.log_probs}
+        return completion_keys(prompts, {**lm, **drawn, **asked}, seeded=bool(drawn))
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -360,8 +373,7 @@ class LanguageModel(nn.Module):
     def _make_decoder(self) -> Decoder:
         return Decoder(
             self.model,
-            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
-            end_ids=self.end_ids,
+            codec=Codec(self.tokenizer, end_ids=self.end_ids, encode=self.encode.text),
             window=self.window,
             cache_tokens=self.cache_tokens,
             weights=lambda: weights_version(self.model),
@@ -370,6 +382,13 @@ class LanguageModel(nn.Module):
 
     def _fast_adapter(self) -> Any:
         return self._merged.swapped(self.model) if self.merge_while_generating else nullcontext()
+
+
+def _layout(request: Request) -> Layout:
+    """What is to be written: a request that says stops alone wants a text up to these."""
+    if request.layout == FREE and request.stops:
+        return (replace(FREE[0], stops=tuple(request.stops)),)
+    return request.layout
 
 
 _KINDS = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,14 @@ def sample(logits_BV: Tensor, draws_B: Tensor, *, temperature: float, top_p: flo
         whole_BV, order_BV = probabilities_BV[wide_B].sort(dim=-1, descending=True, stable=True)
         tokens_B[wide_B] = _from_nucleus(whole_BV, order_BV, draws_B[wide_B], top_p)
     return tokens_B
+
+
+def log_probs(logits_BV: Tensor, tokens: Sequence[int], *, temperature: float) -> list[float]:
+    """The log-probability of each row's token at this temperature; at 1 where it is 0."""
+    chosen_B1 = torch.tensor(tokens, device=logits_BV.device)[:, None]
+    scaled_BV = logits_BV.double() / (temperature or 1.0)
+    found: list[float] = scaled_BV.log_softmax(dim=-1).gather(1, chosen_B1)[:, 0].tolist()
+    return found
 
 
 def _from_nucleus(head_BK: Tensor, order_BK: Tensor, draws_B: Tensor, top_p: float) -> Tensor:

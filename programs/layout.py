@@ -60,6 +60,8 @@ class Field:
         stops: texts that end the field and are no part of it. The end of the turn always ends it.
         max_tokens: the field's own limit in tokens; None for what is left of `Sampling.max_new_tokens`.
         syntax: what may stand here; None for any text.
+        may_be_empty: the LM may end its turn, or write one of the stops, before anything else. Without it an engine that
+            can lets it do neither until something is written.
     """
 
     name: str
@@ -67,10 +69,11 @@ class Field:
     stops: tuple[str, ...] = ()
     max_tokens: int | None = None
     syntax: Syntax | None = None
+    may_be_empty: bool = False
 
 
 Layout = tuple[Union[Fixed, Field], ...]  # noqa: UP007
 """Fixed texts and fields by turns: no two of a kind stand side by side, and there is one field at least."""
 
-FREE: Layout = (Field("text"),)
+FREE: Layout = (Field("text", may_be_empty=True),)
 """One field of any text: a completion without a form."""

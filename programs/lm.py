@@ -19,12 +19,15 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
         top_p: sample among the fewest tokens whose probabilities add up to this (nucleus sampling), in (0, 1].
-        max_new_tokens: longest completion, in tokens.
+        max_new_tokens: longest completion, in tokens that the LM chooses: all fields of a layout together. Each field gets
+            a part of it, and constrained fields what they need, even where that is more.
+        log_probs: completions tell how likely each token was.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = 256
+    log_probs: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -60,8 +63,8 @@ class Filled:
         name: the field's.
         text: as written, its lead included, up to where it ended.
         start, end: its ids are `completion_ids[start:end]`; equal where the field is empty.
-        ended: "stop" (one of its stops), "eos" (the LM ended its turn), "complete" (its syntax allows nothing more) or
-            "length" (closed at its limit).
+        ended: "stop" (one of its stops), "eos" (the LM ended its turn), "complete" (its syntax allows nothing more, or
+            what the LM wrote next was no part of it) or "length" (closed at its limit).
     """
 
     name: str
@@ -78,12 +81,15 @@ class Completion:
     Attributes:
         text: the completion without its end-of-turn token, and up to a stop string.
         prompt_ids: token ids of the prompt, as generated from.
-        completion_ids: token ids written, the end-of-turn token included if it was reached.
+        completion_ids: token ids written, the end-of-turn token included if it was reached. They decode to `text`.
         finished: "eos", "stop" (a stop string), "length" (cut at max_new_tokens) or "too_long" (the prompt does not
             fit the context window with all that its layout needs: nothing was generated).
         fields: what stands in each field of the layout, in its order; empty from an LM that only gives text.
         forced: for each of `completion_ids`, whether it was put there and not chosen by the LM (fixed texts, and the
             end of the turn behind a field that was complete); empty where none was.
+        log_probs: where `Sampling.log_probs` asks for them, for each of `completion_ids` the log-probability with which
+            it was chosen, among the tokens that were allowed there and at the sampling's temperature (1 where that is
+            0; before top-p). 0 for what was put there.
     """
 
     text: str
@@ -92,6 +98,7 @@ class Completion:
     finished: Literal["eos", "stop", "length", "too_long"] = "eos"
     fields: tuple[Filled, ...] = ()
     forced: tuple[bool, ...] = ()
+    log_probs: tuple[float, ...] = ()
 
 
 class LM(Protocol):

@@ -10,7 +10,7 @@ import pytest
 
 import cotune
 
-PACKAGES = ("programs", "prompting", "datamodules", "lightning_modules", "callbacks", "table", "report")
+PACKAGES = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks", "table", "report")
 MODULES = sorted(
     module.name
     for package in (cotune, *(importlib.import_module(f"cotune.{name}") for name in PACKAGES))

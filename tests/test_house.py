@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "programs": set(),
     "prompting": {"programs"},
     "datamodules": {"programs"},
-    "lightning_modules": {"programs", "datamodules"},
-    "callbacks": {"programs", "prompting", "datamodules", "lightning_modules"},
-    "cotune": {"programs", "prompting", "datamodules", "lightning_modules", "callbacks"},
+    "inference": {"programs"},
+    "lightning_modules": {"programs", "datamodules", "inference"},
+    "callbacks": {"programs", "prompting", "datamodules", "inference", "lightning_modules"},
+    "cotune": {"programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks"},
 }
 WEIGHT_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "transformers", "peft", "accelerate", "bitsandbytes"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "diskcache"}

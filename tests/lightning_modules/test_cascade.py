@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from cotune.inference import Codec
 from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, _merged, _Options
 from cotune.lightning_modules.generation import Decoder, Prompted
 from cotune.programs import Sampling
+from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES: dict[str, Any] = {
@@ -63,7 +65,7 @@ def noise(length: int, seed: int) -> list[int]:
 def test_tokens_and_logits_are_those_of_the_family_s_own_attention(family: str) -> None:
     model = tiny(family)
     prompts = [noise(150, 1) + noise(n, n) for n in (3, 9, 20)] + [noise(30, 40), noise(33, 41)]
-    decoder = Decoder(model, decode=str, end_ids=[], window=512, cache_tokens=1 << 14)
+    decoder = Decoder(model, codec=Codec(tiny_tokenizer(), end_ids=[]), window=512, cache_tokens=1 << 14)
     found = decoder.generate([Prompted(ids) for ids in prompts], Sampling(max_new_tokens=12))
     for ids, result in zip(prompts, found, strict=True):
         plain = plain_logits(model, [*ids, *result.ids])[len(ids) - 1 : -1]
@@ -81,7 +83,10 @@ def test_a_model_with_recurrent_layers_is_refused_by_name() -> None:
     sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
     config = AutoConfig.for_model("mamba2", **sizes, num_heads=4, head_dim=16, n_groups=1)
     decoder = Decoder(
-        AutoModelForCausalLM.from_config(config).eval(), decode=str, end_ids=[], window=64, cache_tokens=1024
+        AutoModelForCausalLM.from_config(config).eval(),
+        codec=Codec(tiny_tokenizer(), end_ids=[]),
+        window=64,
+        cache_tokens=1024,
     )
     with pytest.raises(ValueError, match="0 layers of Mamba2ForCausalLM attend to keys and values"):
         decoder.generate([Prompted([5, 6, 7])], Sampling(max_new_tokens=2))

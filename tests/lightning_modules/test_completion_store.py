@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from cotune.lightning_modules.completion_store import CompletionStore, CompletionStoreError, completion_keys
 from cotune.lightning_modules.generation import Generated, Prompted
+from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number, Pattern, Schema
+from cotune.programs.lm import Filled
 
 
 def key(name: object) -> bytes:
@@ -27,6 +29,16 @@ def made(count: int, length: int = 5) -> dict[bytes, Generated]:
         key(i): Generated(list(range(i, i + length)), f"text {i} \U0001f338 \x00", ("eos", "length")[i % 2])  # type: ignore[arg-type]
         for i in range(count)
     }
+
+
+FILLED_IN = Generated(
+    [4, 5, 6, 7, 8, 2],
+    "so\nanswer: 4",
+    "eos",
+    (Filled("reasoning", "so", 0, 2, "length"), Filled("answer", " 4", 4, 5, "complete")),
+    (False, False, True, True, False, True),
+    (-0.1, -2.5000000000000004, 0.0, 0.0, -1e-300, 0.0),
+)
 
 
 @pytest.fixture
@@ -41,7 +53,7 @@ def again(store: CompletionStore) -> CompletionStore:
 
 
 def test_what_was_kept_is_found_by_another_process(store: CompletionStore) -> None:
-    kept = made(1200) | {key("empty"): Generated([], "", "too_long")}
+    kept = made(1200) | {key("empty"): Generated([], "", "too_long"), key("filled in"): FILLED_IN}
     store.keep(kept)
     assert again(store).find([*kept, key("absent")]) == kept
 
@@ -120,6 +132,7 @@ def test_a_damaged_row_is_a_miss_said_once_and_written_anew(
         pytest.param(lambda path: path.write_bytes(b"not a database, and long enough to be looked at" * 99), id="text"),
         pytest.param(lambda path: os.truncate(path, path.stat().st_size // 2), id="cut"),
         pytest.param(lambda path: change(path, "PRAGMA user_version = 99"), id="another format"),
+        pytest.param(lambda path: change(path, "PRAGMA user_version = 1"), id="the format before this one"),
         pytest.param(lambda path: change(path, "ALTER TABLE entries RENAME TO others"), id="another table"),
     ],
 )
@@ -196,12 +209,28 @@ def test_the_sum_of_a_file_is_remembered_until_it_changes(
 
 
 def test_a_key_holds_all_that_a_completion_follows_from() -> None:
-    base = Prompted([1, 2, 3], ("stop",), 7)
-    others = [Prompted([1, 2], ("stop",), 7), Prompted([1, 2, 3], (), 7), Prompted([1, 2, 3], ("s", "top"), 7)]
+    ids, whole, seed = [1, 2, 3], (Field("a", stops=("stop",)),), 7
+    layouts: list[Layout] = [
+        FREE,
+        (Field("b", stops=("stop",)),),
+        (Field("a", stops=("s", "top")),),
+        (Field("a", lead="stop"),),
+        (Field("a", stops=("stop",), max_tokens=4),),
+        (Fixed("a"), *whole),
+        (*whole, Fixed("a")),
+        (Field("a", syntax=Choices(("x", "y"))),),
+        (Field("a", syntax=Choices(("y", "x"))),),
+        (Field("a", syntax=Number()),),
+        (Field("a", syntax=Number(integer=True)),),
+        (Field("a", syntax=Pattern("x")),),
+        (Field("a", syntax=Schema("x")),),
+    ]
+    base = Prompted(ids, whole, seed)
+    others = [Prompted([1, 2], whole, seed), Prompted(ids, whole, 8), *(Prompted(ids, made, seed) for made in layouts)]
     common = {"base": "a", "temperature": 0.7}
-    keys = completion_keys([base, *others, Prompted([1, 2, 3], ("stop",), 8)], common, seeded=True)
-    assert len(set(keys)) == 5
+    keys = completion_keys([base, *others], common, seeded=True)
+    assert len(set(keys)) == 1 + len(others)
     assert completion_keys([base], {**common, "base": "b"}, seeded=True) != keys[:1]
     assert completion_keys([base], common, seeded=True) == keys[:1]
-    greedy = completion_keys([base, Prompted([1, 2, 3], ("stop",), 8)], common, seeded=False)
+    greedy = completion_keys([base, Prompted(ids, whole, 8)], common, seeded=False)
     assert greedy[0] == greedy[1], "a seed has no say where nothing is drawn"

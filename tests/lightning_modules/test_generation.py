@@ -5,25 +5,25 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cotune.datamodules.collate import shared_prefix
+from cotune.inference import Codec
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.generation import Decoder, Generated, GenerationMemoryError, Prompted
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.lightning_modules.prefixes import group_by_prefix, group_cost
 from cotune.programs import Request, Sampling
+from cotune.programs.layout import Field
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 EOS = 2
 TOKENIZER = tiny_tokenizer()
-
-
-def decode(ids: Sequence[int]) -> str:
-    return str(TOKENIZER.decode(ids, skip_special_tokens=True))
+CODEC = Codec(TOKENIZER, end_ids=[EOS])
 
 
 def ids_of(text: str) -> list[int]:
@@ -42,7 +42,7 @@ def model(tiny_model: Any) -> Any:
 
 
 def decoder(model: Any, *, end_ids: Sequence[int] = (EOS,), window: int = 1024, cache_tokens: int = 1 << 20) -> Decoder:
-    return Decoder(model, decode=decode, end_ids=end_ids, window=window, cache_tokens=cache_tokens)
+    return Decoder(model, codec=Codec(TOKENIZER, end_ids=end_ids), window=window, cache_tokens=cache_tokens)
 
 
 def one_by_one(
@@ -206,7 +206,7 @@ def test_what_prompts_share_is_computed_once_in_blocks(model: Any) -> None:
 
 def test_a_prefix_is_kept_while_the_weights_stay(model: Any) -> None:
     version = [0]
-    kept = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: version[0])
+    kept = Decoder(model, codec=CODEC, window=1024, cache_tokens=4096, weights=lambda: version[0])
     first, second = families(shared=300, own=[3, 4], seed=19), families(shared=300, own=[5, 6], seed=19)
     greedy(kept, first, 4)
     with passes(model) as seen:
@@ -222,7 +222,7 @@ def test_a_longer_prefix_takes_over_whole_blocks_of_a_kept_one_and_has_the_same_
     base = noise(300, 20)
     short = [[*base[:200], *noise(4, i)] for i in (1, 2)]
     longer = [[*base, *noise(4, i)] for i in (3, 4)]
-    warm = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: 0)
+    warm = Decoder(model, codec=CODEC, window=1024, cache_tokens=4096, weights=lambda: 0)
     greedy(warm, short, 1)
     with passes(model) as seen:
         greedy(warm, longer, 1)
@@ -240,9 +240,7 @@ def states(decoder: Decoder, ids: Sequence[int]) -> list[torch.Tensor]:
 
 def test_rows_kept_on_request_are_not_computed_again(model: Any) -> None:
     prompts = families(shared=300, own=[380, 390, 400], seed=21)
-    keeping = Decoder(
-        model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=4096, weights=lambda: 0, keep_rows=True
-    )
+    keeping = Decoder(model, codec=CODEC, window=1024, cache_tokens=4096, weights=lambda: 0, keep_rows=True)
     expected = greedy(keeping, prompts, 6)
     with passes(model) as seen:
         assert greedy(keeping, prompts, 6) == expected
@@ -250,7 +248,7 @@ def test_rows_kept_on_request_are_not_computed_again(model: Any) -> None:
 
 
 def test_kept_prefixes_stay_within_the_memory(model: Any) -> None:
-    kept = Decoder(model, decode=decode, end_ids=[EOS], window=1024, cache_tokens=1000, weights=lambda: 0)
+    kept = Decoder(model, codec=CODEC, window=1024, cache_tokens=1000, weights=lambda: 0)
     for seed in range(6):
         greedy(kept, families(shared=150, own=[3, 4], seed=100 + seed), 1)
     assert len(kept._prefixes._states) == 3  # half of 1000 holds three prefixes of 150
@@ -315,8 +313,15 @@ class Dictated:
 def written(model: Any, text: str, stops: tuple[str, ...], new: int = 40) -> Generated:
     """What comes of a model that would write this text, a token a byte, and then end its turn."""
     dictated = Dictated(model, [*ids_of(text), EOS])
-    (found,) = decoder(dictated).generate([Prompted([5, 6, 7], stops)], Sampling(max_new_tokens=new))
-    return found
+    (found,) = decoder(dictated).generate([until(stops)], Sampling(max_new_tokens=new))
+    (field,) = found.fields
+    assert (field.text, field.start, field.ended) == (found.text, 0, found.finished)
+    assert found.ids[: field.end] == ids_of(found.text)
+    return replace(found, fields=())
+
+
+def until(stops: tuple[str, ...]) -> Prompted:
+    return Prompted([5, 6, 7], (Field("text", stops=stops, may_be_empty=True),))
 
 
 @pytest.mark.parametrize(
@@ -339,7 +344,7 @@ def test_a_stop_string_cuts_text_and_ids_before_it(model: Any, text: str, stops:
 
 def test_generation_ends_at_the_token_that_completes_the_stop(model: Any) -> None:
     dictated = Dictated(model, ids_of("ab\nq: never read"))
-    decoder(dictated).generate([Prompted([5, 6], ("\nq:",))], Sampling(max_new_tokens=40))
+    decoder(dictated).generate([until(("\nq:",))], Sampling(max_new_tokens=40))
     assert dictated.at == len("ab\nq:")
 
 

@@ -147,7 +147,7 @@ def test_gsm8k_reads_the_official_files(tmp_path: Path) -> None:
     assert sizes_of(splits) == [4, 2, 2, 4]
     assert all(str(e.inputs["question"]).startswith("test") for e in splits.test)
     assert data.metric is first_line_number
-    assert data.metric(splits.test[0], {"answer": f"It is {splits.test[0].labels['answer']}."}) == 1.0
+    assert float(data.metric(splits.test[0], {"answer": f"It is {splits.test[0].labels['answer']}."})) == 1.0
 
 
 def test_gsm8k_names_the_first_bad_solution_and_counts_them(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_the_real_gsm8k_fills_the_default_sizes() -> None:
     assert len(gsm8k_examples(data.path, "train")) == 7473
     splits = data.load()
     assert sizes_of(splits) == [1000, 250, 250, 1319]
-    assert all(first_line_number(e, e.labels) == 1.0 for e in splits.test)
+    assert all(float(first_line_number(e, e.labels)) == 1.0 for e in splits.test)
 
 
 @with_real_data

@@ -29,6 +29,7 @@ from cotune.programs import (
     prompts_id,
     rollouts,
 )
+from cotune.programs.demos import label_text
 from cotune.programs.faults import KINDS, faults_from_dict, faults_to_dict, merged
 from cotune.programs.values import gold_text
 
@@ -427,7 +428,7 @@ def _gold_trace(
     signature = program.stages[step.stage].signature
     if any(labels.get(name) is None for name in signature.outputs):
         return None
-    outputs = {name: gold_text(labels[name], signature.type_of(name)) for name in signature.outputs}
+    outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
     completion = template.complete(signature, outputs)
     return Trace(
         example=rollout.example.id,

@@ -111,6 +111,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
         f"  LM        {lm.name}, {held}{dtype}; LoRA r {lm.lora.r} on {_targets(lm.lora)}",
         f"  data      {sizes} examples; metric {metric}",
+        *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.steps)}" + _step_sizes(alternate, data),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.datamodules.rows import DataError, examples_from_rows, read_split
-from cotune.datamodules.splits import Sizes, Splits, split
+from cotune.datamodules.splits import Duplicates, Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match
 
@@ -28,7 +28,7 @@ class Banking77(TraceDataModule):
         path: Hub id, or a folder with the official train.csv and test.csv (columns text and category).
         intents: how many intents to keep, the most frequent of train first; null keeps all 77.
         stratify: label whose values are balanced over the sets; null for sets at random.
-        sizes, metric, kwargs: see `TraceDataModule`.
+        sizes, metric, duplicates, kwargs: see `TraceDataModule`.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Banking77(TraceDataModule):
         *,
         sizes: Sizes = SIZES,
         metric: Metric = exact_match,
+        duplicates: Duplicates = "keep",
         **kwargs: Any,
     ) -> None:
-        super().__init__(sizes=sizes, metric=metric, **kwargs)
+        super().__init__(sizes=sizes, metric=metric, duplicates=duplicates, **kwargs)
         self.path, self.intents, self.stratify = path, intents, stratify
 
     def load(self) -> Splits:
@@ -49,7 +50,7 @@ class Banking77(TraceDataModule):
         train = distinct(banking77_examples(self.path, "train"), apart_from=test)
         kept = frequent_intents(train, self.intents)
         train, test = ([e for e in part if e.labels["answer"] in kept] for part in (train, test))
-        return split(train, self.sizes, seed=self.seed, stratify=self.stratify, test=test)
+        return split(train, self.sizes, seed=self.seed, duplicates=self.duplicates, stratify=self.stratify, test=test)
 
 
 def banking77_examples(path: str, part: str) -> list[Example]:

@@ -29,8 +29,9 @@ from cotune.programs import (
     prompts_id,
     rollouts,
 )
+from cotune.programs.demos import label_text
 from cotune.programs.faults import KINDS, faults_from_dict, faults_to_dict, merged
-from cotune.programs.program import as_text
+from cotune.programs.values import gold_text
 
 _Written = tuple[str, ...]
 """The completions of a run, which tell it from others of its example."""
@@ -261,7 +262,7 @@ def collect(
 
 def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
     """The prompts with the example's labels as a hint behind each stage's instruction."""
-    gold = "; ".join(f"{name}: {as_text(value)}" for name, value in example.labels.items())
+    gold = "; ".join(f"{name}: {gold_text(value)}" for name, value in example.labels.items())
     hint = f"Hint, which your reply must not mention: the final result should be {gold}."
     return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
 
@@ -427,7 +428,7 @@ def _gold_trace(
     signature = program.stages[step.stage].signature
     if any(labels.get(name) is None for name in signature.outputs):
         return None
-    outputs = {name: as_text(labels[name]) for name in signature.outputs}
+    outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
     completion = template.complete(signature, outputs)
     return Trace(
         example=rollout.example.id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cotune.datamodules.rows import examples_from_rows, read_split, refuse_bad_rows
-from cotune.datamodules.splits import Sizes, Splits, split
+from cotune.datamodules.splits import Duplicates, Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, first_line_number
 
@@ -20,7 +20,7 @@ class GSM8K(TraceDataModule):
     Args:
         path: Hub id, or a folder with train.jsonl and test.jsonl (each may be .gz) as they stand in
             github.com/openai/grade-school-math.
-        sizes, metric, kwargs: see `TraceDataModule`.
+        sizes, metric, duplicates, kwargs: see `TraceDataModule`.
     """
 
     def __init__(
@@ -29,14 +29,15 @@ class GSM8K(TraceDataModule):
         *,
         sizes: Sizes = SIZES,
         metric: Metric = first_line_number,
+        duplicates: Duplicates = "drop",
         **kwargs: Any,
     ) -> None:
-        super().__init__(sizes=sizes, metric=metric, **kwargs)
+        super().__init__(sizes=sizes, metric=metric, duplicates=duplicates, **kwargs)
         self.path = path
 
     def load(self) -> Splits:
         train, test = gsm8k_examples(self.path, "train"), gsm8k_examples(self.path, "test")
-        return split(train, self.sizes, seed=self.seed, test=test)
+        return split(train, self.sizes, seed=self.seed, duplicates=self.duplicates, test=test)
 
 
 def gsm8k_examples(path: str, part: str) -> list[Example]:

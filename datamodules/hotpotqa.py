@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence, Set
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from cotune.datamodules.rows import DataError, examples_from_rows, find_file, read_rows, read_split
-from cotune.datamodules.splits import Sizes, Splits, row_by_id, split
+from cotune.datamodules.splits import Duplicates, Sizes, Splits, row_by_id, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match
 
@@ -30,7 +31,7 @@ class HotPotQA(TraceDataModule):
             sets are fixed, splits.json: {"train": [ids], "val": [ids], "test": [ids]}; dev is then cut out of train.
             On the Hub, where the official test set has no labels, test is drawn from the official "validation".
         level: keep questions of this level only ("easy", "medium", "hard"; the paper: "hard"); null keeps all.
-        sizes, metric, kwargs: see `TraceDataModule`.
+        sizes, metric, duplicates, kwargs: see `TraceDataModule`.
     """
 
     def __init__(
@@ -40,14 +41,22 @@ class HotPotQA(TraceDataModule):
         *,
         sizes: Sizes = SIZES,
         metric: Metric = exact_match,
+        duplicates: Duplicates = "drop",
         **kwargs: Any,
     ) -> None:
-        super().__init__(sizes=sizes, metric=metric, **kwargs)
+        super().__init__(sizes=sizes, metric=metric, duplicates=duplicates, **kwargs)
         self.path, self.level = path, level
 
     def load(self) -> Splits:
         pools = hotpotqa_examples(self.path, level=self.level)
-        return split(pools["train"], self.sizes, seed=self.seed, val=pools.get("val"), test=pools.get("test"))
+        return split(
+            pools["train"],
+            self.sizes,
+            seed=self.seed,
+            duplicates=self.duplicates,
+            val=pools.get("val"),
+            test=pools.get("test"),
+        )
 
 
 def hotpotqa_examples(path: str, *, level: str | None = "hard") -> dict[str, list[Example]]:
@@ -102,6 +111,11 @@ def _read_splits(path: Path, *, known: Set[str]) -> dict[str, list[str]]:
             raise DataError(
                 f'"{path}": {part} names "{unknown[0]}", which is no id in questions.jsonl '
                 f"({len(unknown)} of {len(ids)} ids are unknown)."
+            )
+    for one, other in combinations(_PARTS, 2):
+        if both := sorted(set(lists[one]) & set(lists[other])):
+            raise DataError(
+                f'"{path}": "{both[0]}" is in {one} and in {other} ({len(both)} ids are); the sets are disjoint.'
             )
     used = len(set().union(*lists.values()))
     _log.info("%s: %d of %d questions are in one of its lists", path, used, len(known))

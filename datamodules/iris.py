@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cotune.datamodules.splits import Sizes, Splits, split
+from cotune.datamodules.splits import Duplicates, Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match
 
@@ -18,7 +18,7 @@ class Iris(TraceDataModule):
 
     Args:
         stratify: label whose values are balanced over the sets; null for sets at random.
-        sizes, metric, kwargs: see `TraceDataModule`.
+        sizes, metric, duplicates, kwargs: see `TraceDataModule`.
     """
 
     def __init__(
@@ -27,13 +27,14 @@ class Iris(TraceDataModule):
         *,
         sizes: Sizes = SIZES,
         metric: Metric = exact_match,
+        duplicates: Duplicates = "keep",
         **kwargs: Any,
     ) -> None:
-        super().__init__(sizes=sizes, metric=metric, **kwargs)
+        super().__init__(sizes=sizes, metric=metric, duplicates=duplicates, **kwargs)
         self.stratify = stratify
 
     def load(self) -> Splits:
-        return split(iris_examples(), self.sizes, seed=self.seed, stratify=self.stratify)
+        return split(iris_examples(), self.sizes, seed=self.seed, duplicates=self.duplicates, stratify=self.stratify)
 
 
 def iris_examples() -> list[Example]:

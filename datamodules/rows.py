@@ -11,6 +11,8 @@ import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ Row = Mapping[str, Any]
 Fields = Sequence[str] | Mapping[str, str]
 """Which columns become fields of the program: their names, or program field -> column."""
 
-_ALLOWED = "allowed are text, a number, true or false, or a list of texts"
+_ALLOWED = "allowed are text, a number, true or false, a date, or a list or mapping of these"
 
 
 class DataError(ValueError):
@@ -50,6 +52,8 @@ def examples_from_rows(
     """
     columns_in, columns_out = columns_of(inputs, "inputs"), columns_of(labels, "labels")
     _check_columns(columns_in, columns_out)
+    if not rows:
+        raise DataError(f"{where} is empty: it holds no row.")
     examples, faults = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -156,23 +160,42 @@ def _value(row: Row, column: str) -> Any:
     if column not in row:
         has = ", ".join(shown(name, limit=60) for name in list(row)[:20] if isinstance(name, str))
         raise DataError(f"field {column!r} is missing; the row has {has or 'none'}.")
-    value = row[column]
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        said = "empty (null)" if value is None else repr(value)
-        raise DataError(f"field {column!r} is {said}; {_ALLOWED}. Fill it in, or remove the row.")
+    try:
+        return _checked(row[column])
+    except DataError as fault:
+        raise DataError(f"field {column!r} {fault}") from None
+
+
+def _checked(value: Any) -> Any:
+    """A value in the types that JSON has, numbers as numbers.
+
+    Raises:
+        DataError: it has no such form. Says what it is, without the name of its field.
+    """
+    if value is None or (isinstance(value, (float, Decimal)) and not math.isfinite(value)):
+        said = "empty (null)" if value is None else str(value)
+        raise DataError(f"is {said}; {_ALLOWED}. Fill it in, or remove the row.")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise DataError(f"field {column!r} is a whole number beyond 64 bits; write it as text.")
-    texts = value if isinstance(value, list) else [value]
-    if any(not isinstance(text, str if value is texts else str | int | float) for text in texts):
-        raise DataError(f"field {column!r} is {_kind(value)}; {_ALLOWED}.")
-    for text in texts:
-        _check_text(text, column)
-    return list(value) if isinstance(value, list) else value
+        raise DataError("is a whole number beyond 64 bits; write it as text.")
+    if isinstance(value, str):
+        _check_text(value)
+    elif isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    elif isinstance(value, date):
+        return value.isoformat()
+    elif isinstance(value, list):
+        return [_checked(item) for item in value]
+    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {_checked(key): item if item is None else _checked(item) for key, item in value.items()}
+    elif not isinstance(value, (int, float)):
+        raise DataError(f"is of type {type(value).__name__}; {_ALLOWED}.")
+    return value
 
 
 def _label(row: Row, column: str) -> Any:
     value = _value(row, column)
-    if value == [] or (isinstance(value, str) and not value.strip()):
+    several = value if isinstance(value, list) else [value]
+    if not several or any(isinstance(one, str) and not one.strip() for one in several):
         raise DataError(f"field {column!r} is empty; a label is what the metric compares with, so it needs a value.")
     return value
 
@@ -180,26 +203,19 @@ def _label(row: Row, column: str) -> Any:
 def _id(row: Row, column: str) -> str:
     value = _value(row, column)
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise DataError(f"field {column!r} is {_kind(value)}; an id is text (not empty) or a whole number.")
+        kind = "empty text" if value == "" else f"of type {type(value).__name__}"
+        raise DataError(f"field {column!r} is {kind}; an id is text (not empty) or a whole number.")
     return str(value)
 
 
-def _check_text(value: Any, column: str) -> None:
-    if not isinstance(value, str):
-        return
+def _check_text(value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"field {column!r} has half a surrogate pair ({value[error.start]!a}) at character {error.start}: "
+            f"has half a surrogate pair ({value[error.start]!a}) at character {error.start}: "
             "no text in UTF-8 holds one. Write the data again from its source."
         ) from None
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list):
-        return "a list that does not hold texts only"
-    return "empty text" if value == "" else f"of type {type(value).__name__}"
 
 
 # Which columns
@@ -367,7 +383,7 @@ def _parquet_rows(path: Path, columns: Sequence[str] | None) -> list[dict[str, A
         raise DataError(f'"{path}" cannot be read as parquet: {error}.') from error
     # Not Dataset.from_parquet, which copies the file into the user's cache for the sake of one reading.
     rows: list[dict[str, Any]] = table.to_pylist()
-    return _with_class_names(rows, datasets.Features.from_arrow_schema(table.schema))
+    return _with_class_names(_short_floats(rows, table.schema), datasets.Features.from_arrow_schema(table.schema))
 
 
 def _needed(there: Sequence[str], columns: Sequence[str] | None, where: str) -> list[str]:
@@ -387,7 +403,22 @@ def _hub_rows(
             raise DataError(f'Hub data set "{hub_id}" has the splits {", ".join(data)}; name one, e.g. split="train".')
         (data,) = data.values()
     data = data.select_columns(_needed(data.column_names, columns, f'Hub data set "{hub_id}"'))
-    return _with_class_names(data.to_list(), data.features)
+    return _with_class_names(_short_floats(data.to_list(), data.features.arrow_schema), data.features)
+
+
+def _short_floats(rows: list[dict[str, Any]], schema: Any) -> list[dict[str, Any]]:
+    """Numbers of 32 and 16 bits as they are written: 3.1, and not 3.0999999046325684, which no program answers."""
+    import numpy as np
+    import pyarrow as pa
+
+    narrow = {
+        field.name: field.type.to_pandas_dtype() for field in schema if field.type in (pa.float32(), pa.float16())
+    }
+    for column, kind in narrow.items():
+        for row in rows:
+            if row[column] is not None:
+                row[column] = float(np.format_float_positional(kind(row[column])))
+    return rows
 
 
 def _hub_data(hub_id: str, config: str | None, split: str | None) -> Any:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from cotune.programs import Example
 from cotune.programs.faults import shown
 
 NAMES = ("train", "dev", "val", "test")
 """train bootstraps demos and traces, dev scores candidates, val chooses between steps, test is touched once."""
+
+Duplicates = Literal["refuse", "drop", "keep"]
+"""What becomes of rows with the inputs of another row: an error, left out, or taken as they are."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Sizes:
 class Splits:
     """The four sets. An id stands in one of them at most, and there once.
 
+    Attributes:
+        notes: what the user should know of how they came about, a line each.
+
     Raises:
         ValueError: two sets share an id, or one set has it twice.
     """
@@ -47,6 +55,7 @@ class Splits:
     dev: tuple[Example, ...]
     val: tuple[Example, ...]
     test: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         home: dict[str, str] = {}
@@ -68,6 +77,8 @@ def split(
     stratify: str | None = None,
     val: Sequence[Example] | None = None,
     test: Sequence[Example] | None = None,
+    duplicates: Duplicates = "refuse",
+    where: str = "the examples",
 ) -> Splits:
     """Draws disjoint sets. Which example goes where depends on seed and ids only, not on the order of `examples`.
 
@@ -75,9 +86,13 @@ def split(
         stratify: a label; each set then has its values in the proportion of what it is drawn from, to within rounding.
         val, test: what the set of that name is drawn from, for data that ships with its own. The others are drawn from
             `examples`.
+        duplicates: of examples with equal inputs "drop" takes one: test's before val's before the others', and then
+            that of the smallest id.
+        where: what messages call `examples`.
 
     Raises:
-        ValueError: an id stands twice, there are too few examples, or an example lacks the `stratify` label.
+        ValueError: an id stands twice, inputs do and that is refused, there are too few examples, or an example lacks
+            the `stratify` label.
 
     >>> rows = [Example.of({"n": n}, {"even": n % 2 == 0}) for n in range(20)]
     >>> drawn = split(rows, Sizes(8, 2, 4, 6), seed=0, stratify="even")
@@ -85,13 +100,35 @@ def split(
     (6, 3)
     """
     own = {"val": val, "test": test}
-    pools = {name: pool for name, pool in own.items() if pool is not None}
-    _check_disjoint({"the examples": examples, **{f"the {name} examples": pool for name, pool in pools.items()}})
-    rest = [name for name in NAMES if name not in pools]
-    sets = _draw(examples, {name: getattr(sizes, name) for name in rest}, seed, stratify)
-    for name, pool in pools.items():
-        sets |= _draw(pool, {name: getattr(sizes, name)}, seed, stratify)
-    return Splits(**sets)
+    names = {where: "", **{f"the {name} examples": name for name, pool in own.items() if pool is not None}}
+    pools, notes = _settled({name: own[part] or () if part else examples for name, part in names.items()}, duplicates)
+    rest = [name for name in NAMES if name not in names.values()]
+    sets = _draw(pools[where], {name: getattr(sizes, name) for name in rest}, seed, stratify, where)
+    for name, part in names.items():
+        if part:
+            sets |= _draw(pools[name], {part: getattr(sizes, part)}, seed, stratify, name)
+    return Splits(**sets, notes=tuple(notes))
+
+
+def leak_notes(splits: Splits) -> list[str]:
+    """How many examples of dev, val and test have the inputs of an example that comes before them: a line, or none."""
+    counts, seen = {}, {inputs_key(example) for example in splits.train} - {""}
+    for name in NAMES[1:]:
+        keys = [inputs_key(example) for example in getattr(splits, name)]
+        counts[name] = sum(key in seen for key in keys)
+        seen |= set(keys) - {""}
+    said = [f"{count} of {len(getattr(splits, name))} {name}" for name, count in counts.items() if count]
+    if not said:
+        return []
+    return [
+        f"leakage: {', '.join(said)} examples have the inputs of an example in an earlier set (train, dev, val, test); "
+        "data.duplicates drop leaves such rows out"
+    ]
+
+
+def inputs_key(example: Example) -> str:
+    """What two examples share that ask the same; "" where there are no inputs."""
+    return json.dumps(example.inputs, sort_keys=True, default=str) if example.inputs else ""
 
 
 def apportion(size: int, counts: Sequence[int]) -> list[int]:
@@ -127,10 +164,10 @@ def row_by_id(examples: Sequence[Example], where: str) -> dict[str, int]:
 
 
 def _draw(
-    pool: Sequence[Example], wanted: Mapping[str, int], seed: int, stratify: str | None
+    pool: Sequence[Example], wanted: Mapping[str, int], seed: int, stratify: str | None, where: str
 ) -> dict[str, tuple[Example, ...]]:
     """Set name -> as many examples as wanted, each taken from what the earlier sets left."""
-    _check_enough(len(pool), wanted)
+    _check_enough(len(pool), wanted, where)
     strata = _strata(sorted(pool, key=lambda e: _order(seed, e)), stratify)
     sets: dict[str, tuple[Example, ...]] = {}
     for name, size in wanted.items():
@@ -160,7 +197,7 @@ def _order(seed: int, example: Example) -> str:
     return hashlib.sha256(f"{seed}|{example.id}".encode()).hexdigest()
 
 
-def _check_enough(have: int, wanted: Mapping[str, int]) -> None:
+def _check_enough(have: int, wanted: Mapping[str, int], where: str) -> None:
     asked = sum(wanted.values())
     if asked > have:
         terms = {name: size for name, size in wanted.items() if size}
@@ -168,7 +205,7 @@ def _check_enough(have: int, wanted: Mapping[str, int]) -> None:
         total = f" = {asked}" if len(terms) > 1 else ""
         lower = " or ".join(f"sizes.{name}" for name in terms)
         raise ValueError(
-            f"too few examples: {have} exist, {said}{total} are asked. Lower {lower} by {asked - have}"
+            f"too few examples: {have} exist in {where}, {said}{total} are asked. Lower {lower} by {asked - have}"
             f"{' in all' if len(terms) > 1 else ''}."
         )
 
@@ -179,8 +216,77 @@ _UNIQUE = (
 )
 
 
+def _settled(
+    pools: Mapping[str, Sequence[Example]], duplicates: Duplicates
+) -> tuple[dict[str, list[Example]], list[str]]:
+    """The pools with ids that stand once, duplicates dealt with, and what to say of them.
+
+    All that could be drawn is looked at, not only what will be: a leak should not wait for an unlucky seed.
+    """
+    repeats = _repeats(pools)
+    if repeats and duplicates == "refuse":
+        raise ValueError(_refused(pools, repeats))
+    dropped = {place for place, _ in repeats} if duplicates == "drop" else set()
+    kept: dict[str, list[Example]] = {}
+    used: dict[str, Example] = {}
+    for name, pool in pools.items():
+        kept[name] = [_own_id(e, used) for at, e in enumerate(pool) if (name, at) not in dropped]
+    _check_disjoint(kept)
+    total = sum(map(len, pools.values()))
+    what = "are left out" if dropped else "are kept"
+    said = f"{len(repeats)} of {total} rows have the inputs of another ({_labels_too(pools, repeats)}) and {what}"
+    return kept, [said] if repeats else []
+
+
+_Place = tuple[str, int]
+"""Name of a pool, and a place in it."""
+
+
+def _repeats(pools: Mapping[str, Sequence[Example]]) -> list[tuple[_Place, _Place]]:
+    """Each example that has the inputs of another, and that other one: of test before val before the rest, and of the
+    smallest id there."""
+    groups: dict[str, list[_Place]] = {}
+    for name in reversed(pools):  # the rest come first in it
+        for at in sorted(range(len(pools[name])), key=lambda i: (pools[name][i].id, i)):
+            if key := inputs_key(pools[name][at]):
+                groups.setdefault(key, []).append((name, at))
+    return [(place, places[0]) for places in groups.values() for place in places[1:]]
+
+
+def _refused(pools: Mapping[str, Sequence[Example]], repeats: Sequence[tuple[_Place, _Place]]) -> str:
+    """Names the first repeat, as a reader of the file meets it."""
+    order = list(pools)
+    first = min(repeats, key=lambda pair: sorted((order.index(name), at) for name, at in pair)[::-1])
+    (one, row), (other, other_row) = sorted(first, key=lambda place: (order.index(place[0]), place[1]))
+    rows = (
+        f"rows {row + 1} and {other_row + 1}" if one == other else f"row {row + 1} and row {other_row + 1} of {other}"
+    )
+    equal = pools[one][row].labels == pools[other][other_row].labels
+    said = "are equal" if equal else "have the same inputs and different labels"
+    such = f"{len(repeats)} row{'s are' if len(repeats) > 1 else ' is'} such"
+    return (
+        f"{one}, {rows} {said} ({such}: {_labels_too(pools, repeats)}). An example that stands twice may be trained on "
+        "and tested with: data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
+    )
+
+
+def _labels_too(pools: Mapping[str, Sequence[Example]], repeats: Sequence[tuple[_Place, _Place]]) -> str:
+    same = sum(pools[a][i].labels == pools[b][j].labels for (a, i), (b, j) in repeats)
+    return f"{same} with equal labels, {len(repeats) - same} with others"
+
+
+def _own_id(example: Example, used: dict[str, Example]) -> Example:
+    """The example; with a number behind its id where an equal one has it already."""
+    id_, number = example.id, 1
+    while id_ in used and used[id_] == replace(example, id=id_):
+        number += 1
+        id_ = f"{example.id}-{number}"
+    made = replace(example, id=id_)
+    used.setdefault(id_, made)
+    return made
+
+
 def _check_disjoint(pools: Mapping[str, Sequence[Example]]) -> None:
-    """Also looks at the examples that will not be drawn: a leak should not wait for an unlucky seed."""
     home: dict[str, tuple[str, int]] = {}
     for name, pool in pools.items():
         for id_, row in row_by_id(pool, name).items():

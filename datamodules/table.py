@@ -53,7 +53,15 @@ class Table(TraceDataModule):
         if self.test_path is not None or self.test_split is not None:
             test = self._read(self.test_path or self.path, self.test_split)
         examples = self._read(self.path, self.split)
-        return split(examples, self.sizes, seed=self.seed, stratify=self.stratify, test=test)
+        return split(
+            examples,
+            self.sizes,
+            seed=self.seed,
+            stratify=self.stratify,
+            test=test,
+            duplicates=self.duplicates,
+            where=self.path,
+        )
 
     def _read(self, path: str, part: str | None) -> list[Example]:
         return table_examples(

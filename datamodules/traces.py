@@ -11,7 +11,7 @@ from typing import Any
 
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
-from cotune.datamodules.splits import Sizes, Splits
+from cotune.datamodules.splits import Duplicates, Sizes, Splits, leak_notes
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -174,6 +174,9 @@ class TraceDataModule(LightningDataModule, ABC):
         batch_size: pairs an optimiser step.
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
 
+        duplicates: what becomes of rows whose inputs another row has, in its own set or another ("leakage"): "refuse",
+            "drop" all but one, or "keep" them; how many there are is said.
+
     Attributes:
         between_batches: called between two training batches of an epoch, when all of the first is over.
     """
@@ -188,13 +191,14 @@ class TraceDataModule(LightningDataModule, ABC):
         traces: str | None = None,
         batch_size: int = 8,
         val_batch_size: int = 256,
+        duplicates: Duplicates = "refuse",
     ) -> None:
         super().__init__()
         if batch_size < 1 or val_batch_size < 1:
             raise ValueError(f"batch_size {batch_size} and val_batch_size {val_batch_size} must be at least 1.")
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
-        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
         self.epoch = 0
         self.between_batches: Callable[[], None] = lambda: None
         self._splits: Splits | None = None
@@ -209,7 +213,8 @@ class TraceDataModule(LightningDataModule, ABC):
     @property
     def splits(self) -> Splits:
         if self._splits is None:
-            self._splits = self.load()
+            made = self.load()
+            self._splits = replace(made, notes=(*made.notes, *leak_notes(made)))
         return self._splits
 
     def setup(self, stage: str) -> None:

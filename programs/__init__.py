@@ -6,7 +6,7 @@ from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, f
 from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import LM, Completion, Filled, Message, Request, Sampling
-from cotune.programs.metrics import Metric, exact_match, first_line_number
+from cotune.programs.metrics import Metric, exact_match, f1, first_line_number, number_match
 from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
@@ -77,11 +77,13 @@ __all__ = [
     "content_id",
     "draw_demos",
     "exact_match",
+    "f1",
     "faults_of",
     "first_line_number",
     "hide_own_demos",
     "labelled_demos",
     "mean_score",
+    "number_match",
     "prompts_from_dict",
     "prompts_id",
     "prompts_to_dict",

@@ -13,6 +13,7 @@ from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
 from cotune.programs.signature import Signature
 from cotune.programs.types import as_text, syntax_of
+from cotune.programs.values import gold_text
 
 
 def labelled_demos(program: Program, examples: Sequence[Example]) -> dict[str, list[Demo]]:
@@ -106,7 +107,7 @@ def label_text(signature: Signature, name: str, label: Any) -> str:
 
 def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
     """The prompts with the example's labels as a hint behind each stage's instruction."""
-    gold = "; ".join(f"{name}: {as_text(value)}" for name, value in example.labels.items())
+    gold = "; ".join(f"{name}: {gold_text(value)}" for name, value in example.labels.items())
     hint = f"Hint, which your reply must not mention: the final result should be {gold}."
     return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
 

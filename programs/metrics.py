@@ -1,73 +1,138 @@
-"""Metrics: (example, prediction) -> a score in [0, 1], higher is better."""
+"""Metrics: (example, prediction) -> a score in [0, 1], higher is better, and why it is no higher."""
 
 from __future__ import annotations
 
 import re
-import string
-import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from cotune.programs.example import Example
+from cotune.programs.faults import shown
 from cotune.programs.score import Score
+from cotune.programs.types import as_text
+from cotune.programs.values import gold_text, normalise, number_of, same
 
 Metric = Callable[[Example, Mapping[str, Any]], "float | Score"]
 """(example, prediction) -> score in [0, 1]. A function, or an object with __call__ where it needs settings."""
 
 
-def exact_match(example: Example, prediction: Mapping[str, Any]) -> float:
-    """1 if every label equals the prediction's field of that name after normalising (as the paper: NFD, lower case,
-    no punctuation, no articles), else 0. A field that the prediction lacks is not equal. Where both are nothing but
-    punctuation and articles ("+" and "-", the choice "A"), normalising would make all equal: they are compared
-    without it.
+def exact_match(example: Example, prediction: Mapping[str, Any]) -> Score:
+    """1 if every label equals the prediction's field of that name, else 0. A field that the prediction lacks is not
+    equal. Spelling does not count (`normalise`), numbers are equal as numbers, and of several answers (a list as label)
+    any will do.
 
-    >>> exact_match(Example.of({}, {"answer": "The Beatles"}), {"answer": "beatles."})
+    >>> exact_match(Example.of({}, {"answer": "The Beatles"}), {"answer": "beatles."}).value
     1.0
     """
-    if not example.labels:
-        raise ValueError(f"example {example.id} has no labels to compare with")
-    return float(
-        all(field in prediction and _same(prediction[field], label) for field, label in example.labels.items())
-    )
+    _check_labels(example)
+    wrong = [
+        name for name, label in example.labels.items() if name not in prediction or not same(prediction[name], label)
+    ]
+    return Score(float(not wrong), "; ".join(_expected(example, prediction, name) for name in wrong))
 
 
-def first_line_number(example: Example, prediction: Mapping[str, Any]) -> float:
+def number_match(example: Example, prediction: Mapping[str, Any]) -> Score:
+    """1 if every label, a number, equals the prediction's field of that name as a number, else 0.
+
+    The field must be a number and nothing else: 1200, "1,200.0", "$1200".
+
+    >>> number_match(Example.of({}, {"total": 7}), {"total": "7.0"}).value
+    1.0
+
+    Raises:
+        ValueError: a label is no number.
+    """
+    _check_labels(example)
+    wrong = []
+    for name, label in example.labels.items():
+        gold = [_gold_number(example, one, number_of) for one in _answers(label)]
+        if number_of(prediction.get(name)) not in gold:
+            wrong.append(_expected(example, prediction, name))
+    return Score(float(not wrong), "; ".join(wrong))
+
+
+def f1(example: Example, prediction: Mapping[str, Any]) -> Score:
+    """How much of the words a prediction and its label share, F1 as in SQuAD, the mean over the labels.
+
+    Words are those that `normalise` leaves. Of several answers the nearest counts.
+
+    >>> f1(Example.of({}, {"answer": "the red house"}), {"answer": "a red barn"}).value
+    0.5
+    """
+    _check_labels(example)
+    scores = {
+        name: max(_overlap(prediction[name], one) for one in _answers(label)) if name in prediction else 0.0
+        for name, label in example.labels.items()
+    }
+    low = [_expected(example, prediction, name) for name, score in scores.items() if score < 1]
+    return Score(sum(scores.values()) / len(scores), "; ".join(low))
+
+
+def first_line_number(example: Example, prediction: Mapping[str, Any]) -> Score:
     """GSM8K as in the paper: the last number of the answer's first line equals the gold number.
 
-    >>> first_line_number(Example.of({}, {"answer": "1,200"}), {"answer": "It costs $1200.\\nOr 7?"})
+    >>> first_line_number(Example.of({}, {"answer": "1,200"}), {"answer": "It costs $1200.\\nOr 7?"}).value
     1.0
+
+    Raises:
+        ValueError: there is no label "answer", or it holds no number.
     """
-    gold = last_number(str(example.labels["answer"]))
-    if gold is None:
-        raise ValueError(f"example {example.id}: the label {example.labels['answer']!r} holds no number")
-    lines = str(prediction.get("answer", "")).strip().splitlines()
-    return float(bool(lines) and last_number(lines[0]) == gold)
+    if "answer" not in example.labels:
+        raise ValueError(f'example {example.id} has no label "answer"; first_line_number compares with that')
+    gold = [_gold_number(example, one, last_number) for one in _answers(example.labels["answer"])]
+    lines = as_text(prediction.get("answer", "")).strip().splitlines()
+    right = bool(lines) and last_number(lines[0]) in gold
+    return Score(float(right), "" if right else _expected(example, prediction, "answer"))
 
 
-def last_number(text: str) -> float | None:
+COMPARE_FIELDS: tuple[Metric, ...] = (exact_match, number_match, f1, first_line_number)
+"""The metrics that compare a label with the prediction's field of the same name."""
+
+
+def last_number(value: Any) -> Decimal | None:
     """The last number in a text, thousands' commas removed; None if there is none.
 
     A minus belongs to the number unless something stands right before it that it joins or is taken from: "5-3" ends
     with 3, "x = -3" with -3.
 
     >>> last_number("12 boxes of 1,000 = 12,000.00 pens"), last_number("none")
-    (12000.0, None)
+    (Decimal('12000.00'), None)
     """
-    numbers = re.findall(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text.replace("\N{MINUS SIGN}", "-"))
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    text = as_text(value).replace("\N{MINUS SIGN}", "-")
+    numbers = re.findall(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def _same(said: Any, label: Any) -> bool:
-    ours, theirs = normalise(said), normalise(label)
-    return ours == theirs if ours or theirs else str(said).strip().lower() == str(label).strip().lower()
+def _check_labels(example: Example) -> None:
+    if not example.labels:
+        raise ValueError(f"example {example.id} has no labels to compare with")
 
 
-def normalise(value: Any) -> str:
-    """NFD, lower case, punctuation and articles out, white space folded.
+def _answers(label: Any) -> list[Any]:
+    return list(label) if isinstance(label, (list, tuple)) else [label]
 
-    >>> normalise("  The  U.S.A., an idea ")
-    'usa idea'
-    """
-    text = unicodedata.normalize("NFD", str(value)).lower()
-    text = "".join(c for c in text if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+def _gold_number(example: Example, label: Any, read: Callable[[Any], Decimal | None]) -> Decimal:
+    number = read(label)
+    if number is None:
+        raise ValueError(f"example {example.id}: the label {label!r} holds no number")
+    return number
+
+
+def _overlap(said: Any, label: Any) -> float:
+    ours, theirs = Counter(normalise(said).split()), Counter(normalise(label).split())
+    shared = (ours & theirs).total()
+    return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
+
+
+def _expected(example: Example, prediction: Mapping[str, Any], name: str) -> str:
+    """Why a field is not right: what was expected, and what there is."""
+    label = example.labels[name]
+    others = f" (or {len(label) - 1} more)" if isinstance(label, (list, tuple)) and len(label) > 1 else ""
+    expected = shown(gold_text(label), limit=100)
+    if name not in prediction:
+        there = ", ".join(map(str, prediction)) or "nothing"
+        return f"{name}: expected {expected}{others}, but the prediction has no such field; it has {there}"
+    return f"{name}: expected {expected}{others}, got {shown(prediction[name], limit=100)}"

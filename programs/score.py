@@ -25,3 +25,7 @@ class Score:
 
     def __float__(self) -> float:
         return float(self.value)
+
+    def __bool__(self) -> bool:
+        """Whether the number is not 0, so that `if exact_match(...)` means what it says."""
+        return self.value != 0

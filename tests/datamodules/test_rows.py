@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from cotune.datamodules.rows import DataError, examples_from_rows, find_file, read_rows, read_split
+from cotune.datamodules.table import table_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,8 +55,8 @@ def test_an_id_is_text_or_a_whole_number(given_id: object, id_: str) -> None:
     assert read([{**GOOD, "key": given_id}], id_field="key")[0].id == id_
 
 
-@pytest.mark.parametrize("value", ["text", "", 3, 2.5, True, ["a", "b"], []])
-def test_an_input_may_be_text_a_number_a_truth_value_or_a_list_of_texts(value: object) -> None:
+@pytest.mark.parametrize("value", ["text", "", 3, 2.5, True, ["a", "b"], [], ["q", 1], {"text": "q", "more": None}])
+def test_an_input_may_be_what_json_has(value: object) -> None:
     assert read([{**GOOD, "question": value}])[0].inputs["question"] == value
 
 
@@ -66,13 +70,13 @@ def test_an_input_may_be_text_a_number_a_truth_value_or_a_list_of_texts(value: o
         ({"question": "q", "answer": None}, r"field 'answer' is empty \(null\)"),
         ({"question": "q", "answer": " \n"}, "field 'answer' is empty"),
         ({"question": "q", "answer": []}, "field 'answer' is empty"),
-        ({"question": {"text": "q"}, "answer": "a"}, "field 'question' is of type dict; allowed are text"),
         ({"question": b"q", "answer": "a"}, "field 'question' is of type bytes"),
-        ({"question": ["q", 1], "answer": "a"}, "field 'question' is a list that does not hold texts only"),
+        ({"question": ["q", None], "answer": "a"}, r"field 'question' is empty \(null\)"),
+        ({"question": "q", "answer": ["a", " "]}, "field 'answer' is empty"),
         ({"question": "half \ud83d", "answer": "a"}, "field 'question' has half a surrogate pair"),
         ({"question": ["ok", "\udc00"], "answer": "a"}, "field 'question' has half a surrogate pair"),
         ({"question": 2**63, "answer": "a"}, "field 'question' is a whole number beyond 64 bits"),
-        ({"question": {"deep": 10**5000}, "answer": "a"}, "field 'question' is of type dict"),
+        ({"question": {"deep": 10**5000}, "answer": "a"}, "field 'question' is a whole number beyond 64 bits"),
         (["q", "a"], "it is of type list; a row maps columns to values"),
     ],
 )
@@ -152,6 +156,26 @@ def test_a_text_file_is_read_with_or_without_gz_and_byte_order_mark(
 
 def test_numbers_in_csv_stay_text(tmp_path: Path) -> None:
     assert read_rows(write(tmp_path / "n.csv", "n\n007\n1e3\n")) == [{"n": "007"}, {"n": "1e3"}]
+
+
+def test_numbers_of_parquet_are_what_was_written(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"single": pa.array([3.1, None], pa.float32()), "half": pa.array([np.float16(0.1)] * 2, pa.float16())}
+    columns |= {"exact": pa.array([Decimal("3.50"), Decimal("7.00")]), "day": pa.array([date(2024, 7, 26)] * 2)}
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows = read_rows(str(tmp_path / "a.parquet"))
+    assert [rows[0]["single"], rows[1]["single"], rows[0]["half"]] == [3.1, None, 0.1]
+    example = examples_from_rows(rows, inputs=["day"], labels=["exact"])
+    assert [(e.inputs["day"], e.labels["exact"]) for e in example] == [("2024-07-26", 3.5), ("2024-07-26", 7)]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "q,a\n")])
+def test_a_file_without_rows_is_said_to_be_empty(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name} is empty: it holds no row"):
+        table_examples(str(tmp_path / name), inputs=["q"], labels=["a"])
 
 
 def test_parquet_is_read_and_class_indices_become_names(tmp_path: Path) -> None:

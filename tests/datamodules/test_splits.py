@@ -6,14 +6,14 @@ import random
 from collections import Counter
 
 import pytest
-from cotune.datamodules.splits import NAMES, Sizes, Splits, apportion, split
+from cotune.datamodules.splits import NAMES, Sizes, Splits, apportion, leak_notes, split
 from cotune.programs import Example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 def examples(count: int, *, kinds: int = 3, prefix: str = "e") -> list[Example]:
-    return [Example.of({"n": n}, {"kind": f"k{n % kinds}"}, id=f"{prefix}{n}") for n in range(count)]
+    return [Example.of({"n": f"{prefix}{n}"}, {"kind": f"k{n % kinds}"}, id=f"{prefix}{n}") for n in range(count)]
 
 
 def ids(part: tuple[Example, ...]) -> list[str]:
@@ -135,6 +135,45 @@ def test_a_test_example_among_the_training_rows_is_refused_even_if_no_set_draws_
         split(examples(30), Sizes(1, 0, 0, 1), seed=0, test=leaked)
 
 
+@pytest.mark.parametrize(("kind", "said"), [("k1", "are equal"), ("k2", "have the same inputs and different labels")])
+def test_rows_with_the_inputs_of_another_are_refused_by_name_number_and_count(kind: str, said: str) -> None:
+    rows = [*examples(9), *(Example.of({"n": f"e{n}"}, {"kind": kind}, id=f"again{n}") for n in (1, 4))]
+    with pytest.raises(ValueError, match=rf"^a\.csv, rows 2 and 10 {said} \(2 rows are such: .*data.duplicates drop"):
+        split(rows, Sizes(1, 1, 1, 1), seed=0, where="a.csv")
+
+
+def test_a_row_of_test_with_the_inputs_of_a_train_row_is_refused_too() -> None:
+    leaked = [Example.of({"n": "e7"}, {"kind": "k0"}, id="other")]
+    with pytest.raises(ValueError, match="row 8 and row 1 of the test examples have the same inputs"):
+        split(examples(30), Sizes(1, 0, 0, 1), seed=0, test=leaked)
+
+
+def test_drop_takes_each_once_whatever_the_order_and_leaves_test_its_own() -> None:
+    rows, test = [*examples(10), *examples(4)], examples(3)
+    splits = split(rows, Sizes(5, 1, 1, 3), seed=0, test=test, duplicates="drop")
+    assert splits == split(rows[::-1], Sizes(5, 1, 1, 3), seed=0, test=test[::-1], duplicates="drop")
+    assert set(ids(splits.test)) == {"e0", "e1", "e2"}
+    assert {e.id for e in (*splits.train, *splits.dev, *splits.val)} == {f"e{n}" for n in range(3, 10)}
+    assert splits.notes == (
+        "7 of 17 rows have the inputs of another (7 with equal labels, 0 with others) and are left out",
+    )
+    assert not leak_notes(splits)
+
+
+def test_keep_takes_all_and_says_how_many_leak() -> None:
+    splits = split([*examples(4), *examples(4)], Sizes(4, 2, 1, 1), seed=0, duplicates="keep")
+    assert len(set(all_ids(splits))) == 8
+    assert "4 of 8 rows have the inputs of another" in splits.notes[0]
+    seen = {str(e.inputs) for e in splits.train}
+    leaked = sum(str(e.inputs) in seen for e in splits.dev)
+    assert f"leakage: {leaked} of 2 dev" in leak_notes(splits)[0]
+
+
+def test_duplicates_do_not_hide_that_too_few_are_left() -> None:
+    with pytest.raises(ValueError, match=r"4 exist in a\.csv"):
+        split([*examples(4), *examples(4)], Sizes(5, 0, 0, 0), seed=0, duplicates="drop", where="a.csv")
+
+
 def test_two_rows_with_one_id_are_refused_by_their_numbers() -> None:
     rows = [*examples(4), Example.of({}, {}, id="e1")]
     with pytest.raises(ValueError, match=r'rows 2 and 5 of the examples have the same id "e1"'):
@@ -153,13 +192,13 @@ def test_too_few_examples_says_how_many_there_are_and_what_to_lower() -> None:
     with pytest.raises(ValueError) as error:
         split(examples(150), Sizes(100, 20, 0, 50), seed=0)
     assert str(error.value) == (
-        "too few examples: 150 exist, train 100 + dev 20 + test 50 = 170 are asked. "
+        "too few examples: 150 exist in the examples, train 100 + dev 20 + test 50 = 170 are asked. "
         "Lower sizes.train or sizes.dev or sizes.test by 20 in all."
     )
 
 
 def test_too_small_an_own_test_set_asks_to_lower_test_only() -> None:
-    with pytest.raises(ValueError, match=r"3 exist, test 5 are asked. Lower sizes.test by 2\.$"):
+    with pytest.raises(ValueError, match=r"3 exist in the test examples, test 5 are asked. Lower sizes.test by 2\.$"):
         split(examples(9), Sizes(1, 1, 1, 5), seed=0, test=examples(3, prefix="t"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from cotune.programs import Example, exact_match, first_line_number
+from cotune.programs import Example, exact_match, f1, first_line_number, number_match
 from cotune.programs.metrics import last_number
 
 
@@ -26,7 +26,7 @@ def gold(**labels: object) -> Example:
     ],
 )
 def test_equal_after_normalising(label: object, said: str) -> None:
-    assert exact_match(gold(answer=label), {"answer": said}) == 1.0
+    assert float(exact_match(gold(answer=label), {"answer": said})) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -44,19 +44,19 @@ def test_equal_after_normalising(label: object, said: str) -> None:
     ],
 )
 def test_not_equal(label: str, said: str) -> None:
-    assert exact_match(gold(answer=label), {"answer": said}) == 0.0
+    assert float(exact_match(gold(answer=label), {"answer": said})) == 0.0
 
 
 @pytest.mark.parametrize("label", ["A", "+", "..."])
 def test_a_label_of_articles_or_punctuation_only_still_matches_itself(label: str) -> None:
-    assert exact_match(gold(answer=label), {"answer": f" {label.lower()} "}) == 1.0
+    assert float(exact_match(gold(answer=label), {"answer": f" {label.lower()} "})) == 1.0
 
 
 def test_all_labels_count_and_a_field_that_is_not_there_is_not_equal() -> None:
     example = gold(answer="1", unit="m")
-    assert exact_match(example, {"answer": "1", "unit": "m", "reasoning": "..."}) == 1.0
-    assert exact_match(example, {"answer": "1", "unit": "s"}) == 0.0
-    assert exact_match(example, {"answer": "1"}) == 0.0
+    assert float(exact_match(example, {"answer": "1", "unit": "m", "reasoning": "..."})) == 1.0
+    assert float(exact_match(example, {"answer": "1", "unit": "s"})) == 0.0
+    assert float(exact_match(example, {"answer": "1"})) == 0.0
 
 
 def test_exact_match_without_labels_raises_rather_than_scoring_all_right() -> None:
@@ -82,11 +82,11 @@ def test_exact_match_without_labels_raises_rather_than_scoring_all_right() -> No
     ],
 )
 def test_gsm8k_takes_the_last_number_of_the_first_line(said: str, score: float) -> None:
-    assert first_line_number(gold(answer="18"), {"answer": said}) == score
+    assert float(first_line_number(gold(answer="18"), {"answer": said})) == score
 
 
 def test_gsm8k_without_an_answer_scores_0_and_without_a_gold_number_raises() -> None:
-    assert first_line_number(gold(answer="18"), {}) == 0.0
+    assert float(first_line_number(gold(answer="18"), {})) == 0.0
     with pytest.raises(ValueError, match="holds no number"):
         first_line_number(gold(answer="none"), {"answer": "18"})
 
@@ -125,12 +125,12 @@ def test_last_number(text: str, number: float | None) -> None:
     ],
 )
 def test_gsm8k_numbers_in_odd_places(said: str, score: float) -> None:
-    assert first_line_number(gold(answer="18"), {"answer": said}) == score
+    assert float(first_line_number(gold(answer="18"), {"answer": said})) == score
 
 
 @pytest.mark.parametrize("said", ["-18", "x = -18", "$-18", "it is −18", "(-18)"])
 def test_a_minus_in_front_counts_whatever_its_character(said: str) -> None:
-    assert first_line_number(gold(answer="-18"), {"answer": said}) == 1.0
+    assert float(first_line_number(gold(answer="-18"), {"answer": said})) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,63 @@ def test_a_minus_in_front_counts_whatever_its_character(said: str) -> None:
         ("the the", "The The", 1.0),  # nothing is left of either: compared as they stand
         ("Ångström", "A\u030angstro\u0308m", 1.0),  # the sign, composed and decomposed
         ("Straße", "strasse", 0.0),
-        ("“Yes”", '"Yes"', 0.0),  # only ASCII punctuation goes, as in the official script
-        ("1969–1974", "1969-1974", 0.0),
+        ("“Yes”", '"Yes"', 1.0),  # Unicode punctuation is punctuation
+        ("1969–1974", "1969-1974", 1.0),
         ("rock and roll", "rock & roll", 0.0),
         ("New York", "new\tyork\n", 1.0),
     ],
 )
 def test_hotpotqa_answers_in_odd_spellings(label: str, said: str, score: float) -> None:
-    assert exact_match(gold(answer=label), {"answer": said}) == score
+    assert float(exact_match(gold(answer=label), {"answer": said})) == score
+
+
+def test_any_of_several_answers_counts_and_the_feedback_says_what_was_expected() -> None:
+    example = gold(answer=["red", "crimson"])
+    assert float(exact_match(example, {"answer": "Crimson."})) == 1.0
+    wrong = exact_match(example, {"answer": "blue"})
+    assert (wrong.value, wrong.feedback) == (0.0, "answer: expected 'red' (or 1 more), got 'blue'")
+    assert "no such field; it has colour" in exact_match(example, {"colour": "red"}).feedback
+
+
+def test_a_wrong_score_is_false_and_a_right_one_is_not() -> None:
+    assert not exact_match(gold(answer="1"), {"answer": "2"})
+    assert exact_match(gold(answer="1"), {"answer": "1"})
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "score"),
+    [
+        (7, "7.0", 1),
+        ("1,200", 1200, 1),
+        (0.5, "50%", 1),
+        ([1, 2], "2", 1),
+        (35, "3.5", 0),
+        (7, "7 or 8", 0),
+        (7, None, 0),
+    ],
+)
+def test_number_match_compares_whole_numbers(label: object, said: object, score: float) -> None:
+    assert float(number_match(gold(total=label), {"total": said})) == score
+
+
+def test_number_match_refuses_a_label_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="example e: the label 'seven' holds no number"):
+        number_match(gold(total="seven"), {"total": "7"})
+
+
+@pytest.mark.parametrize(
+    ("label", "said", "score"),
+    [
+        ("the red house", "a red barn", 0.5),
+        (["blue", "red house"], "red house", 1.0),
+        ("red red", "red", 2 / 3),
+        ("red", "blue", 0.0),
+        ("1,200", "1200.0", 1.0),
+    ],
+)
+def test_f1_is_the_words_shared(label: object, said: str, score: float) -> None:
+    assert float(f1(gold(answer=label), {"answer": said})) == pytest.approx(score)
+
+
+def test_numbers_beyond_a_floats_precision_are_told_apart() -> None:
+    assert not first_line_number(gold(answer="9007199254740993"), {"answer": "9007199254740992"})

@@ -25,8 +25,8 @@ class MultiHopQA(Program):
 
     def __init__(self, retriever: Retriever, k: int = 3, reasoning: bool = True) -> None:
         self.retriever, self.k = retriever, k
-        hop = Signature.parse("context, question -> search_query", instruction=_SEARCH)
-        answer = Signature.parse("context, question -> answer", instruction=_ANSWER)
+        hop = Signature.parse("context, question -> search_query: line", instruction=_SEARCH)
+        answer = Signature.parse("context, question -> answer: line", instruction=_ANSWER)
         if reasoning:
             hop, answer = with_reasoning(hop), with_reasoning(answer)
         self.first_hop, self.second_hop, self.answer = Stage(hop), Stage(hop), Stage(answer)

@@ -23,7 +23,8 @@ class Guide(ABC):
 
     @abstractmethod
     def forbidden(self, width: int, device: torch.device) -> Tensor | None:
-        """(width,) True for tokens that may not come next. None where any may: one that is no part of the value ends it."""
+        """(width,) True for tokens that may not come next. None where any may: one that is no part of the value
+        ends it."""
 
     @abstractmethod
     def only(self) -> int | None:
@@ -31,7 +32,11 @@ class Guide(ABC):
 
     @abstractmethod
     def take(self, token: int) -> bool:
-        """Whether the token is part of the value; it is not only where the value may end."""
+        """Whether the token is part of the value, which it is not only where the value may end.
+
+        Raises:
+            ValueError: the token is forbidden.
+        """
 
     @property
     @abstractmethod
@@ -127,6 +132,8 @@ class _Walk(Guide):
     def take(self, token: int) -> bool:
         to = self._automaton.moves(self._state).get(token)
         if to is None:
+            if not self._automaton.may_end(self._state):
+                raise ValueError(f"token {token} may not come next, {self._written!r} is no whole value.")
             return False
         self._state = to
         self._written += self._automaton.codec.vocabulary.tokens[token] or b""
@@ -192,6 +199,8 @@ class ChoicesAutomaton(Automaton[bytes]):
 
 
 _Number = tuple[int, str]
+_AFTER_DIGIT = {"": "1", "-": "1", "1": "2", "2": "3"} | {"3": "n", "n": "n", ",": "a", "a": "b", "b": "c"}
+_AFTER_DIGIT |= {".": "f", "f": "f"}
 
 
 class NumberAutomaton(Automaton[_Number]):
@@ -250,20 +259,7 @@ class NumberAutomaton(Automaton[_Number]):
             return self._step((1, ""), byte)
         char = chr(byte)
         if byte in _DIGITS:
-            to = {
-                "": "1",
-                "-": "1",
-                "1": "2",
-                "2": "3",
-                "3": "n",
-                "n": "n",
-                ",": "a",
-                "a": "b",
-                "b": "c",
-                ".": "f",
-                "f": "f",
-            }
-            return (done, to[last]) if last in to else None
+            return (done, _AFTER_DIGIT[last]) if last in _AFTER_DIGIT else None
         if char == "-" and last == "":
             return (done, "-")
         if char == "," and last in {"1", "2", "3", "c"}:

@@ -57,7 +57,7 @@ class Codec:
         return [*found, self.encode(text)]
 
     def empties(self, stops: tuple[str, ...], width: int, device: torch.device) -> Tensor:
-        """(width,) True for tokens that would leave a field empty: ends of the turn, and its stops behind white space."""
+        """(width,) True for tokens that would leave a field empty: ends of the turn, its stops behind white space."""
         key = (stops, width, device)
         if key not in self._masks:
             ids = list(self.ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -77,17 +78,20 @@ class Plan:
         part = self.layout[place]
         if isinstance(part, Fixed) or part.syntax is None:
             return None
-        spaced = place == 0 and self.codec.vocabulary.strips_start
+        first = place == 0  # nothing is before it, and so nothing between that and it
+        lead, spaced = "" if first else part.lead, first and self.codec.vocabulary.strips_start
         if isinstance(part.syntax, Choices):
-            return ChoicesAutomaton(self.codec, part.syntax.texts, part.lead, spaced=spaced)
+            return ChoicesAutomaton(self.codec, part.syntax.texts, lead, spaced=spaced)
         if isinstance(part.syntax, Number):
-            return NumberAutomaton(self.codec, part.lead, integer=part.syntax.integer, spaced=spaced)
-        return Grammar(self.codec, part.syntax, part.lead, spaced=spaced)
+            return NumberAutomaton(self.codec, lead, integer=part.syntax.integer, spaced=spaced)
+        return Grammar(self.codec, part.syntax, lead, spaced=spaced)
 
     def _need(self, place: int) -> int:
         part, language = self.layout[place], self.languages[place]
         if isinstance(part, Fixed):
-            return len(self.codec.encode(part.text)) + (_SLACK if len(self.layout) > 1 else 0)
+            if part.text not in self.codec.decode(self.codec.encode("a" + part.text)):
+                raise ValueError(f"the tokenizer cannot write the fixed text {part.text!r}; use a form without it.")
+            return len(self.codec.encode(part.text)) + _SLACK
         return 1 if language is None else language.room
 
 
@@ -303,5 +307,5 @@ class Filling:
 
 def _check(layout: Layout) -> None:
     kinds = [isinstance(part, Field) for part in layout]
-    if not any(kinds) or any(a == b for a, b in zip(kinds, kinds[1:], strict=False)):
+    if not any(kinds) or any(a == b for a, b in pairwise(kinds)):
         raise ValueError(f"a layout is fixed texts and fields by turns, with one field at least; this is {layout}.")

@@ -1,4 +1,4 @@
-"""Regular expressions and JSON schemas as constraints on tokens, by way of `llguidance` (`pip install "cotune[guided]"`)."""
+"""Regular expressions and JSON schemas as constraints on tokens, by way of `llguidance` (the extra `guided`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from cotune.inference.codec import Codec
 from cotune.programs.layout import Pattern, Schema
 from torch import Tensor
 
-_CLOSERS = b'"}]0e:1l,'
-"""Bytes that bring a JSON value to its end, the likeliest first; tried where a field is closed at its limit."""
+_CLOSERS = b'"}],0'
+"""Bytes that bring a JSON value to its end; tried first where a field is closed at its limit."""
 
-_CLOSING = 24
+_RESERVE = 32
+"""Tokens that a field gets at least."""
+
+_CLOSING = 64
 """Most bytes that are put there to close a value at its limit."""
 
 
@@ -36,12 +39,11 @@ class Grammar:
         GrammarError: `llguidance` is not installed, or does not take the grammar.
     """
 
-    closing, most = _CLOSING, None
+    closing, reserve, most = _CLOSING, _RESERVE, None
 
     def __init__(self, codec: Codec, syntax: Pattern | Schema, lead: str, *, spaced: bool = False) -> None:
         self.codec, self.spaced = codec, spaced
-        self.room = len(lead.encode()) + 2 * _CLOSING
-        self.reserve = self.room
+        self.room = len(lead.encode()) + _RESERVE + _CLOSING
         library = _llguidance()
         self._tokenizer = _tokenizer(codec)
         try:
@@ -79,6 +81,8 @@ class _Matched(Guide):
     def take(self, token: int) -> bool:
         tokens = self._grammar.codec.vocabulary.tokens
         if token >= len(tokens) or not tokens[token] or self._matcher.validate_tokens([token]) != 1:
+            if not self._matcher.is_accepting():
+                raise ValueError(f"token {token} may not come next, {self._written!r} is no whole value.")
             return False
         self._matcher.consume_token(token)
         self._written += tokens[token] or b""
@@ -89,29 +93,28 @@ class _Matched(Guide):
         return bool(self._matcher.is_stopped() or self._matcher.is_error())
 
     def closed(self) -> str:
-        written, matcher = self._written, self._matcher.deep_copy()
-        for _ in range(_CLOSING):
-            if matcher.is_accepting() or matcher.is_stopped():
-                break
-            more = matcher.compute_ff_bytes() or next(
-                (bytes([b]) for b in _CLOSERS if self._takes(matcher, bytes([b]))), b""
-            )
-            ids = self._ids(more)
-            if not ids or not matcher.consume_tokens(ids):
-                written = self._written  # nothing that is known closes it: it stays as it is
-                break
-            written += more
-        text = written.decode(errors="ignore")
+        closed = self._written + self._closing()
+        text = closed.decode(errors="ignore")
         return text[1:] if self._grammar.spaced and text.startswith(" ") else text
 
-    def _takes(self, matcher: Any, more: bytes) -> bool:
-        ids = self._ids(more)
-        return bool(ids) and matcher.validate_tokens(ids) == len(ids)
+    def _closing(self) -> bytes:
+        """Few bytes that make what is written a whole value; none where that takes more than a few."""
+        matcher, more = self._matcher.deep_copy(), b""
+        while not (matcher.is_accepting() or matcher.is_stopped()):
+            token = self._closer(matcher)
+            if token is None or not matcher.consume_token(token):
+                return b""
+            more += self._grammar.codec.vocabulary.tokens[token] or b""
+            if len(more) > _CLOSING:
+                return b""
+        return more
 
-    def _ids(self, more: bytes) -> list[int]:
-        """Ids that write these bytes, one each; none where a byte has no token of its own."""
-        found = [self._grammar.codec.vocabulary.ids.get(bytes([b])) for b in more]
-        return [ids[0] for ids in found if ids] if all(found) else []
+    def _closer(self, matcher: Any) -> int | None:
+        """A token that may come next: one that closes something if there is any, or else the shortest."""
+        vocabulary, bits = self._grammar.codec.vocabulary, matcher.compute_bitmask()
+        closers = (token for byte in _CLOSERS for token in vocabulary.ids.get(bytes([byte]), ()))
+        others = sorted((len(word), token) for token, word in enumerate(vocabulary.tokens) if word)
+        return next((t for t in (*closers, *(t for _, t in others)) if bits[t // 8] >> t % 8 & 1), None)
 
 
 class _Words:
@@ -129,7 +132,9 @@ class _Words:
         self._codec = codec
 
     def __call__(self, text: str | bytes) -> Sequence[int]:
-        return self._codec.encode(text if isinstance(text, str) else text.decode())
+        """Ids that write just this, as they would in the middle of a text."""
+        wanted = text.encode() if isinstance(text, str) else text
+        return self._codec.continues("a", wanted.decode())[0]
 
 
 def _tokenizer(codec: Codec) -> Any:
@@ -154,7 +159,7 @@ def _lark(library: Any, syntax: Pattern | Schema, lead: str, *, spaced: bool) ->
     space = '" "? ' if spaced else ""
     before = space + (f"{json.dumps(lead)} " if lead else "")
     if isinstance(syntax, Pattern):
-        return f"start: {before}VALUE\nVALUE: /{library.regex_to_lark(syntax.regex, '')}/"
+        return f"start: {before}VALUE\nVALUE: /{library.regex_to_lark(syntax.regex, 'd')}/"
     schema = json.loads(syntax.json)
     # One way to write each value, as Python's json does: free white space would let the LM write it without end.
     options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

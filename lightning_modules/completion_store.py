@@ -181,15 +181,16 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 
 def _settled(connection: sqlite3.Connection) -> bool:
-    header = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     made = connection.execute("SELECT sql FROM sqlite_master").fetchall()
-    return header == [_APPLICATION, FORMAT] and made == [(_TABLE,)]
+    return _header(connection) == [_APPLICATION, FORMAT] and made == [(_TABLE,)]
+
+
+def _header(connection: sqlite3.Connection) -> list[int]:
+    return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
 
 
 def _other_format(connection: sqlite3.Connection) -> str:
-    application, version = (
-        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-    )
+    application, version = _header(connection)
     if application == _APPLICATION and version != FORMAT:
         return f"its completions are of format {version}, and this version of cotune reads {FORMAT}"
     return f"it is no completion store of format {FORMAT}"
@@ -222,7 +223,8 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
     if not isinstance(error, sqlite3.OperationalError):
         return True
     said = str(error)
-    if said.startswith(("no such table", "no such column", "table entries has", "unsupported file format")):
+    damages = ("no such table", "no such column", "table entries has", "unsupported file format", "Could not decode")
+    if said.startswith(damages):
         return True
     # A flipped bit in the header can make a file read-only for SQLite that is not so for the system.
     return "readonly database" in said and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
@@ -238,7 +240,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _pack(generated: Generated) -> bytes:
-    """The ids as numbers, the rest as JSON. A field that is the whole text, and rows without forced ids, take little."""
+    """The ids as numbers, the rest as JSON; the text of a field that is the whole text is not written twice."""
     fields = [
         [field.name, None if field.text == generated.text else field.text, field.start, field.end, field.ended]
         for field in generated.fields

@@ -23,14 +23,14 @@ class Number:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A field whose whole text matches a regular expression (Rust's syntax, as `llguidance` reads it)."""
+    """A field whose whole text matches a regular expression (Rust's syntax, as `llguidance` reads it; `\\d` is 0-9)."""
 
     regex: str
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A field that holds JSON of this JSON schema, which is itself JSON text, so that it can be hashed."""
+    """A field that holds JSON of this JSON schema, itself JSON text (keys sorted), so that it can be hashed."""
 
     json: str
 
@@ -56,12 +56,12 @@ class Field:
     Attributes:
         name: the output field that it holds.
         lead: what stands between the fixed text before it and its value: a space or a line break, or nothing. With a
-            `syntax` the LM writes it, because it must; it is no part of the value.
-        stops: texts that end the field and are no part of it. The end of the turn always ends it.
+            `syntax` the LM writes it, because it must; it is no part of the value. A field that comes first has none.
+        stops: texts that end the field; what follows from there on is no part of it. The end of the turn ends it too.
         max_tokens: the field's own limit in tokens; None for what is left of `Sampling.max_new_tokens`.
         syntax: what may stand here; None for any text.
-        may_be_empty: the LM may end its turn, or write one of the stops, before anything else. Without it an engine that
-            can lets it do neither until something is written.
+        may_be_empty: the LM may end its turn, or write one of the stops, before anything else. Without it an engine
+            that can lets it do neither until something is written.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Field:
 
 
 Layout = tuple[Union[Fixed, Field], ...]  # noqa: UP007
-"""Fixed texts and fields by turns: no two of a kind stand side by side, and there is one field at least."""
+"""Fixed texts and fields by turns: no two fixed texts and no two fields stand side by side; it has a field at least."""
 
 FREE: Layout = (Field("text", may_be_empty=True),)
 """One field of any text: a completion without a form."""

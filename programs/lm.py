@@ -19,8 +19,8 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
         top_p: sample among the fewest tokens whose probabilities add up to this (nucleus sampling), in (0, 1].
-        max_new_tokens: longest completion, in tokens that the LM chooses: all fields of a layout together. Each field gets
-            a part of it, and constrained fields what they need, even where that is more.
+        max_new_tokens: longest completion, in tokens that the LM chooses: all fields of a layout together. Each field
+            gets a part of it, and constrained fields what they need, even where that is more.
         log_probs: completions tell how likely each token was.
     """
 

@@ -122,13 +122,10 @@ class EpochLoader(DataLoader[Batch]):
 
     Its state is the number of batches handed out, which Lightning saves and gives back. That of another epoch says
     nothing about this one, which then begins at its start.
-
-    Args:
-        between: called before each batch except the first one handed out.
     """
 
-    def __init__(self, batches: EpochBatches, between: Callable[[], None] = lambda: None) -> None:
-        self._order = _FromHere(len(batches), between)
+    def __init__(self, batches: EpochBatches) -> None:
+        self._order = _FromHere(len(batches))
         self._epoch = batches.seed
         # In this process, without workers: what is handed out is what has been trained on.
         super().__init__(batches, batch_size=None, sampler=self._order)
@@ -144,8 +141,8 @@ class EpochLoader(DataLoader[Batch]):
 class _FromHere(Sampler[int]):
     """0 to count - 1, or the rest of it; its length is that of the whole, as Lightning counts batches."""
 
-    def __init__(self, count: int, between: Callable[[], None]) -> None:
-        self.count, self.between = count, between
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.first = self.handed_out = 0
 
     def __len__(self) -> int:
@@ -154,8 +151,6 @@ class _FromHere(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self.handed_out = self.first
         for index in range(self.first, self.count):
-            if index > self.first:
-                self.between()
             self.handed_out = index + 1
             yield index
 
@@ -173,9 +168,6 @@ class TraceDataModule(LightningDataModule, ABC):
         traces: folder with the traces of another run, to train on instead of collecting.
         batch_size: pairs an optimiser step.
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
-
-    Attributes:
-        between_batches: called between two training batches of an epoch, when all of the first is over.
     """
 
     def __init__(
@@ -196,11 +188,11 @@ class TraceDataModule(LightningDataModule, ABC):
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.epoch = 0
-        self.between_batches: Callable[[], None] = lambda: None
         self._splits: Splits | None = None
         self._weight_step = 0
         self._traces: list[Trace] = []
         self._maker: PairMaker | None = None
+        self._all_trained = False
 
     @abstractmethod
     def load(self) -> Splits:
@@ -237,7 +229,12 @@ class TraceDataModule(LightningDataModule, ABC):
             said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
             raise NoTracesError(f"weight step: no traces to train on: {said}.")
         self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
+        self._all_trained = False
         return len(traces) - len(fitting)
+
+    def nothing_to_train(self) -> None:
+        """From now on there are no batches, which ends a fit: no weight step is left, or there never was one."""
+        self._all_trained = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -263,7 +260,7 @@ class TraceDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return EpochLoader(self.epoch_batches(), lambda: self.between_batches())
+        return DataLoader([]) if self._all_trained else EpochLoader(self.epoch_batches())  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Any:
         return self._examples(self.splits.val)

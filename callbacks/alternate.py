@@ -154,6 +154,7 @@ class Alternate(Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saver.restored(trainer)
+        self._end_if_finished(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.state.rounds == 0 and self.options.weights == "fresh":
@@ -180,10 +181,6 @@ class Alternate(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.work.epoch_scored(ours(trainer, pl_module)[0], rounds=self.state.rounds)
-
-    @torch.no_grad()
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.saver.restored(trainer)  # of a resumed run that had no training left
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -249,6 +246,7 @@ class Alternate(Callback):
             self.saver.save(trainer)
         with training_bar_paused(trainer):
             self._go_on(trainer)
+        self._end_if_finished(trainer)
 
     def _go_on(self, trainer: Trainer) -> None:
         """Does what is wanted next, until that is training, or nothing."""
@@ -270,8 +268,11 @@ class Alternate(Callback):
         if self.state.finished:
             self.work.take_best(module)
             data.nothing_to_train()
-            trainer.fit_loop.max_epochs = trainer.current_epoch + 1
             self.saver.save(trainer)
+
+    def _end_if_finished(self, trainer: Trainer) -> None:
+        if self.state.finished:
+            trainer.fit_loop.max_epochs = trainer.current_epoch  # Lightning has had all its epochs
 
     def _advance(self, event: Event) -> None:
         self.state = self.alternation.after(self.state, event)

@@ -353,6 +353,7 @@ class StepWork:
             "incumbent": prompts_to_dict(self._incumbent),
             "val_scores": self._val_scores,
             "report": vars(self._report),
+            "coverage": self._coverage,
             "choice": self._choice.state_dict(),
             "costs": self.costs.state_dict(),
         }
@@ -360,7 +361,7 @@ class StepWork:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.history, self.best = state["history"], state["best"]
         self._incumbent, self._val_scores = prompts_from_dict(state["incumbent"]), state["val_scores"]
-        self._report = Report(**state["report"])
+        self._report, self._coverage = Report(**state["report"]), state["coverage"]
         self._choice.load_state_dict(state["choice"])
         self.costs.load_state_dict(state["costs"])
 

@@ -14,7 +14,7 @@ from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load
 from cotune.datamodules.splits import Sizes, Splits
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 
@@ -155,6 +155,13 @@ class _FromHere(Sampler[int]):
             yield index
 
 
+class _NoBatches(IterableDataset[Batch]):
+    """What a fit is given that has nothing to train; without a length, as Lightning warns of one of 0."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
+
+
 class TraceDataModule(LightningDataModule, ABC):
     """Four disjoint sets of examples, and batches of the traces collected on the first.
 
@@ -233,7 +240,7 @@ class TraceDataModule(LightningDataModule, ABC):
         return len(traces) - len(fitting)
 
     def nothing_to_train(self) -> None:
-        """From now on there are no batches, which ends a fit: no weight step is left, or there never was one."""
+        """From now on there are no batches: no weight step is left, or there never was one."""
         self._all_trained = True
 
     @property
@@ -260,7 +267,7 @@ class TraceDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return DataLoader([]) if self._all_trained else EpochLoader(self.epoch_batches())  # type: ignore[arg-type]
+        return DataLoader(_NoBatches()) if self._all_trained else EpochLoader(self.epoch_batches())
 
     def val_dataloader(self) -> Any:
         return self._examples(self.splits.val)

@@ -42,7 +42,7 @@ def test_of_the_fit_loop_max_epochs_alone_is_touched() -> None:
 
 
 def test_no_other_loop_and_no_key_of_a_checkpoints_loops_is_touched() -> None:
-    for loop in ("epoch_loop", "val_loop", "batch_progress", "epoch_progress", "_results"):
+    for loop in ("epoch_loop", "val_loop", "batch_progress", "epoch_progress"):
         assert {str(path): found for path, tree in trees() if (found := reached(tree, loop))} == {}, loop
     assert {str(path): found for path, tree in trees() if (found := keys(tree))} == {}
 

@@ -26,10 +26,9 @@ def test_every_so_many_steps() -> None:
 
 def test_auto_keeps_saving_under_two_percent_of_the_time() -> None:
     policy = SavePolicy("auto", clock=(clock := Clock()))
-    saving, step = 0.0, 0
-    for _ in range(100_000):
+    saving = 0.0
+    for step in range(100_000):
         clock.now += 0.01
-        step += 1
         if policy.due(step):
             clock.now += 0.05
             saving += 0.05

@@ -97,7 +97,7 @@ class TrainingBar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         logged = super().get_metrics(trainer, pl_module)
-        shown = {"loss": "train/loss_step", "val": "val/score"}
+        shown = {"loss": "train/loss", "val": "val/score"}
         return {name: logged[key] for name, key in shown.items() if key in logged}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:

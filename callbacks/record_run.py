@@ -92,7 +92,7 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
     for record in history:
         seconds[record["step"] or "vanilla"] += record["seconds"]
     return {
-        "schedule": " -> ".join(alternate.steps),
+        "schedule": " -> ".join(alternate.schedule),
         "scores": {record["prefix"]: record["val_score"] for record in history},
         "best": alternate.best["prefix"],
         "test_score": None,

@@ -10,6 +10,7 @@ from typing import Any
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say, training_bar_paused
+from cotune.callbacks.schedule import PROMPTS
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,12 +53,12 @@ class SayPlan(Callback, BoundaryListener):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epochs += 1
         alternate = self._alternate
-        # Alternate counts the epoch before or after this, and a weight step's last one ends at a boundary anyway.
-        if self._epochs == 1 and alternate is not None and alternate.epochs > 1:
+        # Alternate counts the epoch after this, and a weight step's last one ends at a boundary anyway.
+        if self._epochs == 1 and alternate is not None and alternate.work.epochs > 1:
             step = alternate.position
             runs = runs_left(alternate, trainer.datamodule, step + 1)  # type: ignore[attr-defined]
-            rest = (alternate.epochs - 1) * len(trainer.datamodule.splits.val)  # type: ignore[attr-defined]
-            epochs = alternate.epochs * alternate.steps[step:].count("w") - 1
+            rest = (alternate.work.epochs - 1) * len(trainer.datamodule.splits.val)  # type: ignore[attr-defined]
+            epochs = _epochs(alternate, step) - 1
             with training_bar_paused(trainer):
                 say(f"first epoch done; {self._time(alternate, (runs[0] + rest, runs[1] + rest), epochs)}")
 
@@ -65,11 +66,11 @@ class SayPlan(Callback, BoundaryListener):
         alternate = self._alternate
         if alternate is None:
             return
-        head = f"[{boundary.index}/{len(alternate.steps)}] {boundary.prefix}: val score {boundary.val_score:.3f}"
+        head = f"[{boundary.index}/{len(alternate.schedule)}] {boundary.prefix}: val score {boundary.val_score:.3f}"
         took = f"{boundary.cost['lm_calls']:,} LM calls, {spoken(boundary.cost['seconds'])}"
         runs = runs_left(alternate, trainer.datamodule, boundary.index)  # type: ignore[attr-defined]
-        epochs = alternate.epochs * alternate.steps[boundary.index :].count("w")
-        said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.steps) else ""
+        epochs = _epochs(alternate, boundary.index)
+        said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
         say(f"{head} ({took}){said}")
 
     def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
@@ -112,27 +113,34 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         f"  LM        {lm.name}, {held}{dtype}; LoRA r {lm.lora.r} on {_targets(lm.lora)}",
         f"  data      {sizes} examples; metric {metric}",
         *(f"            {note}" for note in data.splits.notes),
-        f"  schedule  {' -> '.join(alternate.steps)}" + _step_sizes(alternate, data),
+        f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
     ]
 
 
 def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
-    steps = [_runs_of(step, alternate, data) for step in alternate.steps[behind:]]
+    steps = [_runs_of(step, alternate, data) for step in alternate.schedule[behind:]]
     test = len(data.splits.test)
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
 def _runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
     train, dev, val = len(data.splits.train), len(data.splits.dev), len(data.splits.val)
-    if step == "p":
-        searched = alternate.search.most_runs(min(alternate.search_examples or train, train), dev) or 0
+    chosen = alternate.options
+    if step == PROMPTS:
+        searched = alternate.search.most_runs(min(chosen.search_examples or train, train), dev) or 0
         return searched + val, searched + val
-    scored = val * (alternate.epochs + bool(alternate.average_last) + 1 + alternate.try_both_prompts)
+    settings = alternate.steps[step]
+    scored = val * (settings.epochs_or_rounds + bool(chosen.average_last) + 1 + chosen.try_both_prompts)
     options = data.bootstrapping
-    attempts = 0 if data.reused_traces else train
+    attempts = 0 if data.reused_traces else train * (settings.rounds or 1)
     return attempts + scored, attempts * (options.attempts + options.hints) + scored
+
+
+def _epochs(alternate: Alternate, behind: int) -> int:
+    """Training epochs in the steps of the schedule after so many."""
+    return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[behind:] if step != PROMPTS)
 
 
 def spoken(seconds: float) -> str:
@@ -148,12 +156,14 @@ def spoken(seconds: float) -> str:
 
 def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
     parts = []
-    if "p" in alternate.steps:
+    if PROMPTS in alternate.schedule:
         parts.append(f"p: {type(alternate.search).__name__}")
-    if "w" in alternate.steps:
+    for letter in dict.fromkeys(step for step in alternate.schedule if step != PROMPTS):
         traces = "reused traces" if data.reused_traces else f"up to {data.bootstrapping.attempts} attempts an example"
-        epochs = f"{alternate.epochs} epoch{'s' if alternate.epochs > 1 else ''}"
-        parts.append(f"w: {epochs} on {traces}")
+        settings = alternate.steps[letter]
+        what = "round" if settings.rounds else "epoch"
+        count = settings.epochs_or_rounds
+        parts.append(f"{letter}: {count} {what}{'s' if count > 1 else ''} on {traces}")
     return f" ({'; '.join(parts)})"
 
 

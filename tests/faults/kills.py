@@ -54,8 +54,8 @@ def reference(job: Job) -> Reference:
     return Reference(*results[0], timeline)
 
 
-def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1) -> Trial:
-    """A run killed so many times, and then let end."""
+def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1, bounded: bool = True) -> Trial:
+    """A run killed so many times, and then let end. `bounded`: completions are kept, so few are generated again."""
     rng = random.Random(seed)
     fresh(job.folder)
     count = counting(job.folder / "units")
@@ -70,12 +70,12 @@ def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1) -> T
             time.sleep(rng.uniform(0, 0.02))  # it answers between two bytecodes, and is to be killed anywhere
             child.kill()
         elif child.wait() != 0:
-            return _judged(job, expected, child, phases)
+            return _judged(job, expected, child, phases, bounded)
         else:
             fresh(job.folder)  # it was faster this time; a kill after the end would show nothing
             phases = []
         moment = _moment(expected, rng) * rng.random()  # a run that is continued gets everywhere sooner
-    return _judged(job, expected, run_to_end(job, count, seconds=600), phases)
+    return _judged(job, expected, run_to_end(job, count, seconds=600), phases, bounded)
 
 
 def _moment(expected: Reference, rng: random.Random) -> float:
@@ -84,13 +84,14 @@ def _moment(expected: Reference, rng: random.Random) -> float:
     return max(0.0, rng.choice(expected.timeline[wanted]) + rng.uniform(-0.02, 0.02))
 
 
-def _judged(job: Job, expected: Reference, child: Child, phases: Sequence[str]) -> Trial:
+def _judged(job: Job, expected: Reference, child: Child, phases: Sequence[str], bounded: bool) -> Trial:
     ended = child.code == 0
     equal = ended and outcome(job.run) == expected.result
     done = units(job.folder / "units")
     redone = done - expected.units
     return {
-        "ok": bool(equal and redone.total <= len(phases)),
+        # The wave under way, and one step: that under way, or an epoch's last, behind which nothing can be saved.
+        "ok": bool(equal and redone.steps <= len(phases) and (not bounded or redone.waves <= len(phases))),
         "equal": bool(equal),
         "kills": len(phases),
         "phases": list(phases),

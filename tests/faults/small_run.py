@@ -72,8 +72,8 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def _job(folder: Path, *words: str) -> Job:
     # A store of its own: the user's would make every run after the first one a run of cache hits.
-    own = ("--runs_dir", str(folder / "runs"), "--model.lm.completions", str(folder / "completions.sqlite"))
-    return Job((*words, *own), folder)
+    store = () if "--model.lm.completions" in words else ("--model.lm.completions", str(folder / "completions.sqlite"))
+    return Job((*words, "--runs_dir", str(folder / "runs"), *store), folder)
 
 
 def _sum(path: Path) -> str:

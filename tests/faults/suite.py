@@ -18,6 +18,18 @@ EACH_STEP = ("--alternate.save_every", "1")
 """Saves after every optimiser step: what the bound of one unit lost a kill is measured with."""
 
 
+STORE_OFF = ("--model.lm.completions", "off")
+
+SHAPES: dict[str, tuple[tuple[str, ...], str]] = {
+    "4 batches a step": (("--trainer.accumulate_grad_batches", "4"), "p -> w -> p"),
+    "one batch an epoch": (("--data.batch_size", "64"), "w -> p -> w"),
+    "prompt steps alone": ((), "p -> p"),
+    "no store": (STORE_OFF, "p -> w -> p"),
+    "no store, 4 batches a step, saved by time": ((*STORE_OFF, "--trainer.accumulate_grad_batches", "4"), "w -> p"),
+}
+"""Runs of other shapes: options and schedule."""
+
+
 class Suite:
     """The suite with its folders.
 
@@ -70,6 +82,22 @@ class Suite:
             self.trials.run(
                 "SIGKILL", f"{i}", lambda i=i, n=often: kills.kill_trial(job, expected, seed=f"k{i}", kills=n)
             )
+
+    def kills_shapes(self) -> None:
+        """SIGKILL at random times of runs of other shapes; every third is killed twice."""
+        self._begin("SIGKILL, other shapes")
+        for name, (words, schedule) in SHAPES.items():
+            pace = () if "by time" in name else EACH_STEP
+            job = tiny_job(self.model, self.work / "shapes", *words, *pace, schedule=schedule)
+            expected = kills.reference(job)
+            for i in range(self._some(20)):
+                self.trials.run(
+                    "SIGKILL, other shapes",
+                    f"{name} {i}",
+                    lambda i=i, job=job, expected=expected, name=name: kills.kill_trial(
+                        job, expected, seed=f"{name}{i}", kills=1 + (i % 3 == 2), bounded="no store" not in name
+                    ),
+                )
 
     def kills_embedded(self) -> None:
         job, expected = self.embedded

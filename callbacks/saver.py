@@ -1,0 +1,67 @@
+"""Saver: makes a run's checkpoints when its policy says so and Lightning's own state is there to be saved."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.save_policy import SavePolicy
+from lightning.pytorch import Trainer
+
+
+class Saver:
+    """Saves a run.
+
+    Lightning restores loops and optimiser of a resumed run only after `on_fit_start`: what is saved earlier would lose
+    them. What comes to be saved until then is saved once they are there; a kill before leads back to the checkpoint
+    that the run was resumed from.
+
+    Args:
+        folder: of the checkpoints; null takes `checkpoints` in the trainer's default_root_dir.
+    """
+
+    def __init__(self, policy: SavePolicy, folder: str | None) -> None:
+        self.policy, self._folder = policy, folder
+        self._checkpoints: Checkpoints | None = None
+        self._waits = self._owed = False
+
+    def run_folder(self, trainer: Trainer) -> Path:
+        """Where checkpoints and traces are."""
+        return Path(self._folder or trainer.default_root_dir)
+
+    def wait(self) -> None:
+        """From now on Lightning's state is not there, until `restored`."""
+        self._waits = True
+
+    def restored(self, trainer: Trainer) -> None:
+        """Lightning's state is there: what was to be saved meanwhile is saved now."""
+        self._waits = False
+        self.policy.began(trainer.global_step)
+        if self._owed:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves, now or as soon as Lightning's state is there. `fast_dev_run` saves nothing.
+
+        Raises:
+            NotWrittenError: the disk is full, read-only or broken; the checkpoints that were there still are.
+        """
+        self._owed = self._waits
+        if self._waits or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        started = time.perf_counter()
+        if self._checkpoints is None:
+            self._checkpoints = Checkpoints(self.run_folder(trainer) / "checkpoints")
+        self._checkpoints.save(trainer)
+        self.policy.saved(trainer.global_step, time.perf_counter() - started)
+
+    def save_if_due(self, trainer: Trainer) -> None:
+        """Saves if so many steps, or so much time, have passed."""
+        if self.policy.due(trainer.global_step):
+            self.save(trainer)
+
+    def save_unless_too_soon(self, trainer: Trainer, *, stored: bool) -> None:
+        """Saves where a search, a collection or a score has ended; see `SavePolicy.due_at_boundary`."""
+        if self.policy.due_at_boundary(trainer.global_step, stored=stored):
+            self.save(trainer)

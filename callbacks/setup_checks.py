@@ -1,0 +1,79 @@
+"""What a fit with Alternate must be like, checked before the model is loaded; and advice where a step finds nothing."""
+
+from __future__ import annotations
+
+from cotune.callbacks.alternation import Alternation
+from cotune.datamodules import Report, TraceDataModule
+from cotune.lightning_modules import ProgramModule
+from cotune.programs import Program
+from lightning.pytorch import LightningModule, Trainer
+
+
+def ours(trainer: Trainer, module: LightningModule | None = None) -> tuple[ProgramModule, TraceDataModule]:
+    """The trainer's module and data, as what `check_setup` has made sure that they are."""
+    return module or trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined, return-value]
+
+
+def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternation) -> None:
+    """Refuses what Alternate cannot run.
+
+    Raises:
+        TypeError: module or data are of another kind.
+        NotImplementedError: the fit has several processes.
+        ValueError: a set is empty that steps are chosen by, gold answers are asked for where labels give none, or the
+            trainer has epochs of its own.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
+        raise TypeError(
+            f"Alternate works with a ProgramModule and a TraceDataModule; this fit has {type(module).__name__} and "
+            f"{type(data).__name__}. Call trainer.fit(module, datamodule=data)."
+        )
+    if trainer.world_size > 1:
+        raise NotImplementedError(
+            f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
+        )
+    for name in ("dev", "val"):
+        if not getattr(data.splits, name):
+            raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+    if data.bootstrapping.gold_answers and not labels_fill_a_stage(module.program, data):
+        labels = sorted({name for example in data.splits.train for name in example.labels})
+        stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())
+        raise ValueError(
+            "data.bootstrapping.gold_answers is true, but the labels give no stage all that it writes "
+            f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
+            "that reason there is data.bootstrapping.hints."
+        )
+    _check_epochs(trainer, sum(step.rounds for step in alternation.steps))
+
+
+def _check_epochs(trainer: Trainer, epochs: int) -> None:
+    if trainer.max_epochs not in (None, -1, 1000, epochs):
+        raise ValueError(
+            f"trainer.max_epochs is {trainer.max_epochs}, but the weight steps of the schedule have {epochs} epochs in "
+            "all. Leave trainer.max_epochs out and set alternate.epochs."
+        )
+    reload: int = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+    if epochs and reload != 1:
+        raise ValueError(
+            f"each epoch has batches of its own: set Trainer(reload_dataloaders_every_n_epochs=1), it is {reload}."
+        )
+
+
+def labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:
+    """Whether the labels give some stage all that it writes."""
+    labels = {name for example in data.splits.train for name, value in example.labels.items() if value is not None}
+    return any(set(stage.signature.outputs) <= labels for stage in program.stages.values())
+
+
+def no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
+    """What to say, and to advise, where a collection brought nothing to train on."""
+    options = data.bootstrapping
+    offered = not options.gold_answers and labels_fill_a_stage(program, data)
+    gold = "set data.bootstrapping.gold_answers, " if offered else ""
+    return (
+        f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
+        f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
+        f"lower data.bootstrapping.threshold, {gold}or put a prompt step first. `cotune report` shows what it wrote "
+        "on val."
+    )

@@ -1,0 +1,368 @@
+"""StepWork: what the steps of a schedule consist of, on a module and its data: search, collection, scores, boundaries.
+
+What comes when is the alternation's to say, and what is saved when the save policy's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.costs import Costs
+from cotune.callbacks.diagnosis import diagnose, trace_coverage
+from cotune.callbacks.epoch_choice import EpochChoice
+from cotune.callbacks.progress import StepProgress, say, say_if_piped
+from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep, prefix_name
+from cotune.callbacks.setup_checks import no_traces, ours
+from cotune.datamodules import (
+    NoTracesError,
+    PairMaker,
+    Report,
+    Trace,
+    TraceDataModule,
+    collect,
+    load_traces,
+    save_traces,
+)
+from cotune.datamodules.crash_point import crash_point
+from cotune.datamodules.durable import write_durably
+from cotune.lightning_modules import ProgramModule
+from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
+from cotune.prompting import Found, PromptSearch, SearchTask
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+
+@dataclass(frozen=True)
+class Options:
+    """How steps are done; see `Alternate`, whose arguments these are."""
+
+    epochs: int = 5
+    weights: Literal["continue", "fresh"] = "continue"
+    keep: Literal["best", "last"] = "best"
+    keep_best_epoch: bool = True
+    try_both_prompts: bool = True
+    average_last: int = 0
+    search_examples: int | None = None
+    lm_calls: int | None = None
+    test_prefixes: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs {self.epochs} is below 1; leave w out of the schedule to train nothing.")
+        if self.search_examples is not None and self.search_examples < 1:
+            raise ValueError(f"search_examples {self.search_examples} is below 1; null takes the whole train set.")
+        if self.average_last < 0 or self.average_last == 1 or self.average_last > self.epochs:
+            raise ValueError(f"average_last {self.average_last} is none of 0 (off) and 2 to epochs ({self.epochs}).")
+
+
+class StepWork:
+    """Does the steps of a schedule, and keeps what is known of those behind.
+
+    Args:
+        schedule: letters of the steps, in order.
+        steps: letter -> settings, of the weight steps.
+        search: of the prompt steps.
+
+    Attributes:
+        history: a record of each boundary so far.
+        best: the prefix that the run would end with now: index, score, prompts and adapter.
+    """
+
+    def __init__(
+        self, schedule: Sequence[str], steps: Mapping[str, WeightStep], search: PromptSearch, options: Options
+    ) -> None:
+        self.schedule, self.steps, self.search, self.options = tuple(schedule), steps, search, options
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.costs = Costs()
+        self._incumbent: Prompts = {}
+        self._val_scores: dict[str, float] = {}  # example -> score at the last boundary
+        self._report, self._coverage = Report(), dict[str, Any]()
+        self._choice = EpochChoice(keep_best=options.keep_best_epoch)
+        self._found: Found | None = None  # by a search that has not been scored yet
+
+    def begin(self, module: ProgramModule) -> None:
+        """A fit begins, or goes on if there is a history."""
+        self.costs.begin(module.lm, resumed=bool(self.history))
+        if not self.history:
+            self._incumbent = module.prompts
+
+    @property
+    def position(self) -> int:
+        """Steps of the schedule that are behind."""
+        return max(len(self.history) - 1, 0)
+
+    @property
+    def best_record(self) -> dict[str, Any]:
+        """The record of the prefix that the run would end with now."""
+        record: dict[str, Any] = self.history[self.best["index"]]
+        return record
+
+    def title(self, what: str) -> str:
+        return f"[{self.position}/{len(self.schedule)}] {what}"
+
+    def seed(self, *parts: Any) -> int:
+        """A 31-bit seed from what it is for."""
+        text = "|".join(map(str, (self.options.seed, *parts)))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+    # Prompt steps
+
+    def search_prompts(self, trainer: Trainer) -> None:
+        """Searches, and gives the module what was found."""
+        module, data = ours(trainer)
+        with StepProgress(self.title("prompt step")) as progress:
+            task = SearchTask(
+                runner=module.runner(data.metric),
+                initial=module.initial_prompts,
+                incumbent=module.prompts,
+                train=self._search_examples(data),
+                dev=data.splits.dev,
+                threshold=data.bootstrapping.threshold,
+                seed=self.seed("search", self.position),
+                lm_calls=self._calls_left(),
+                progress=progress,
+            )
+            with isolate_rng():
+                self._found = self.search.search(task)
+        module.prompts = self._found.prompts
+
+    def _search_examples(self, data: TraceDataModule) -> list[Example]:
+        train, most = list(data.splits.train), self.options.search_examples
+        if most is None or most >= len(train):
+            return train
+        return random.Random(self.seed("examples", self.position)).sample(train, most)
+
+    def _calls_left(self) -> int:
+        """LM calls that the last search may make, so that with the scoring behind it the run has made `lm_calls`."""
+        if self.options.lm_calls is None or self.position < len(self.schedule) - 1:
+            return 0
+        spent = sum(int(record["lm_calls"]) for record in self.history)
+        return max(self.options.lm_calls - spent - int(self.history[0]["lm_calls"]), 1)
+
+    # Weight steps
+
+    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
+        """Collects what the next rounds train on, with `rounds` of the weight step behind."""
+        module, data = ours(trainer)
+        traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        if not rounds:
+            if data.bootstrapping.pairs == "initial":
+                module.prompts = module.initial_prompts
+            if self.options.weights == "fresh" and set(self.schedule[: self.position]) - {PROMPTS}:
+                module.lm.reset_adapter(seed=self.seed("adapter", self.position))
+        # For `cotune preview`: the prompts that stand in the training pairs.
+        prompts = json.dumps(prompts_to_dict(module.prompts), ensure_ascii=False, indent=2)
+        write_durably(self._folder(run, rounds) / "prompts.json", prompts)
+        self._train_on(trainer, traces, rounds)
+        done = module.weight_step if rounds else 0
+        left = self._settings.epochs_or_rounds - rounds
+        module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
+
+    def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
+        """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
+        module, data = ours(trainer)
+        collected = rounds if self._settings.rounds else 0
+        traces = data.reuse_traces(module.program) or load_traces(self._folder(run, collected), module.program)
+        self._train_on(trainer, traces, rounds)
+
+    def epoch_scored(self, module: ProgramModule, *, rounds: int) -> None:
+        """Lightning has run the program on val behind a training epoch."""
+        score = mean_score(module.evaluated)
+        self._choice.offer(score, module.lm.adapter_state(), epoch=rounds + 1)
+        epochs = self._settings.epochs_or_rounds
+        say_if_piped(f"{self.title('weight step')}: epoch {rounds + 1}/{epochs}, val score {score:.3f}")
+
+    def epoch_ended(self, module: ProgramModule, *, rounds: int) -> None:
+        """A training epoch is over, `rounds` of the step with it."""
+        if self.options.average_last and rounds > self._settings.epochs_or_rounds - self.options.average_last:
+            self._choice.add_to_average(module.lm.adapter_state())
+
+    @property
+    def epochs(self) -> int:
+        """Training epochs of the weight step under way."""
+        return self._settings.epochs_or_rounds
+
+    @property
+    def _settings(self) -> WeightStep:
+        return self.steps[self.schedule[self.position]]
+
+    def _folder(self, run: Path, rounds: int) -> Path:
+        folder = run / "traces" / f"step-{self.position + 1}"
+        return folder / f"round-{rounds + 1}" if rounds else folder
+
+    def _train_on(self, trainer: Trainer, traces: list[Trace], rounds: int) -> None:
+        module, data = ours(trainer)
+        self._coverage = trace_coverage(traces, data.splits.train)
+        maker = PairMaker(
+            module.program,
+            module.form,
+            module.prompts,
+            module.lm.encode,
+            end_id=module.lm.end_ids[0],
+            pad_id=module.lm.pad_id,
+            window=module.lm.window,
+        )
+        left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=rounds)
+        if left_out:
+            say(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
+        module.full_rate = self._settings.lr
+
+    def _traces(self, module: ProgramModule, data: TraceDataModule, folder: Path, rounds: int) -> list[Trace]:
+        reused = data.reuse_traces(module.program)
+        if reused is not None:
+            self._report = Report(examples=len({trace.example for trace in reused}))
+            return reused
+        train = data.splits.train
+        with StepProgress(self.title("traces")) as progress, isolate_rng():
+            progress.start(len(train), "collecting")
+            traces, self._report = collect(
+                train,
+                program=module.program,
+                lm=module.lm,
+                template=module.form,
+                prompts=module.prompts,
+                metric=data.metric,
+                sampling=module.sampling,
+                options=data.bootstrapping,
+                seed=self.seed("traces", self.position, *([rounds] if rounds else [])),
+                max_error_rate=module.max_error_rate,
+                progress=progress.advance,
+                encode_text=module.lm.encode.text,
+            )
+            progress.say(str(self._report))
+        if not traces:
+            raise NoTracesError(no_traces(self._report, module.program, data))
+        save_traces(traces, folder)
+        return traces
+
+    # Boundaries
+
+    def reach_boundary(self, trainer: Trainer, *, rounds: int) -> None:
+        """Scores what the step has led to, and records it; `rounds` were trained in it."""
+        module, data = ours(trainer)
+        if rounds:
+            self._end_weight_step(trainer, rounds)
+        elif self._found is not None:
+            self._record(trainer, PROMPTS, self._score(module, data.splits.val, "val"), found=self._found)
+        else:
+            self._record(trainer, "", self._score(module, data.splits.val, "vanilla"))
+
+    def take_best(self, module: ProgramModule) -> None:
+        """The schedule is over: the module becomes the best prefix."""
+        module.prompts = prompts_from_dict(self.best["prompts"])
+        module.lm.load_adapter_state(self.best["adapter"])
+
+    def _end_weight_step(self, trainer: Trainer, rounds: int) -> None:
+        module, data = ours(trainer)
+        choice = self._choice
+        if choice.wants(rounds):  # Lightning does not validate here, or not behind every epoch
+            done = self._score(module, data.splits.val, "val")
+            choice.offer(mean_score(done), module.lm.adapter_state(), epoch=rounds)
+        average, count = choice.average()
+        if count > 1:
+            module.lm.load_adapter_state(average)
+            done = self._score(module, data.splits.val, f"average of {count} epochs")
+            choice.offer(mean_score(done), average, epoch=rounds, averaged=count)
+        module.lm.load_adapter_state(choice.adapter)
+        done = self._score(module, data.splits.val, "pairs' prompts")
+        initial = prompts_id(module.prompts) == prompts_id(module.initial_prompts)
+        tried: dict[str, tuple[Prompts, list[Rollout]]] = {"initial" if initial else "current": (module.prompts, done)}
+        if self.options.try_both_prompts and prompts_id(self._incumbent) != prompts_id(module.prompts):
+            other = self._score(module, data.splits.val, "prompts from before", prompts=self._incumbent)
+            tried["current"] = (self._incumbent, other)
+        # The pairs' own prompts come first, so a tie keeps them: these weights were made for them.
+        kept = max(tried, key=lambda name: mean_score(tried[name][1]))
+        module.prompts, done = tried[kept]
+        scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
+        more = {"traces": self._report, "coverage": self._coverage, **choice.record}
+        self._choice = EpochChoice(keep_best=self.options.keep_best_epoch)
+        self._record(trainer, WEIGHTS, done, scores=scores, **more)
+
+    def _record(
+        self,
+        trainer: Trainer,
+        step: str,
+        rollouts: list[Rollout],
+        *,
+        scores: dict[str, float] | None = None,
+        found: Found | None = None,
+        **more: Any,
+    ) -> None:
+        """Records a boundary, remembers it if it is the best so far, and tells the listeners."""
+        crash_point("boundary-before")
+        module, data = ours(trainer)
+        index, score, cost = len(self.history), mean_score(rollouts), self.costs.take()
+        if self.options.test_prefixes:
+            more["tested"] = self._score(module, data.splits.test, "test")
+            more["test_cost"] = self.costs.take()
+        before = self._val_scores if index else None
+        boundary = Boundary(
+            index=index,
+            step=step,
+            prefix=prefix_name(self.schedule, index),
+            prompts=module.prompts,
+            previous=self._incumbent,
+            val_score=score,
+            scores=scores or {"current": score},
+            rollouts=rollouts,
+            cost=cost,
+            diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold),
+            found=found,
+            notes=found.notes if found else (),
+            **more,
+        )
+        self.history.append(boundary.record())
+        self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
+        self._incumbent, self._found = module.prompts, None
+        if self.options.keep == "last" or not self.best or score > self.best["score"]:
+            prompts = prompts_to_dict(module.prompts)
+            self.best = {"index": index, "score": score, "prompts": prompts, "adapter": module.lm.adapter_state()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, BoundaryListener):
+                callback.on_boundary(trainer, module, boundary)
+
+    def _score(
+        self, module: ProgramModule, examples: Sequence[Example], what: str, prompts: Prompts | None = None
+    ) -> list[Rollout]:
+        _, data = ours(module.trainer)
+        with StepProgress(self.title("validation")) as progress, isolate_rng():
+            progress.start(len(examples), what)
+            return module.rollouts(examples, metric=data.metric, prompts=prompts, progress=progress.advance)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "history": self.history,
+            "best": self.best,
+            "incumbent": prompts_to_dict(self._incumbent),
+            "val_scores": self._val_scores,
+            "report": vars(self._report),
+            "coverage": self._coverage,
+            "choice": self._choice.state_dict(),
+            "costs": self.costs.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.history, self.best = state["history"], state["best"]
+        self._incumbent, self._val_scores = prompts_from_dict(state["incumbent"]), state["val_scores"]
+        self._report, self._coverage = Report(**state["report"]), state["coverage"]
+        self._choice.load_state_dict(state["choice"])
+        self.costs.load_state_dict(state["costs"])
+
+
+def _steps_an_epoch(trainer: Trainer, data: TraceDataModule) -> int:
+    """Optimiser steps of one training epoch."""
+    batches, limit = data.steps_per_epoch, trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(-(-batches // trainer.accumulate_grad_batches), 1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cotune.callbacks.schedule import StepKind, parse_schedule
+from cotune.callbacks.schedule import parse_schedule
 
-Steps = tuple[StepKind, ...]
+Steps = tuple[str, ...]
 """The steps of a strategy in order; () is the program as it came, "vanilla"."""
 
 VANILLA = "vanilla"

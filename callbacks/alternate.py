@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.checkpoint import Checkpoints
-from cotune.callbacks.diagnosis import diagnose, trace_coverage
+from cotune.callbacks.diagnosis import advice_without_traces, diagnose, trace_coverage
 from cotune.callbacks.epoch_means import Sums, add_epoch_sums, epoch_sums, log_epoch_sums
 from cotune.callbacks.progress import StepProgress, say_if_piped, training_bar_paused
 from cotune.callbacks.schedule import parse_schedule, prefix_name
@@ -650,10 +650,7 @@ def _record_prompts(prompts: Prompts, path: Path) -> None:
 def _no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
     options = data.bootstrapping
     offered = not options.gold_answers and _labels_fill_a_stage(program, data)
-    gold = "set data.bootstrapping.gold_answers, " if offered else ""
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
-        f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
-        f"lower data.bootstrapping.threshold, {gold}or put a prompt step first. `cotune report` shows what it wrote "
-        "on val."
+        f"{advice_without_traces(report, options, gold_answers=offered)}"
     )

@@ -36,15 +36,8 @@ bench-full: .venv/.bench-ready  ## the figures of benchmarks/README.md (hours; n
 faults: setup  ## kill, starve, damage and confuse runs, and write docs/FAULTS.md (hours; it goes on where it was stopped)
 	@PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
-# mypy cannot follow the mapped folders of an editable install, so it reads the built package, as users get it. The wheel
-# is built outside the repository: a build/ folder left here would feed deleted modules into the next wheel.
-types: setup  ## check types on the built package
-	@set -e; made=$$(mktemp -d); trap 'rm -rf "$$made"' EXIT; mkdir "$$made/info"; \
-	printf '[build]\nbuild_base = %s/build\n[egg_info]\negg_base = %s/info\n' "$$made" "$$made" > "$$made/build.cfg"; \
-	DIST_EXTRA_CONFIG="$$made/build.cfg" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir "$$made" .; \
-	$(PIP) install --no-deps --no-compile --target "$$made/site" "$$made"/*.whl; \
-	cd "$$made/site"; MYPYPATH="$$made/site" "$(CURDIR)/$(BIN)/python" -m mypy \
-		--config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p cotune
+types: setup  ## check types
+	@$(BIN)/python -m mypy -p cotune
 
 # Two stamps: the environment is renewed when its requirements change, the model is looked for when its module does.
 # A cache that was emptied later is no harm: the first run that needs the model fetches it again.

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cotune.datamodules import Trace
+from cotune.datamodules import Bootstrapping, Report, Trace
 from cotune.programs import Example, Rollout
+from cotune.programs.faults import KINDS
+from cotune.programs.values import gold_text
 
 _MOST_LABELS = 100
 
@@ -63,4 +65,34 @@ def by_label(examples: Sequence[Example], passed: set[str]) -> dict[str, list[in
 
 
 def _label(example: Example) -> str:
-    return ", ".join(str(value) for value in example.labels.values())
+    return ", ".join(gold_text(value) for value in example.labels.values())
+
+
+def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answers: bool) -> str:
+    """What to do where no run has succeeded; more attempts only where they could give something else.
+
+    Args:
+        gold_answers: whether `options.gold_answers` is off and could be used.
+    """
+    faults = sum(getattr(report, kind) for kind in KINDS)
+    read = report.wrong + report.cut
+    if faults == report.runs:
+        return "Mend the program or the metric: they failed on every run."
+    if report.too_long + faults == report.runs:
+        return "No prompt fits the model's window, however often it is tried: take shorter inputs, or another model."
+    ways = []
+    if report.cut_off:
+        ways.append(f"{report.cut_off} of the runs were cut off: raise model.sampling.max_new_tokens")
+    if options.temperature == 0 and not options.fresh_demos and options.attempts > 1:
+        ways.append("set data.bootstrapping.temperature above 0, for as it is all attempts are alike")
+    elif read or report.runs > report.too_long + report.cut_off + faults:
+        ways.append(
+            f"raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g})"
+        )
+    if report.wrong:
+        ways.append("lower data.bootstrapping.threshold")
+    if gold_answers:
+        ways.append("set data.bootstrapping.gold_answers")
+    ways.append("put a prompt step first")
+    said = ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
+    return f"{said[0].upper()}{said[1:]}. `cotune report` shows what it wrote on val."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cotune.callbacks.alternation import Alternation
+from cotune.callbacks.diagnosis import advice_without_traces
 from cotune.datamodules import Report, TraceDataModule
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Program
@@ -70,10 +71,7 @@ def no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
     """What to say, and to advise, where a collection brought nothing to train on."""
     options = data.bootstrapping
     offered = not options.gold_answers and labels_fill_a_stage(program, data)
-    gold = "set data.bootstrapping.gold_answers, " if offered else ""
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
-        f"Raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g}), "
-        f"lower data.bootstrapping.threshold, {gold}or put a prompt step first. `cotune report` shows what it wrote "
-        "on val."
+        f"{advice_without_traces(report, options, gold_answers=offered)}"
     )

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.contradictions import FindContradictions
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.log_program import LogProgram
 from cotune.callbacks.metrics_file import MetricsFile
@@ -265,7 +266,7 @@ class CotuneCLI(LightningCLI):
         model = redacted(self.config_dump["model"])
         # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
         trainer.callbacks.insert(0, StopOnSignal(self.signals))  # type: ignore[attr-defined]
-        trainer.callbacks += [SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]
+        trainer.callbacks += [FindContradictions(), SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]
         return trainer
 
     def after_fit(self) -> None:

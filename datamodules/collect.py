@@ -149,6 +149,10 @@ class Report:
     """successes that were an earlier one of their example over again"""
     gold: int = 0
     """unsolved examples that gave a pair with the gold answer"""
+    too_long: int = 0
+    """of the failed runs, those that ended at a prompt that does not fit the window"""
+    cut_off: int = 0
+    """of the failed runs, those with a completion cut at max_new_tokens"""
 
     @property
     def solved(self) -> int:
@@ -386,6 +390,10 @@ def _count(report: Report, done: Sequence[Rollout], threshold: float) -> None:
     report.runs += len(done)
     for name in ("wrong", "format", *KINDS, "cut"):
         setattr(report, name, getattr(report, name) + outcomes[name])
+    failed = [r for r in done if _outcome(r, threshold) in ("wrong", "format", "type", "cut")]
+    ends = [{step.completion.finished for step in rollout.steps} for rollout in failed]
+    report.too_long += sum("too_long" in found for found in ends)
+    report.cut_off += sum("length" in found for found in ends)
     report.faults = faults_to_dict(merged(faults_from_dict(report.faults), faults_of(done)))
 
 

@@ -233,8 +233,10 @@ def _settled(
         kept[name] = [_own_id(e, used) for at, e in enumerate(pool) if (name, at) not in dropped]
     _check_disjoint(kept)
     total = sum(map(len, pools.values()))
-    what = "are left out" if dropped else "are kept"
-    said = f"{len(repeats)} of {total} rows have the inputs of another ({_labels_too(pools, repeats)}) and {what}"
+    one = len(repeats) == 1
+    what = f"{'is' if one else 'are'} {'left out' if dropped else 'kept'}"
+    said = f"{len(repeats)} of {total} rows {'has' if one else 'have'} the inputs of another"
+    said = f"{said} ({_labels_too(pools, repeats)}) and {what}"
     return kept, [said] if repeats else []
 
 

@@ -13,6 +13,7 @@ import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.inference import Codec, Filling, Plan
 from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, attending, packed_as
+from cotune.lightning_modules.finite import check_finite
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.prefixes import BLOCK, PrefixCache, group_by_prefix
 from cotune.lightning_modules.sample import log_probs, sample
@@ -355,6 +356,7 @@ class _Batch:
 
     def _take(self, rows: Sequence[_Row], logits_RV: Tensor) -> None:
         """Adds a token to each of these rows. Rows that end leave, and the last ones move up into their slots."""
+        check_finite(logits_RV, self.decoder.model)
         for row, token, log_prob in zip(rows, *_chosen(rows, logits_RV), strict=True):
             row.take(token, log_prob)
         for slot in reversed(range(len(self.running))):

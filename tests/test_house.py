@@ -101,11 +101,29 @@ def test_contributing_shows_the_import_table() -> None:
 def test_pyproject_lists_the_folders_on_disk() -> None:
     with_code = {named(path.parent) for path in [*MODULES, *ROOT.glob("*/__init__.py")]}
     on_disk = with_code - {"tests", "benchmarks", "docs"}
-    listed = PROJECT["tool"]["setuptools"]["package-dir"]
     packages = PROJECT["tool"]["setuptools"]["packages"]
-    assert {folder_of(package, listed) for package in packages} == on_disk
-    assert set(listed.values()) == set(MAY_IMPORT)
-    assert set(listed) <= set(packages)
+    folders = {(ROOT / "src" / package.replace(".", "/")).resolve() for package in packages}
+    assert {folder.relative_to(ROOT).as_posix() for folder in folders} == on_disk
+
+
+def test_the_folder_above_a_clone_imports_the_package_and_not_the_clone(tmp_path: Path) -> None:
+    (tmp_path / "cotune").symlink_to(ROOT)
+    code = "import cotune, cotune.programs, cotune.table; print(cotune.__version__)"
+    for where in (tmp_path, ROOT, ROOT / "src"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == PROJECT["project"]["version"], done.stderr
+
+
+def test_type_checkers_find_the_whole_package_by_path() -> None:
+    """One real path on sys.path that has cotune and nothing beside it, whose folders are all there."""
+    code = "import sys; print(sys.path)"
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, check=True)
+    found, *_ = [
+        path for path in ast.literal_eval(done.stdout.decode()) if path and (Path(path) / "cotune/py.typed").is_file()
+    ]
+    rooms = [path.name for path in (Path(found) / "cotune").iterdir() if (path / "__init__.py").is_file()]
+    assert {"programs", "datamodules", "lightning_modules", "prompting", "callbacks", "report", "table"} <= set(rooms)
+    assert not [path for path in Path(found).glob("*/__init__.py") if path.parent.name in ("programs", "callbacks")]
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
@@ -154,15 +172,6 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 def weights_only(call: ast.Call) -> bool:
     return any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
-
-
-def folder_of(package: str, listed: dict[str, str]) -> str:
-    """setuptools' rule: the nearest listed parent gives the folder, the rest of the name the path below it."""
-    parent, rest = package, ""
-    while parent not in listed:
-        parent, _, last = parent.rpartition(".")
-        rest = f"/{last}{rest}"
-    return listed[parent] + rest
 
 
 def build_wheel(folder: Path) -> Path:

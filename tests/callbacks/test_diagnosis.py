@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cotune.callbacks.diagnosis import by_label, diagnose, trace_coverage
-from cotune.datamodules import Trace
+from cotune.callbacks.diagnosis import advice_without_traces, by_label, diagnose, trace_coverage
+from cotune.datamodules import Bootstrapping, Report, Trace
 from cotune.programs import Completion, Example, Failure, Rollout, Step
 
 from cotune.closing_table import coverage_lines
@@ -59,3 +59,33 @@ def test_a_gold_answer_is_no_passing_trace() -> None:
     examples = [Example(id_, {}, {"label": "a"}) for id_ in ("x", "y", "z", "v")]
     found = trace_coverage([trace("x", gold=False), trace("y", gold=True)], examples)
     assert found == {"by_stage": {"s": 1}, "by_label": {"a": [1, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "said", "unsaid"),
+    [
+        ({"wrong": 8}, {}, "Raise data.bootstrapping.attempts (now 10)", "max_new_tokens"),
+        ({"format": 8, "too_long": 8}, {}, "No prompt fits the model's window", "attempts"),
+        (
+            {"format": 8, "cut_off": 8},
+            {},
+            "8 of the runs were cut off: raise model.sampling.max_new_tokens",
+            "attempts",
+        ),
+        ({"wrong": 4, "format": 4, "cut_off": 4}, {}, "4 of the runs were cut off", "No prompt"),
+        ({"metric": 8}, {}, "Mend the program or the metric", "attempts"),
+        ({"wrong": 8}, {"temperature": 0.0, "fresh_demos": 0}, "temperature above 0", "attempts (now"),
+    ],
+)
+def test_more_attempts_are_advised_only_where_they_could_help(
+    counts: dict[str, int], options: dict[str, Any], said: str, unsaid: str
+) -> None:
+    found = advice_without_traces(Report(examples=4, runs=8, **counts), Bootstrapping(**options), gold_answers=False)
+    assert said in found
+    assert unsaid not in found
+    assert "gold_answers" not in found
+
+
+def test_a_label_of_several_answers_goes_by_the_first() -> None:
+    found = by_label([Example.of({}, {"answer": ["red", "crimson"]}, id=str(n)) for n in range(4)], {"0"})
+    assert found == {"red": [1, 4]}

@@ -23,12 +23,13 @@ def test_the_first_lines_say_what_will_happen(
     fit, lines = fitted(tiny_model, tmp_path, capsys)
     assert lines[0] == "small: Predict, stage predict"
     assert lines[1].endswith("float32; LoRA r 4 on all-linear")
-    assert lines[2:4] == [
+    assert lines[2:5] == [
         "  data      12 train, 6 dev, 10 val, 4 test examples; metric digest",
+        "            1 of 150 rows has the inputs of another (1 with equal labels, 0 with others) and is kept",
         "  schedule  p -> w -> p (p: RandomDemoSearch; w: 2 epochs on up to 2 attempts an example)",
     ]
     # vanilla 10; p: 12 + 6 candidates of 6 + 10, twice; w: 12 or 24 + 10 x (2 epochs + 2); test 4
-    assert lines[4] == "  in all    182 to 194 runs of the program"
+    assert lines[5] == "  in all    182 to 194 runs of the program"
     assert fit.module.lm.usage.calls <= 190
 
 

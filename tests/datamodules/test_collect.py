@@ -225,7 +225,7 @@ def test_the_counts_add_up() -> None:
 
     _, report = run(FakeLM(answer), doubles(1, 2, 3, 13, 20), attempts=3, metric=faulty)
     first = {"metric": {"count": 3, "example": "13", "message": "the metric raised RuntimeError: unlucky"}}
-    assert report == Report(5, [1, 0, 0], runs=5 + 4 + 4, wrong=3, format=3, metric=3, cut=3, faults=first)
+    assert report == Report(5, [1, 0, 0], runs=5 + 4 + 4, wrong=3, format=3, metric=3, cut=3, cut_off=3, faults=first)
     assert report.solved + report.wrong + report.format + report.program + report.metric + report.cut == report.runs
     assert str(report) == (
         "1 of 5 examples solved in 13 runs "

@@ -1,0 +1,255 @@
+"""Contradictions: what makes every score 0 whatever the LM writes, found before or at the first batch and said."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.progress import say
+from cotune.datamodules import TraceDataModule
+from cotune.lightning_modules import ProgramModule
+from cotune.programs import Example, FieldTypeError, Metric, Program, Rollout
+from cotune.programs.demos import label_text
+from cotune.programs.faults import raised, shown
+from cotune.programs.metrics import COMPARE_FIELDS
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+_MOST_SECONDS = 5.0
+"""For asking the metric about the labels themselves. One that takes longer, as where it asks an LM, is asked less."""
+
+
+class ContradictionError(ValueError):
+    """Data, metric, program and LM cannot go together: whatever is tuned, the score stays 0."""
+
+
+class FindContradictions(Callback, BoundaryListener):
+    """Looks, before the model is loaded, whether labels can be reached, and at the first predictions, whether they are.
+
+    Refused are labels that no prediction has, that are no value of their field's type, or that the metric scores below
+    `bootstrapping.threshold` against themselves; and prompts that never fit the model's window. Where that cannot be
+    known for sure a line says so.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(pl_module, ProgramModule) and isinstance(data, TraceDataModule):
+            examples = _used(data, stage)
+            check_fields(pl_module.program, data.metric, examples)
+            for line in check_gold(data.metric, examples, threshold=data.bootstrapping.threshold):
+                say(line)
+
+    def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
+        assert isinstance(module, ProgramModule)
+        self._look(trainer, module, boundary.rollouts, first=boundary.index == 0)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate" and isinstance(pl_module, ProgramModule):
+            self._look(trainer, pl_module, pl_module.evaluated, first=True)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Behind a fit the first predictions have been looked at, and a test score of 0 may be what it is.
+        if isinstance(pl_module, ProgramModule) and not trainer.fit_loop.epoch_progress.current.ready:
+            self._look(trainer, pl_module, pl_module.evaluated, first=True)
+
+    def _look(self, trainer: Trainer, module: ProgramModule, done: Sequence[Rollout], *, first: bool) -> None:
+        found = window_note(done, module.lm.window)
+        if first:
+            check_window(done, module.lm.window, module.sampling.max_new_tokens)
+            found += cut_note(done, module.sampling.max_new_tokens)
+            found += check_predictions(done, trainer.datamodule.metric)  # type: ignore[attr-defined]
+        for line in found:
+            say(line)
+
+
+def check_fields(program: Program, metric: Metric, examples: Sequence[Example]) -> None:
+    """Refuses labels that no output can equal, as far as the signatures tell.
+
+    Raises:
+        ContradictionError: a label that the metric compares with the field of its name is no field of the program (of
+            cotune's own programs: others may return what they like), or a label is no value of its field's type.
+    """
+    labels = list(dict.fromkeys(name for example in examples for name in example.labels))
+    outputs = list(dict.fromkeys(name for stage in program.stages.values() for name in stage.signature.outputs))
+    unknown = [name for name in labels if name not in outputs]
+    if unknown and metric in COMPARE_FIELDS and type(program).__module__.split(".")[0] == "cotune":
+        raise ContradictionError(_no_field(unknown[0], labels, outputs, "is no output of the program; it gives"))
+    for stage in program.stages.values():
+        for name in (n for n in stage.signature.outputs if n in labels and n in stage.signature.types):
+            wrong = [(e, why) for e in examples if (why := _no_value(stage.signature, name, e.labels.get(name)))]
+            if wrong:
+                example, why = wrong[0]
+                raise ContradictionError(
+                    f"example {example.id}: the label {name} {shown(example.labels[name], limit=80)} can be no answer: "
+                    f"{why} {len(wrong)} of {len(examples)} labels are such. Mend the data, or the field's type."
+                )
+
+
+def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float) -> list[str]:
+    """Asks the metric about the labels themselves, which should be right. Returns what to say.
+
+    A metric that needs more than the labels (raises, or asks for other fields) cannot be asked, and that is said.
+
+    Raises:
+        ContradictionError: it scores a label below `threshold` against itself, so that no run on it can succeed.
+    """
+    wrong: list[tuple[Example, Any]] = []
+    unasked: list[str] = []
+    began, asked = time.monotonic(), 0
+    for example in examples:
+        if time.monotonic() - began > _MOST_SECONDS:
+            break
+        asked += 1
+        try:
+            score, missed = _of_itself(metric, example, threshold)
+        except Exception as error:  # the user's code
+            unasked.append(f"example {example.id}: {raised(error)}")
+            continue
+        if missed and not float(score) >= threshold:
+            unasked.append(f"example {example.id}: it looks for {missed[0]}, which is no label")
+        elif not float(score) >= threshold:
+            wrong.append((example, score))
+    if wrong:
+        raise ContradictionError(_below_one(metric, wrong, asked, threshold))
+    if unasked:
+        first = f"whether the metric scores labels as right could not be tried on {len(unasked)} of {asked} examples"
+        return [f"{first} ({unasked[0]})"]
+    return []
+
+
+def check_window(done: Sequence[Rollout], window: int, max_new_tokens: int) -> None:
+    """Refuses prompts that never fit the model's window, or fill it so far that every answer is cut off by its end.
+
+    Raises:
+        ContradictionError: so it is with every run, and none has a score.
+    """
+    last = [rollout.steps[-1].completion for rollout in done if rollout.steps]
+    long = [len(c.prompt_ids) for c in last if c.finished == "too_long"]
+    filled = [
+        len(c.prompt_ids)
+        for c in last
+        if c.finished == "length" and 0 < window - len(c.prompt_ids) < max_new_tokens // 2
+    ]
+    if not done or len(long) + len(filled) < len(done) or any(rollout.score for rollout in done):
+        return
+    said = [f"{len(long)} of {len(done)} prompts are longer than it"] if long else []
+    said += [f"{len(filled)} of {len(done)} prompts leave next to nothing of it for an answer"] if filled else []
+    raise ContradictionError(
+        f"the model's window of {window:,} tokens is too small: {'; '.join(said)} (the prompts have "
+        f"{min(long + filled):,} to {max(long + filled):,} tokens, and up to {max_new_tokens:,} are to be written). "
+        "Take a model with a longer window, or shorter inputs, passages and instructions."
+    )
+
+
+def window_note(done: Sequence[Rollout], window: int) -> list[str]:
+    """How many runs ended at a prompt that did not fit the window, as a line; none where all fitted."""
+    last = [rollout.steps[-1].completion for rollout in done if rollout.steps]
+    long = [len(c.prompt_ids) for c in last if c.finished == "too_long"]
+    if not long:
+        return []
+    return [
+        f"{len(long)} of {len(done)} runs scored 0 because a prompt was longer than the model's window of {window:,} "
+        f"tokens (up to {max(long):,}): fewer or shorter demos or passages would fit"
+    ]
+
+
+def cut_note(done: Sequence[Rollout], max_new_tokens: int) -> list[str]:
+    """Says where every run was cut off before its answer; [] where one was not."""
+    unread = [r.steps[-1].completion for r in done if r.error and r.error.kind == "format" and r.steps]
+    cut = [completion for completion in unread if completion.finished == "length"]
+    if not cut or len(cut) < len(done):
+        return []
+    return [
+        f"{len(cut)} of {len(done)} completions were cut before their answer, at {max_new_tokens} new tokens; "
+        "--model.sampling.max_new_tokens allows more"
+    ]
+
+
+def check_predictions(done: Sequence[Rollout], metric: Metric) -> list[str]:
+    """Looks for the labels' fields in predictions. Returns what to say where another metric than cotune's scores all 0.
+
+    Raises:
+        ContradictionError: a label that the metric compares with the field of its name is in no prediction.
+    """
+    predictions = [rollout.prediction for rollout in done if rollout.prediction is not None]
+    labels = list(dict.fromkeys(name for rollout in done for name in rollout.example.labels))
+    fields = list(dict.fromkeys(str(name) for prediction in predictions for name in prediction))
+    unknown = [name for name in labels if name not in fields]
+    if not predictions or not unknown:
+        return []
+    if metric in COMPARE_FIELDS:
+        raise ContradictionError(_no_field(unknown[0], labels, fields, "is in no prediction; predictions have"))
+    if any(rollout.score for rollout in done):
+        return []
+    return [f'all scores are 0, and the label "{unknown[0]}" is in no prediction; predictions have {", ".join(fields)}']
+
+
+def _used(data: TraceDataModule, stage: str) -> list[Example]:
+    parts = {"validate": ("val",), "test": ("test",)}.get(stage, ("train", "dev", "val", "test"))
+    return [example for part in parts for example in getattr(data.splits, part)]
+
+
+def _no_field(label: str, labels: Sequence[str], fields: Sequence[str], said: str) -> str:
+    free = [name for name in fields if name not in labels and name != "reasoning"]
+    column = (
+        f"rename it, as in data.labels {{{free[0]}: {label}}}" if len(free) == 1 else "name the column of one of these"
+    )
+    return f'the label "{label}" {said} {", ".join(fields) or "nothing"}. Labels are compared by name: {column}.'
+
+
+def _no_value(signature: Any, name: str, label: Any) -> str:
+    """Why a label is no value of its field's type; "" where it is one, or one of its several answers is."""
+    several = label if isinstance(label, (list, tuple)) and label else [label]
+    why = ""
+    for one in () if label is None else (label, *several):
+        try:
+            label_text(signature, name, one)
+        except (FieldTypeError, TypeError) as error:
+            why = str(error)
+        else:
+            return ""
+    return why
+
+
+class _Asked(dict[str, Any]):
+    """A prediction that notes what it was asked for and does not have."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(copy.deepcopy(dict(values)))
+        self.missed: list[str] = []
+
+    def __missing__(self, name: str) -> Any:
+        self.missed.append(name)
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or bool(self.missed.append(str(name)))  # type: ignore[func-returns-value]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 (which notes it)
+
+
+def _of_itself(metric: Metric, example: Example, threshold: float) -> tuple[Any, list[str]]:
+    """The metric's score of an example's labels as prediction, and what it missed there. Of several answers the first
+    will do."""
+    first = {n: v[0] if isinstance(v, (list, tuple)) and v else v for n, v in example.labels.items()}
+    for labels in (first, example.labels):
+        prediction = _Asked(labels)
+        score = metric(copy.deepcopy(example), prediction)
+        if float(score) >= threshold:
+            break
+    return score, prediction.missed
+
+
+def _below_one(metric: Metric, wrong: Sequence[tuple[Example, Any]], asked: int, threshold: float) -> str:
+    example, score = wrong[0]
+    name = getattr(metric, "__name__", type(metric).__name__)
+    labels = "; ".join(f"{field} {shown(value, limit=80)}" for field, value in example.labels.items())
+    why = f" ({score.feedback})" if getattr(score, "feedback", "") else ""
+    return (
+        f"example {example.id}: the metric {name} scores the right answer itself ({labels}) {float(score):g}{why}, so "
+        f"no run on it can reach {threshold:g}. So it is with {len(wrong)} of {asked} labels. Mend the labels or the "
+        "metric; where less is enough, lower data.bootstrapping.threshold."
+    )

@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune preview",
         description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
-        "the tokens that bear weight, in colour in a terminal and elsewhere between ⟦ and ⟧, or ⟨ and ⟩ where the engine put "
-        "them there and the LM did not choose them.",
+        "the tokens that bear weight, in colour in a terminal and elsewhere between ⟦ and ⟧, those that the engine put "
+        "there between ⟨ and ⟩.",
     )
     made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
     made.add_argument("--step", type=int, help="which step of the schedule, from 1; the last weight step without it")

@@ -105,9 +105,8 @@ class PairMaker:
         """The trace as this LM would write it: its text if the form reads its outputs there, else these anew."""
         if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
             raise ValueError(
-                f'{_name(trace)}: this trace weighs the tokens of another tokenizer, that of "{trace.base or "unknown"}"; '
-                f'this run\'s LM is "{self.vocabulary.base}". A text cannot keep such weights: collect with this LM, '
-                "without data.traces."
+                f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
+                "and a text cannot keep such weights. Collect with this LM, without data.traces."
             )
         signature, text = self.program.stages[trace.stage].signature, trace.completion
         try:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.datamodules import Bootstrapping, Report, Trace, collect, load_traces, save_traces
+from cotune.datamodules import Bootstrapping, Report, Trace, Vocabulary, collect, load_traces, save_traces
 from cotune.datamodules.durable import DamagedFileError
+from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import (
     ChatTemplate,
     Completion,
@@ -48,7 +49,9 @@ def run(
         "seed": 0,
         **changes,
     }
-    return collect(examples, **given)
+    collected = collect(examples, **given)
+    traces = Rejection().rows(collected)
+    return traces, collected.report(traces)
 
 
 def numbers(lm: FakeLM) -> list[list[str]]:
@@ -403,7 +406,9 @@ def test_the_pool_of_demos_does_not_show_hints() -> None:
 
 def test_the_last_call_of_an_unsolved_example_is_trained_on_with_the_gold_answer() -> None:
     lm = FakeLM(lambda request: "2" if asked(request, "number") in ("1", "2") else "7")
-    traces, report = run(lm, doubles(1, 3), Loop(2), gold_answers=True, encode_text=lambda text: [len(text), 9])
+    traces, report = run(
+        lm, doubles(1, 3), Loop(2), gold_answers=True, vocabulary=Vocabulary(encode=lambda text: [len(text), 9])
+    )
     (trace,) = [trace for trace in traces if trace.gold]
     assert trace.example == "3"
     assert (trace.call, trace.inputs, trace.outputs, trace.completion) == (1, {"number": "7"}, {"answer": "6"}, "6")
@@ -415,7 +420,9 @@ def test_the_last_call_of_an_unsolved_example_is_trained_on_with_the_gold_answer
 
 def test_gold_answers_come_after_all_attempts_and_only_where_they_failed() -> None:
     lm = succeeds_at({"1": 0, "2": 1, "3": 9})
-    traces, report = run(lm, doubles(1, 2, 3), attempts=3, gold_answers=True, encode_text=lambda text: [9])
+    traces, report = run(
+        lm, doubles(1, 2, 3), attempts=3, gold_answers=True, vocabulary=Vocabulary(encode=lambda text: [9])
+    )
     assert [(t.example, t.attempt, t.gold) for t in traces] == [("1", 0, False), ("2", 1, False), ("3", 0, True)]
     assert (report.solved, report.gold) == (2, 1)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import Said, cotune, fit
 from cotune.datamodules import load_traces
-from cotune.datamodules.collate import IGNORED
 
 from cotune.preview import load_batches, trained_rows
 
@@ -23,8 +23,9 @@ def test_the_rows_are_those_of_the_batches(finished: Any) -> None:
     batches, lm = load_batches(finished.folder)
     rows = list(trained_rows(batches))
     assert len(rows) == len(batches.traces) > 0
-    labels = [label for i in range(len(batches)) for s in batches[i].segments for label in s.labels.flatten().tolist()]
-    assert [id_ for row in rows for id_ in row.ids[len(row.ids) - row.trained :]] == [i for i in labels if i != IGNORED]
+    tokens = [batches[i].bearing(torch.device("cpu"), torch.float32) for i in range(len(batches))]
+    trained = [id_ for batch in tokens for id_ in batch.ids[:, 0].tolist()]
+    assert [id_ for row in rows for id_ in row.ids[len(row.ids) - row.trained :]] == trained
     for row in rows:
         written = list(row.trace.completion_ids) + ([] if row.trace.complete else [lm.end_ids[0]])
         assert list(row.ids[-row.trained :]) == written

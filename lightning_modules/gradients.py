@@ -102,8 +102,11 @@ class BatchGradients:
     def _asked(self, model: Any, batch: Batch, tokens: Bearing, objective: Objective) -> tuple[Bearing, Tensor]:
         """The tokens, with their reference where that is read, and the objective's coefficients."""
         reads = objective.reads(tokens)
-        if "reference" in reads and tokens.reference is None:
-            tokens = tokens.with_reference(self._log_probs(model, batch, tokens.ids, adapter=False))
+        brought = torch.tensor([bool(pair.reference) for pair in batch.pairs], device=tokens.rows.device)
+        if "reference" in reads and not brought.all():
+            base_nK = self._log_probs(model, batch, tokens.ids, adapter=False)
+            own_nK = base_nK if tokens.reference is None else tokens.reference
+            tokens = tokens.with_reference(torch.where(brought[tokens.rows, None], own_nK, base_nK))
         if "policy" in reads:
             log_probs_nK = self._log_probs(model, batch, tokens.ids)
         else:

@@ -29,11 +29,11 @@ from typing import Any
 
 import torch
 from cotune.callbacks.export_program import export_program
-from cotune.datamodules.collate import Pair, collate
+from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.iris import iris_examples
 from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.embedded import embedded_model
-from cotune.lightning_modules.loss import completion_loss
+from cotune.lightning_modules.loss import exact_dtype, log_probs
 from cotune.programs import Completion, Predict, Sampling
 
 from cotune.export import write_export
@@ -158,7 +158,7 @@ def training(module: ProgramModule) -> str:
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = completion_loss(lm.model, batch(module))
+        loss = loss_of(module)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -166,10 +166,10 @@ def training(module: ProgramModule) -> str:
     if faults := without_gradient(module, "lora_"):
         return f"FAILS: {len(faults)} matrices without a gradient after training"
     with torch.no_grad():
-        last = completion_loss(lm.model, batch(module)).item()
+        last = loss_of(module).item()
         if digest(lm) != before:
             return "FAILS: the base's state_dict has changed"
-        if completion_loss(lm.model, batch(module)).item() != last:
+        if loss_of(module).item() != last:
             return "FAILS: the loss changed when state_dict was asked for"
     if not last < 0.7 * losses[0]:
         return f"FAILS: the loss went from {losses[0]:.2f} to {last:.2f}"
@@ -209,21 +209,27 @@ def completions(module: ProgramModule) -> list[Completion]:
     return [step.completion for rollout in module.rollouts(FLOWERS, metric=None) for step in rollout.steps]
 
 
-def batch(module: ProgramModule) -> Any:
+def loss_of(module: ProgramModule) -> torch.Tensor:
+    """Mean negative log-likelihood of the completions' tokens."""
+    given, model = batch(module), module.lm.model
+    tokens = given.bearing(model.device, exact_dtype(model))
+    return log_probs(model, given, tokens.ids, -tokens.ce[:, None])[1] / given.tokens
+
+
+def batch(module: ProgramModule) -> Batch:
     lm, pairs = module.lm, []
     for flower in FLOWERS:
         asked = "\n".join(f"{name}: {value}" for name, value in flower.inputs.items())
         prompt = lm.encode([{"role": "user", "content": asked}])
         answer = lm.tokenizer.encode(str(flower.labels["answer"]), add_special_tokens=False)
         pairs.append(Pair(prompt, [*answer, lm.end_ids[0]]))
-    device = next(lm.model.parameters()).device
-    return module.transfer_batch_to_device(collate([pairs], pad_id=lm.pad_id), device, 0)
+    return collate([pairs])
 
 
 def without_gradient(module: ProgramModule, part: str) -> list[str]:
     """The adapter's matrices that one backward pass gives no gradient, or one of zeros."""
     module.lm.model.zero_grad()
-    completion_loss(module.lm.model, batch(module)).backward()
+    loss_of(module).backward()
     matrices = [(name, p.grad) for name, p in module.lm.model.named_parameters() if part in name]
     return [name for name, gradient in matrices if gradient is None or not bool(gradient.abs().sum() > 0)]
 

@@ -22,7 +22,6 @@ from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep, prefix_name
 from cotune.callbacks.setup_checks import no_traces, ours
 from cotune.datamodules import (
     NoTracesError,
-    PairMaker,
     Report,
     Trace,
     TraceDataModule,
@@ -202,15 +201,7 @@ class StepWork:
     def _train_on(self, trainer: Trainer, traces: list[Trace], rounds: int) -> None:
         module, data = ours(trainer)
         self._coverage = trace_coverage(traces, data.splits.train)
-        maker = PairMaker(
-            module.program,
-            module.form,
-            module.prompts,
-            module.lm.encode,
-            end_id=module.lm.end_ids[0],
-            pad_id=module.lm.pad_id,
-            window=module.lm.window,
-        )
+        maker = module.pair_maker(module.prompts)
         left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=rounds)
         if left_out:
             say(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
@@ -224,20 +215,17 @@ class StepWork:
         train = data.splits.train
         with StepProgress(self.title("traces")) as progress, isolate_rng():
             progress.start(len(train), "collecting")
-            traces, self._report = collect(
+            collected = collect(
                 train,
-                program=module.program,
-                lm=module.lm,
-                template=module.form,
-                prompts=module.prompts,
-                metric=data.metric,
-                sampling=module.sampling,
+                module.runner(data.metric),
+                module.prompts,
                 options=data.bootstrapping,
                 seed=self.seed("traces", self.position, *([rounds] if rounds else [])),
-                max_error_rate=module.max_error_rate,
                 progress=progress.advance,
-                encode_text=module.lm.encode.text,
+                vocabulary=module.vocabulary,
             )
+            traces = module.objective.rows(collected)
+            self._report = collected.report(traces)
             progress.say(str(self._report))
         if not traces:
             raise NoTracesError(no_traces(self._report, module.program, data))

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
-    from cotune.datamodules import EpochBatches, PairMaker, Trace, TraceDataModule
+    from cotune.datamodules import EpochBatches, Pair, Trace, TraceDataModule
     from cotune.lightning_modules import LanguageModel, ProgramModule
 
 _MOST_VALUES = 12
@@ -28,12 +30,22 @@ class PreviewError(ValueError):
 
 @dataclass(frozen=True)
 class TrainedRow:
-    """One row of a training batch: all its ids, and how many of the last bear loss."""
+    """One row of a training batch, and which of its completion's ids were put there by the engine."""
 
     trace: Trace
     batch: int
-    ids: Sequence[int]
-    trained: int
+    pair: Pair
+    forced: Sequence[bool]
+
+    @property
+    def ids(self) -> list[int]:
+        """All ids of the row."""
+        return [*self.pair.prompt_ids, *self.pair.completion_ids]
+
+    @property
+    def trained(self) -> int:
+        """How many of its completion's tokens bear weight."""
+        return len(self.pair.bearing)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune preview",
         description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
-        "the tokens that bear loss, in colour in a terminal and between ⟦ and ⟧ elsewhere.",
+        "the tokens that bear weight, in colour in a terminal and elsewhere between ⟦ and ⟧, those that the engine put "
+        "there between ⟨ and ⟩.",
     )
     made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
     made.add_argument("--step", type=int, help="which step of the schedule, from 1; the last weight step without it")
@@ -64,7 +77,7 @@ def main(options: argparse.Namespace) -> int:
         if shown == options.rows:
             break
         console.print()
-        console.print(_heading(row, len(row.ids)), style="bold", markup=False)
+        console.print(_heading(row), style="bold", markup=False)
         console.print(marked(row, lm, colour=console.is_terminal))
     return 0
 
@@ -76,25 +89,22 @@ def load_batches(folder: Path, *, step: int | None = None, epoch: int = 0) -> tu
     module, data = _read_config(folder)
     step, traces = _traces_folder(folder, step, data)
     module.lm.load_tokenizer()
-    maker = _pair_maker(module, folder / "traces" / f"step-{step}", data)
+    maker = module.pair_maker(_pair_prompts(module, folder / "traces" / f"step-{step}", data))
     data.begin_weight_step(load_traces(traces, module.program), maker, step=step - 1, epoch=epoch)
     return data.epoch_batches(), module.lm
 
 
 def trained_rows(batches: EpochBatches) -> Iterator[TrainedRow]:
-    """The rows in the order of training, read back from the tensors that the loss sees."""
-    from cotune.datamodules.collate import IGNORED
-
+    """The rows in the order of training, read back from the batches that the loss sees."""
     for index in range(len(batches)):
         by_stage: dict[str, list[Trace]] = {}
         for place in batches.plan[index]:
             by_stage.setdefault(batches.traces[place].stage, []).append(batches.traces[place])
         # `pairs` groups the batch's rows by stage in this order, and `collate` keeps it.
-        for traces, segment in zip(by_stage.values(), batches[index].segments, strict=True):
-            for row, trace in enumerate(traces):
-                own = segment.ids[row][segment.mask[row] == 1].tolist()
-                trained = int((segment.labels[row] != IGNORED).sum())
-                yield TrainedRow(trace, index, [*segment.prefix.tolist(), *own], trained)
+        traces = (trace for stage in by_stage.values() for trace in stage)
+        for trace, pair in zip(traces, batches[index].pairs, strict=True):
+            foreign = batches.maker.is_foreign(trace)
+            yield TrainedRow(trace, index, pair, () if foreign else trace.forced)
 
 
 def summary(batches: EpochBatches) -> list[str]:
@@ -106,7 +116,7 @@ def summary(batches: EpochBatches) -> list[str]:
     lines = [f"{len(rows)} pairs of {examples} examples, in {len(batches)} batches of {of}"]
     for stage in dict.fromkeys(row.trace.stage for row in rows):
         own = [row for row in rows if row.trace.stage == stage]
-        prompt = sum(len(row.ids) - row.trained for row in own) / len(own)
+        prompt = sum(len(row.pair.prompt_ids) for row in own) / len(own)
         trained = sum(row.trained for row in own) / len(own)
         lines.append(
             f"{stage}: {len(own)} pairs; on average {prompt:.0f} prompt tokens and {trained:.1f} trained tokens"
@@ -116,17 +126,27 @@ def summary(batches: EpochBatches) -> list[str]:
 
 
 def marked(row: TrainedRow, lm: LanguageModel, *, colour: bool) -> Text:
-    """A row's text with its trained tokens marked."""
-    cut = len(row.ids) - row.trained
-    prompt, trained = lm.tokenizer.decode(list(row.ids[:cut])), lm.tokenizer.decode(list(row.ids[cut:]))
-    return Text.assemble(prompt, (trained, "black on green")) if colour else Text(f"{prompt}⟦{trained}⟧")
+    """A row's text with its trained tokens marked, those that the engine put there apart from those the LM chose."""
+    bearing = set(row.pair.bearing)
+    forced = [*row.forced, *[False] * len(row.pair.completion_ids)]
+    kinds = [None if i not in bearing else forced[i] for i in range(len(row.pair.completion_ids))]
+    text = Text(lm.tokenizer.decode(list(row.pair.prompt_ids)))
+    for kind, run in groupby(zip(kinds, row.pair.completion_ids, strict=True), key=itemgetter(0)):
+        written = lm.tokenizer.decode([id_ for _, id_ in run])
+        if kind is None:
+            text.append(written)
+        elif colour:
+            text.append(written, "black on yellow" if kind else "black on green")
+        else:
+            text.append(f"⟨{written}⟩" if kind else f"⟦{written}⟧")
+    return text
 
 
-def _heading(row: TrainedRow, tokens: int) -> str:
+def _heading(row: TrainedRow) -> str:
     trace = row.trace
     return (
         f"── batch {row.batch + 1} · stage {trace.stage} · example {trace.example} · attempt {trace.attempt + 1} · "
-        f"{tokens - row.trained} prompt and {row.trained} trained tokens"
+        f"{len(row.pair.prompt_ids)} prompt and {row.trained} trained tokens"
     )
 
 
@@ -167,20 +187,6 @@ def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tup
         )
     step = step or there[-1]
     return step, Path(data.reused_traces or folder / "traces" / f"step-{step}")
-
-
-def _pair_maker(module: ProgramModule, traces: Path, data: TraceDataModule) -> PairMaker:
-    from cotune.datamodules import PairMaker
-
-    return PairMaker(
-        module.program,
-        module.form,
-        _pair_prompts(module, traces, data),
-        module.lm.encode,
-        end_id=module.lm.end_ids[0],
-        pad_id=module.lm.pad_id,
-        window=module.lm.window,
-    )
 
 
 def _pair_prompts(module: ProgramModule, traces: Path, data: TraceDataModule) -> Any:

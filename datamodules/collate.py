@@ -1,114 +1,181 @@
-"""Training pairs as tensors: rows that share a prompt prefix stand in one segment, the prefix there once."""
+"""Training pairs and batches: each token with its weights, and pairs that share a prompt prefix in one segment."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a position that bears no loss (PyTorch's own convention)."""
-
 
 @dataclass(frozen=True)
 class Pair:
-    """One training pair: the ids of a prompt and of the completion to learn, end-of-turn token included.
+    """One training row: the ids of a prompt and of the completion to learn from, and what each of these weighs.
 
-    `name` says where it comes from, for messages about it.
+    Every token of the completion has a weight in each of three streams. As they are they make a completion loss.
+
+    Attributes:
+        completion_ids: end-of-turn token included.
+        name: where it comes from, for messages about it.
+        ce: weights of the cross-entropy stream, one a completion token; None for 1 everywhere, empty for 0.
+        pg: of the policy gradient stream, where a weight is an advantage; empty for 0.
+        kl: of the stream that keeps the LM near a reference; empty for 0.
+        candidates: ids whose log-probabilities the objective reads besides the token's own, as many at each token.
+        reference: log-probabilities under the reference at each token: of the token itself, then of its candidates.
+            Empty where the row has none of its own.
+        group: rows of one non-empty group stand in one batch, in their order: preferred and rejected, say.
+        desirable: whether the run was a good one, for objectives that learn from either kind.
+
+    Raises:
+        ValueError: a stream, the candidates or the reference are not as many as the completion's tokens.
     """
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int]
     name: str = ""
+    ce: Sequence[float] | None = None
+    pg: Sequence[float] = ()
+    kl: Sequence[float] = ()
+    candidates: Sequence[Sequence[int]] = ()
+    reference: Sequence[Sequence[float]] = ()
+    group: str = ""
+    desirable: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "pg", "kl", "candidates", "reference"):
+            given = len(getattr(self, name) or ())
+            if given not in (0, len(self.completion_ids)):
+                raise ValueError(
+                    f"{self.name or 'a training row'}: {name} has {given} entries for {len(self.completion_ids)} "
+                    "completion tokens; give one a token, or none."
+                )
+
+    @cached_property
+    def bearing(self) -> Sequence[int]:
+        """Places in the completion whose token has a weight in any stream."""
+        every = range(len(self.completion_ids))
+        if self.ce is None:
+            return every
+        streams = [stream for stream in (self.ce, self.pg, self.kl) if stream]
+        return tuple(i for i in every if any(stream[i] for stream in streams))
 
 
-class Segment(NamedTuple):
-    """Rows of a batch that begin with the same tokens.
+@dataclass(frozen=True)
+class Segment:
+    """Pairs of a batch whose prompts begin with the same `prefix` tokens, which are computed once for all of them."""
 
-    Attributes:
-        prefix: (P,) the shared tokens, P >= 0. Computed once, its gradient summed over the rows.
-        ids: (B, S) what follows in each row, padded on the left, completion at the right end.
-        mask: (B, S) 1 for real tokens, 0 for padding.
-        labels: (B, C) the last C tokens' labels: completion ids, IGNORED before a shorter completion. S > C, so that
-            every completion token has a position that predicts it.
-        names: B names of the rows, for messages. (Loaders turn the tuple into a list.)
-    """
-
-    prefix: Tensor
-    ids: Tensor
-    mask: Tensor
-    labels: Tensor
-    names: Sequence[str] = ()
+    prefix: int
+    pairs: tuple[Pair, ...]
 
     @property
-    def rows(self) -> int:
-        return int(self.ids.shape[0])
+    def shared(self) -> list[int]:
+        """The ids that all prompts begin with."""
+        return list(self.pairs[0].prompt_ids[: self.prefix])
 
-    def part(self, rows: slice) -> Segment:
-        """Some of its rows, behind the same prefix."""
-        return Segment(self.prefix, self.ids[rows], self.mask[rows], self.labels[rows], self.names[rows])
-
-    def spread(self) -> Segment:
-        """The same rows with the prefix in each of them, and none shared."""
-        # Padding may stay between prefix and own tokens: it is masked, and positions are counted over real tokens only.
-        ids = torch.cat([self.prefix.expand(self.rows, -1), self.ids], dim=1)
-        mask = torch.cat([self.mask.new_ones(self.rows, len(self.prefix)), self.mask], dim=1)
-        return Segment(self.prefix[:0], ids, mask, self.labels, self.names)
-
-    def to(self, device: torch.device) -> Segment:
-        prefix, ids, mask, labels = (tensor.to(device) for tensor in (self.prefix, self.ids, self.mask, self.labels))
-        return Segment(prefix, ids, mask, labels, self.names)
+    def own(self, pair: Pair) -> list[int]:
+        """The ids of one of its pairs behind the prefix, completion included."""
+        return [*pair.prompt_ids[self.prefix :], *pair.completion_ids]
 
 
-class Batch(NamedTuple):
-    """What one optimiser step trains on: any mix of stages, a segment for each shared prefix."""
+@dataclass(frozen=True)
+class Bearing:
+    """The n tokens of a batch that bear weight, row by row: what an objective is told of R rows.
+
+    Attributes:
+        rows: (n,) the row that each is of.
+        ids: (n, K) the token itself, then its candidates; -1 where a row has fewer than others.
+        ce, pg, kl: (n,) its weights.
+        reference: (n, K) log-probabilities of `ids` under the reference; None where none is known.
+        groups, desirable: of each row.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    ce: Tensor
+    pg: Tensor
+    kl: Tensor
+    reference: Tensor | None
+    groups: tuple[str, ...]
+    desirable: tuple[bool | None, ...]
+
+    def by_row(self, values_n: Tensor) -> Tensor:
+        """(R,) the sum of a value of each token over each row."""
+        return values_n.new_zeros(len(self.groups)).index_add(0, self.rows, values_n)
+
+    def with_reference(self, log_probs_nK: Tensor) -> Bearing:
+        return replace(self, reference=log_probs_nK)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimiser step trains on: any mix of stages, a segment for each shared prefix. Plain ids; no tensors."""
 
     segments: tuple[Segment, ...]
 
     @property
+    def pairs(self) -> Iterator[Pair]:
+        """All rows, in order."""
+        return (pair for segment in self.segments for pair in segment.pairs)
+
+    @property
     def tokens(self) -> int:
-        """Number of tokens that bear loss."""
-        return sum(int((segment.labels != IGNORED).sum()) for segment in self.segments)
+        """Number of tokens that bear weight."""
+        return sum(len(pair.bearing) for pair in self.pairs)
 
     @property
     def rows(self) -> int:
-        return sum(segment.rows for segment in self.segments)
+        return sum(len(segment.pairs) for segment in self.segments)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row, its prefix included."""
-        return max(len(segment.prefix) + int(segment.mask.sum(dim=1).max()) for segment in self.segments)
+        return max(len(pair.prompt_ids) + len(pair.completion_ids) for pair in self.pairs)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The rows' names, in order."""
-        return tuple(name for segment in self.segments for name in segment.names or ("",) * segment.rows)
+        return tuple(pair.name for pair in self.pairs)
 
     def parts(self, rows: int) -> list[Batch]:
         """The batch as batches of at most `rows` rows, in order."""
         found: list[list[Segment]] = []
         room = 0
         for segment in self.segments:
-            start = 0
-            while start < segment.rows:
+            left = segment.pairs
+            while left:
                 if not room:
                     found.append([])
                     room = rows
-                count = min(room, segment.rows - start)
-                found[-1].append(segment.part(slice(start, start + count)))
-                start, room = start + count, room - count
+                found[-1].append(Segment(segment.prefix, left[:room]))
+                room, left = max(room - len(left), 0), left[room:]
         return [Batch(tuple(segments)) for segments in found]
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(tuple(segment.to(device) for segment in self.segments))
+    def bearing(self, device: torch.device, dtype: torch.dtype) -> Bearing:
+        """The tokens that bear weight, as tensors."""
+        pairs = list(self.pairs)
+        numbers = {"device": device, "dtype": dtype}
+        wide = max(len(row) for pair in pairs for row in pair.candidates or ((),))
+        known = (
+            [_known(pair, i, wide) for pair in pairs for i in pair.bearing] if any(p.reference for p in pairs) else []
+        )
+        return Bearing(
+            rows=torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.bearing], device=device),
+            ids=torch.tensor([_ids(pair, i, wide) for pair in pairs for i in pair.bearing], device=device),
+            ce=torch.tensor([1.0 if p.ce is None else _at(p.ce, i) for p in pairs for i in p.bearing], **numbers),
+            pg=torch.tensor([_at(p.pg, i) for p in pairs for i in p.bearing], **numbers),
+            kl=torch.tensor([_at(p.kl, i) for p in pairs for i in p.bearing], **numbers),
+            reference=torch.tensor(known, **numbers) if known else None,
+            groups=tuple(pair.group for pair in pairs),
+            desirable=tuple(pair.desirable for pair in pairs),
+        )
 
 
-def collate(groups: Sequence[Sequence[Pair]], *, pad_id: int) -> Batch:
+def collate(groups: Sequence[Sequence[Pair]]) -> Batch:
     """Each group of pairs as one segment with the longest prefix that all its prompts share."""
-    return Batch(tuple(_segment(group, pad_id) for group in groups if group))
+    segments = (Segment(shared_prefix([pair.prompt_ids for pair in group]), tuple(group)) for group in groups if group)
+    return Batch(tuple(segments))
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -126,17 +193,15 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def _segment(pairs: Sequence[Pair], pad_id: int) -> Segment:
-    shared = shared_prefix([pair.prompt_ids for pair in pairs])
-    rows = [[*pair.prompt_ids[shared:], *pair.completion_ids] for pair in pairs]
-    width = max(len(row) for row in rows)
-    longest = max(len(pair.completion_ids) for pair in pairs)
-    return Segment(
-        prefix=torch.tensor(list(pairs[0].prompt_ids[:shared]), dtype=torch.long),
-        ids=torch.tensor([[pad_id] * (width - len(row)) + row for row in rows]),
-        mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        labels=torch.tensor(
-            [[IGNORED] * (longest - len(pair.completion_ids)) + list(pair.completion_ids) for pair in pairs]
-        ),
-        names=tuple(pair.name for pair in pairs),
-    )
+def _at(stream: Sequence[float], place: int) -> float:
+    return float(stream[place]) if stream else 0.0
+
+
+def _ids(pair: Pair, place: int, wide: int) -> list[int]:
+    more = list(pair.candidates[place]) if pair.candidates else []
+    return [pair.completion_ids[place], *more, *[-1] * (wide - len(more))]
+
+
+def _known(pair: Pair, place: int, wide: int) -> list[float]:
+    known = list(pair.reference[place]) if pair.reference else []
+    return [*known, *[0.0] * (1 + wide - len(known))]

@@ -1,40 +1,36 @@
-"""Collecting traces: the program's own successful runs on the train set, each stage call a row to learn from."""
+"""Collecting: the program's own runs on the train set, kept all, for an objective to choose from."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
-from cotune.datamodules.durable import DamagedFileError, damaged_file, new_folder
+from cotune.datamodules.encode import Vocabulary
+from cotune.datamodules.trace import Trace
 from cotune.programs import (
-    LM,
     Demo,
     Example,
-    Metric,
+    Form,
     Program,
-    Prompt,
     Prompts,
     Rollout,
-    Sampling,
-    Template,
+    Runner,
+    Step,
     draw_demos,
     faults_of,
     hide_own_demos,
     labelled_demos,
     prompts_id,
-    rollouts,
 )
-from cotune.programs.demos import label_text
-from cotune.programs.faults import KINDS, faults_from_dict, faults_to_dict, merged
-from cotune.programs.values import gold_text
+from cotune.programs.demos import hinted, label_text
+from cotune.programs.faults import KINDS, faults_to_dict
 
-_Written = tuple[str, ...]
-"""The completions of a run, which tell it from others of its example."""
+_FAILED = ("wrong", "format", "type", "cut")
+"""Outcomes of runs that failed by what the LM wrote, or by what it could not be asked."""
 
 _DRAW_SHARED_BY = 8
 """Examples that share one draw of demos: sharing saves prefill, more draws find more traces."""
@@ -59,6 +55,8 @@ class Bootstrapping:
             examples where a stage's inputs and output have labels, and earlier successes. 0 keeps the current prompts.
         pairs: prompts that stand in the training pairs: "initial" (zero-shot, as in the paper) or "current".
         balance_stages: train on as many pairs of each stage, those of rarer stages repeated within an epoch.
+        cut_traces: also learn from passing runs in which a text was closed at its token limit and not by the LM; it is
+            learnt as if it ended there.
         demo_share: share of the batches whose pairs carry 1 to `fresh_demos` demos of other rows, so that the tuned
             weights still know what to do with demos. 0 in the paper.
     """
@@ -72,6 +70,7 @@ class Bootstrapping:
     fresh_demos: int = 3
     pairs: Literal["initial", "current"] = "initial"
     balance_stages: bool = False
+    cut_traces: bool = False
     demo_share: float = 0.0
 
     def __post_init__(self) -> None:
@@ -97,32 +96,136 @@ class Bootstrapping:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One stage call of a successful run.
+class Attempt:
+    """One run of an example in a collection, whatever came of it.
 
-    `call` is its place among the run's calls; `messages` are those it was generated from, `completion_ids` the very
-    ids that were written, `complete` whether the last of them ends the turn; `hinted` whether the run was shown the
-    gold answer. With `gold` the run failed (`score` is its own), and outputs and completion are the labels instead.
+    Attributes:
+        number: of the attempt, from 0.
+        prompts: id of those it was run with.
+        hinted: they held the gold answer.
     """
 
-    example: str
-    attempt: int
-    score: float
-    stage: str
-    call: int
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-    messages: Sequence[Mapping[str, str]]
-    completion: str
-    completion_ids: Sequence[int]
-    complete: bool
+    rollout: Rollout
+    number: int
     prompts: str
     hinted: bool = False
-    gold: bool = False
 
     @property
-    def demo(self) -> Demo:
-        return Demo(self.inputs, self.outputs, self.example)
+    def example(self) -> str:
+        return self.rollout.example.id
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All runs of a collection, in the order they were made, and what training rows are made of them.
+
+    Attributes:
+        vocabulary: of the LM that ran; one without a name where it has no token ids.
+    """
+
+    attempts: tuple[Attempt, ...]
+    examples: tuple[Example, ...]
+    options: Bootstrapping
+    program: Program
+    form: Form
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
+
+    @cached_property
+    def successes(self) -> tuple[Attempt, ...]:
+        """The passing attempts, less those whose completions are an earlier one's of their example over again."""
+        return _successes(self.attempts, self.options)
+
+    def outcome(self, attempt: Attempt) -> str:
+        """ "passed", "wrong", "cut" (it reached the threshold with a text closed at its limit), or a failure's kind."""
+        return _outcome(attempt.rollout, self.options)
+
+    def traces(self, attempt: Attempt) -> list[Trace]:
+        """Every stage call of a run, in order."""
+        return [self._trace(attempt, call, step) for call, step in enumerate(attempt.rollout.steps)]
+
+    def gold_traces(self) -> list[Trace]:
+        """A trace with the gold answer for each example without a success that can have one, if the options ask for it.
+
+        It is of the first run that ended with a prediction and whose last stage the labels fill.
+        """
+        if not self.options.gold_answers:
+            return []
+        solved = {attempt.example for attempt in self.successes}
+        first: dict[str, Trace] = {}
+        for attempt in self.attempts:
+            if attempt.example not in solved | first.keys() and (trace := self._gold_trace(attempt)) is not None:
+                first[attempt.example] = trace
+        return [first[example.id] for example in self.examples if example.id in first]
+
+    def report(self, traces: Sequence[Trace]) -> Report:
+        """The counts, of these runs and of the traces that an objective made of them."""
+        solved: dict[str, Attempt] = {}
+        for attempt in self.successes:
+            solved.setdefault(attempt.example, attempt)
+        at = Counter(attempt.number for attempt in solved.values())
+        outcomes = Counter(map(self.outcome, self.attempts))
+        failed = [attempt.rollout for attempt in self.attempts if self.outcome(attempt) in _FAILED]
+        ends = [{step.completion.finished for step in rollout.steps} for rollout in failed]
+        return Report(
+            examples=len(self.examples),
+            solved_at_attempt=[at[number] for number in range(1 + max((a.number for a in self.attempts), default=-1))],
+            runs=len(self.attempts),
+            **{name: outcomes[name] for name in ("wrong", "format", "type", *KINDS, "cut")},
+            faults=faults_to_dict(faults_of([attempt.rollout for attempt in self.attempts])),
+            hinted=sum(attempt.hinted for attempt in solved.values()),
+            more=len(self.successes) - len(solved),
+            repeated=outcomes["passed"] - len(self.successes),
+            gold=sum(trace.gold for trace in traces),
+            too_long=sum("too_long" in found for found in ends),
+            cut_off=sum("length" in found for found in ends),
+        )
+
+    def _trace(self, attempt: Attempt, call: int, step: Step) -> Trace:
+        completion = step.completion
+        return Trace(
+            example=attempt.example,
+            attempt=attempt.number,
+            score=attempt.rollout.score,
+            stage=step.stage,
+            call=call,
+            inputs=step.inputs,
+            outputs=step.outputs,
+            messages=step.messages,
+            completion=completion.text,
+            completion_ids=completion.completion_ids,
+            complete=completion.finished == "eos",
+            prompts=attempt.prompts,
+            hinted=attempt.hinted,
+            forced=completion.forced,
+            closed=_closed(step),
+            tokenizer=self.vocabulary.tokenizer,
+            base=self.vocabulary.base,
+        )
+
+    def _gold_trace(self, attempt: Attempt) -> Trace | None:
+        """The run's last call with the labels as its outputs; None where the labels do not give all of them.
+
+        None, too, for a run that failed: its last call need not be the program's.
+        """
+        rollout = attempt.rollout
+        if rollout.error is not None or not rollout.steps:
+            return None
+        step, labels = rollout.steps[-1], rollout.example.labels
+        signature = self.program.stages[step.stage].signature
+        if any(labels.get(name) is None for name in signature.outputs):
+            return None
+        outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
+        text = self.form.write(signature, outputs)
+        return replace(
+            self._trace(attempt, len(rollout.steps) - 1, step),
+            outputs=outputs,
+            completion=text,
+            completion_ids=tuple(self.vocabulary.encode(text)),
+            complete=False,
+            forced=(),
+            closed=False,
+            gold=True,
+        )
 
 
 @dataclass
@@ -134,6 +237,8 @@ class Report:
     runs: int = 0
     wrong: int = 0
     format: int = 0
+    type: int = 0
+    """runs that ended with a text that is none of its field's type"""
     program: int = 0
     retriever: int = 0
     metric: int = 0
@@ -159,7 +264,12 @@ class Report:
         return sum(self.solved_at_attempt)
 
     def __str__(self) -> str:
-        why = {"wrong answer": self.wrong, "unreadable": self.format, "cut at max_new_tokens": self.cut}
+        why = {
+            "wrong answer": self.wrong,
+            "unreadable": self.format,
+            "out of type": self.type,
+            "cut at max_new_tokens": self.cut,
+        }
         why |= {f"{kind} faults": getattr(self, kind) for kind in KINDS}
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
         hinted = f", {self.hinted} of them with a hint" if self.hinted else ""
@@ -175,100 +285,67 @@ class NoTracesError(RuntimeError):
 
 def collect(
     examples: Sequence[Example],
-    *,
-    program: Program,
-    lm: LM,
-    template: Template,
+    runner: Runner,
     prompts: Prompts,
-    metric: Metric,
-    sampling: Sampling,
+    *,
     options: Bootstrapping,
     seed: int,
-    max_error_rate: float = 0.5,
     progress: Callable[[int], None] | None = None,
-    encode_text: Callable[[str], Sequence[int]] = lambda text: (),
-) -> tuple[list[Trace], Report]:
-    """Runs the program on each example until enough runs succeed, or the attempts are used up.
-
-    Args:
-        encode_text: text -> token ids; `gold_answers` needs it.
-
-    Returns:
-        Every stage call of the first successful runs of each example, in the order they were found, and then the calls
-        with gold answers, in the order of the examples; and the counts.
-    """
-    report, traces = Report(examples=len(examples)), list[Trace]()
-    pool: dict[str, list[Demo]] = labelled_demos(program, examples)
-    written: dict[str, set[_Written]] = {example.id: set() for example in examples}
-    unsolved = list(examples)
-    with_gold: dict[str, Trace] = {}
-    last = options.attempts + options.hints - 1
-    for attempt in range(last + 1):
-        hinting = attempt >= options.attempts
-        if attempt == options.attempts:
-            unsolved = [example for example in unsolved if not written[example.id]]
-            if not unsolved:
-                break
-        # No run may read its own answer off a demo, so an example's own demos are hidden from it.
-        given: list[Prompts] = [hide_own_demos(prompts, example.id) for example in unsolved]
-        drawn = sampling
-        if attempt:
-            drawn = replace(sampling, temperature=options.temperature, top_p=1.0)
-            if options.fresh_demos:
-                rng = random.Random(f"{seed}|{attempt}")
-                given = fresh_prompts(prompts, unsolved, pool, count=options.fresh_demos, rng=rng)
-        shown = [hinted(p, e) for p, e in zip(given, unsolved, strict=True)] if hinting else given
-        done = rollouts(
-            program,
-            unsolved,
-            lm=lm,
-            prompts=shown,
-            template=template,
-            metric=metric,
-            sampling=drawn,
-            seed=seed,
-            attempt=attempt,
-            # Later attempts see only the unsolved, among which faults may well be the most without being many.
-            max_error_rate=max_error_rate if attempt == 0 else 1.0,
-        )
-        _count(report, done, options.threshold)
-        solved = sum(map(bool, written.values()))
-        for place, rollout in enumerate(done):
-            if options.gold_answers and rollout.example.id not in with_gold:
-                trace = _gold_trace(rollout, attempt, prompts_id(shown[place]), program, template, encode_text)
-                if trace is not None:
-                    with_gold[rollout.example.id] = trace
-            if _outcome(rollout, options.threshold) == "passed":
-                before = written[rollout.example.id]
-                said = tuple(step.completion.text for step in rollout.steps)
-                report.repeated += said in before
-                if said not in before:
-                    report.more += bool(before)
-                    before.add(said)
-                    found = _traces(rollout, attempt, prompts_id(shown[place]), hinted=hinting)
-                    traces += found
-                    for trace in found:
-                        pool.setdefault(trace.stage, []).append(trace.demo)
-        newly = sum(map(bool, written.values())) - solved
-        report.solved_at_attempt.append(newly)
-        report.hinted += newly if hinting else 0
-        enough = 1 if hinting else options.traces_per_example
-        unsolved = [example for example in unsolved if len(written[example.id]) < enough]
+    vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 (frozen)
+) -> Collected:
+    """Runs the program on each example until enough runs succeed, or the attempts are used up; keeps all runs."""
+    attempts: list[Attempt] = []
+    pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples)
+    # Later attempts see only the unsolved, among which faults may well be the most without being many.
+    warmer = replace(runner.sampling, temperature=options.temperature, top_p=1.0)
+    later = replace(runner, sampling=warmer, max_error_rate=1.0)
+    wanting, solved = list(examples), 0
+    while wanting:
+        number = attempts[-1].number + 1 if attempts else 0
+        shown = _shown(prompts, wanting, pool, options, number, seed)
+        done = (later if number else runner).run(wanting, shown, seed=seed, attempt=number)
+        hinting = number >= options.attempts
+        attempts += [Attempt(r, number, prompts_id(p), hinting) for r, p in zip(done, shown, strict=True)]
+        successes = _successes(attempts, options)
+        for attempt in successes:
+            if attempt.number == number:
+                for step in attempt.rollout.steps:
+                    pool.setdefault(step.stage, []).append(Demo(step.inputs, step.outputs, attempt.example))
+        wanting = _wanting(examples, successes, options, number + 1)
+        before, solved = solved, len({attempt.example for attempt in successes})
         if progress is not None:
-            without = sum(not found for found in written.values())
-            progress(newly + without if attempt == last or not unsolved else newly)
-        if not unsolved:
-            break
-    gold = [with_gold[e.id] for e in examples if not written[e.id] and e.id in with_gold]
-    report.gold = len(gold)
-    return traces + gold, report
+            progress(solved - before if wanting else len(examples) - before)
+    return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
 
 
-def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
-    """The prompts with the example's labels as a hint behind each stage's instruction."""
-    gold = "; ".join(f"{name}: {gold_text(value)}" for name, value in example.labels.items())
-    hint = f"Hint, which your reply must not mention: the final result should be {gold}."
-    return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
+def _wanting(
+    examples: Sequence[Example], successes: Sequence[Attempt], options: Bootstrapping, number: int
+) -> list[Example]:
+    """The examples that attempt `number` is for: those without enough successes; a hint is for those without any."""
+    if number >= options.attempts + options.hints:
+        return []
+    enough = options.traces_per_example if number < options.attempts else 1
+    found = Counter(attempt.example for attempt in successes)
+    return [example for example in examples if found[example.id] < enough]
+
+
+def _shown(
+    prompts: Prompts,
+    examples: Sequence[Example],
+    pool: Mapping[str, Sequence[Demo]],
+    options: Bootstrapping,
+    number: int,
+    seed: int,
+) -> list[Prompts]:
+    """The prompts of an attempt, for each example: no run may read its own answer off a demo."""
+    if number and options.fresh_demos:
+        rng = random.Random(f"{seed}|{number}")
+        given = fresh_prompts(prompts, examples, pool, count=options.fresh_demos, rng=rng)
+    else:
+        given = [hide_own_demos(prompts, example.id) for example in examples]
+    if number < options.attempts:
+        return given
+    return [hinted(shown, example) for shown, example in zip(given, examples, strict=True)]
 
 
 def fresh_prompts(
@@ -298,158 +375,23 @@ def fresh_prompts(
     return [given[i] for i in range(len(examples))]
 
 
-def save_traces(traces: Sequence[Trace], folder: Path) -> None:
-    """Writes traces as a `datasets` data set, a row a stage call; inputs and outputs as JSON text.
-
-    A kill leaves no folder or all of it.
-
-    Raises:
-        NotWrittenError: the disk is full, read-only or broken.
-    """
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
-
-    rows = [
-        {
-            **vars(trace),
-            "inputs": json.dumps(dict(trace.inputs), ensure_ascii=False),
-            "outputs": json.dumps(dict(trace.outputs), ensure_ascii=False),
-            "messages": [dict(message) for message in trace.messages],
-            "completion_ids": list(trace.completion_ids),
-        }
-        for trace in traces
-    ]
-    shown = is_progress_bar_enabled()
-    disable_progress_bars()
-    try:
-        with new_folder(folder) as partial:
-            Dataset.from_list(rows).save_to_disk(str(partial))
-    finally:
-        if shown:
-            enable_progress_bars()
+def _successes(attempts: Sequence[Attempt], options: Bootstrapping) -> tuple[Attempt, ...]:
+    found: dict[tuple[str, ...], Attempt] = {}
+    for attempt in attempts:
+        if _outcome(attempt.rollout, options) == "passed":
+            said = (attempt.example, *(step.completion.text for step in attempt.rollout.steps))
+            found.setdefault(said, attempt)
+    return tuple(found.values())
 
 
-def load_traces(folder: str | Path, program: Program) -> list[Trace]:
-    """Reads what `save_traces` wrote, whichever run wrote it.
-
-    Raises:
-        DamagedFileError: a file in it is not as the run wrote it.
-        ValueError: the folder holds no traces, or they are those of a program with other stages or fields.
-    """
-    from datasets import load_from_disk
-
-    if why := damaged_file(Path(folder)):
-        raise DamagedFileError(
-            f"{why}. Start over with --fresh, which keeps this run aside; completions that are stored are not "
-            "generated again. If you changed them on purpose, save them to a folder of their own, for data.traces."
-        )
-    try:
-        rows = load_from_disk(str(folder)).to_list()
-        traces = [
-            Trace(
-                **{
-                    **row,
-                    "inputs": json.loads(row["inputs"]),
-                    "outputs": json.loads(row["outputs"]),
-                    "completion_ids": tuple(row["completion_ids"]),
-                }
-            )
-            for row in rows
-        ]
-    except (FileNotFoundError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f'"{folder}" holds no traces; give a folder that a run wrote, e.g. runs/<name>/traces/step-1.'
-        ) from error
-    signatures = {name: stage.signature for name, stage in program.stages.items()}
-    for trace in traces:
-        signature = signatures.get(trace.stage)
-        if signature is None or (set(trace.inputs), set(trace.outputs)) != (
-            set(signature.inputs),
-            set(signature.outputs),
-        ):
-            raise ValueError(
-                f'traces in "{folder}" are of another program: stage "{trace.stage}" '
-                f"({', '.join(trace.inputs)} -> {', '.join(trace.outputs)}); this program has {_stages(signatures)}."
-            )
-    return traces
-
-
-def _stages(signatures: Mapping[str, Any]) -> str:
-    return "; ".join(f'"{name}" ({", ".join(s.inputs)} -> {", ".join(s.outputs)})' for name, s in signatures.items())
-
-
-def _outcome(rollout: Rollout, threshold: float) -> str:
+def _outcome(rollout: Rollout, options: Bootstrapping) -> str:
     if rollout.error is not None:
         return rollout.error.kind
-    if rollout.score < threshold:
+    if rollout.score < options.threshold:
         return "wrong"
-    return "cut" if any(step.completion.finished == "length" for step in rollout.steps) else "passed"
+    return "cut" if not options.cut_traces and any(map(_closed, rollout.steps)) else "passed"
 
 
-def _count(report: Report, done: Sequence[Rollout], threshold: float) -> None:
-    outcomes = Counter(_outcome(rollout, threshold) for rollout in done)
-    report.runs += len(done)
-    for name in ("wrong", "format", *KINDS, "cut"):
-        setattr(report, name, getattr(report, name) + outcomes[name])
-    failed = [r for r in done if _outcome(r, threshold) in ("wrong", "format", "type", "cut")]
-    ends = [{step.completion.finished for step in rollout.steps} for rollout in failed]
-    report.too_long += sum("too_long" in found for found in ends)
-    report.cut_off += sum("length" in found for found in ends)
-    report.faults = faults_to_dict(merged(faults_from_dict(report.faults), faults_of(done)))
-
-
-def _traces(rollout: Rollout, attempt: int, used: str, *, hinted: bool) -> list[Trace]:
-    return [
-        Trace(
-            example=rollout.example.id,
-            attempt=attempt,
-            score=rollout.score,
-            stage=step.stage,
-            call=call,
-            inputs=step.inputs,
-            outputs=step.outputs,
-            messages=step.messages,
-            completion=step.completion.text,
-            completion_ids=step.completion.completion_ids,
-            complete=step.completion.finished == "eos",
-            prompts=used,
-            hinted=hinted,
-        )
-        for call, step in enumerate(rollout.steps)
-    ]
-
-
-def _gold_trace(
-    rollout: Rollout,
-    attempt: int,
-    used: str,
-    program: Program,
-    template: Template,
-    encode_text: Callable[[str], Sequence[int]],
-) -> Trace | None:
-    """The run's last call with the labels as its outputs; None where the labels do not give all of them.
-
-    None, too, for a run that failed: its last call need not be the program's.
-    """
-    if rollout.error is not None or not rollout.steps:
-        return None
-    step, labels = rollout.steps[-1], rollout.example.labels
-    signature = program.stages[step.stage].signature
-    if any(labels.get(name) is None for name in signature.outputs):
-        return None
-    outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
-    completion = template.complete(signature, outputs)
-    return Trace(
-        example=rollout.example.id,
-        attempt=attempt,
-        score=rollout.score,
-        stage=step.stage,
-        call=len(rollout.steps) - 1,
-        inputs=step.inputs,
-        outputs=outputs,
-        messages=step.messages,
-        completion=completion,
-        completion_ids=tuple(encode_text(completion)),
-        complete=False,
-        prompts=used,
-        gold=True,
-    )
+def _closed(step: Step) -> bool:
+    """Whether the completion, or a field of it, was closed at its limit and not by the LM."""
+    return step.completion.finished == "length" or bool(step.closed)

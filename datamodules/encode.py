@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 _SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
@@ -13,6 +17,21 @@ another run: they get the date that their template itself falls back to. Other t
 
 _FIRST_SENTINEL = 0xF0000  # the private use planes: text as good as never holds these, and is hidden itself if it does
 _PRIVATE = f"[{chr(_FIRST_SENTINEL)}-{chr(0x10FFFF)}]"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What token ids mean: which tokenizer they are of, and texts as ids and back.
+
+    Attributes:
+        tokenizer: SHA-256 of its tokens with their ids, and of its end of turn; "" where nobody knows.
+        base: name of the LM that reads and writes them.
+    """
+
+    tokenizer: str = ""
+    base: str = ""
+    encode: Callable[[str], Sequence[int]] = lambda text: ()
+    decode: Callable[[Sequence[int]], str] = lambda ids: ""
 
 
 class ChatEncoder:
@@ -53,6 +72,15 @@ class ChatEncoder:
         """Token ids of a completion's text; no special token's text in it becomes one."""
         hidden: dict[str, str] = {}
         return self._tokenise(self._hide(text, hidden), hidden)
+
+    def vocabulary(self, base: str) -> Vocabulary:
+        """What this tokenizer's ids mean, for the LM of that name."""
+        return Vocabulary(self._digest, base, self.text, self._tokenizer.decode)
+
+    @cached_property
+    def _digest(self) -> str:
+        tokens = json.dumps([sorted(self._tokenizer.get_vocab().items()), self._tokenizer.eos_token])
+        return hashlib.sha256(tokens.encode()).hexdigest()
 
     def _text(self, messages: Sequence[Mapping[str, str]]) -> str:
         return str(

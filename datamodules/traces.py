@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cotune.datamodules.collate import Batch, Pair, collate
-from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
+from cotune.datamodules.collect import Bootstrapping, NoTracesError
+from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.splits import Duplicates, Sizes, Splits, leak_notes
-from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
+from cotune.datamodules.trace import Trace, load_traces
+from cotune.programs import (
+    Demo,
+    Example,
+    Form,
+    Metric,
+    ParseError,
+    Program,
+    Prompts,
+    draw_demos,
+    exact_match,
+    hide_own_demos,
+)
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -23,58 +37,113 @@ Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 class PairMaker:
     """Makes training pairs of traces: renders a stage's prompt, encodes it, and adds the ids that were written.
 
+    A trace that another tokenizer's LM wrote, or one without ids, is trained on as its text, in this LM's ids.
+
     Args:
         prompts: what stands in the pairs.
         encode: messages -> prompt ids.
         end_id: token that ends a turn; appended to a completion that ended at a stop string.
+        window: longest pair, in tokens.
+        vocabulary: of the LM that is trained; one without a name takes all ids for its own.
     """
 
     program: Program
-    template: Template
+    form: Form
     prompts: Prompts
     encode: Encode
     end_id: int
-    pad_id: int
     window: int
+    vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     def pair(self, trace: Trace, demos: Sequence[Demo] | None = None) -> Pair:
         """The pair of a trace, with these demos instead of the prompt's own where any are given.
 
         Never with a demo of the trace's own example: it would teach to copy the answer.
+
+        Raises:
+            ValueError: another tokenizer's ids have weights of their own, which a text cannot keep.
         """
         signature = self.program.stages[trace.stage].signature
         prompt = hide_own_demos(self.prompts, trace.example)[trace.stage]
         if demos:
             prompt = replace(prompt, demos=tuple(demos))
-        ids = self.encode(self.template.render(signature, prompt, trace.inputs))
-        completion_ids = [*trace.completion_ids, *([] if trace.complete else [self.end_id])]
-        return Pair(ids, completion_ids, name=f'"{trace.example}" (stage {trace.stage})')
+        if self.is_foreign(trace):
+            trace = self._translated(trace)
+        end = [] if trace.complete else [self.end_id]
+        return Pair(
+            self.encode(self.form.render(signature, prompt, trace.inputs)),
+            [*trace.completion_ids, *end],
+            name=_name(trace),
+            # The end of the turn that is appended weighs as the token before it in cross-entropy. Nobody chose it, so
+            # where choices are judged it has no part.
+            ce=trace.ce and [*trace.ce, *trace.ce[-len(end) :][: len(end)]],
+            pg=trace.pg and [*trace.pg, *(0.0 for _ in end)],
+            kl=trace.kl and [*trace.kl, *(0.0 for _ in end)],
+            candidates=trace.candidates and [*trace.candidates, *((-1,) * len(trace.candidates[0]) for _ in end)],
+            reference=trace.reference and [*trace.reference, *((0.0,) * len(trace.reference[0]) for _ in end)],
+            group=trace.group,
+            desirable=trace.desirable,
+        )
 
     def fits(self, pair: Pair) -> bool:
         return len(pair.prompt_ids) + len(pair.completion_ids) <= self.window
+
+    def is_foreign(self, trace: Trace) -> bool:
+        """Whether a trace's ids mean something else to this LM than what was written.
+
+        A trace that does not say whose its ids are is read with this LM's tokenizer, and its text compared.
+        """
+        own = self.vocabulary
+        if not own.tokenizer:
+            return False
+        if trace.tokenizer or not trace.completion_ids:
+            return trace.tokenizer != own.tokenizer
+        written = own.decode(trace.completion_ids)
+        return not written.strip().startswith(trace.completion.strip())
+
+    def _translated(self, trace: Trace) -> Trace:
+        """The trace as this LM would write it: its text if the form reads its outputs there, else these anew."""
+        if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
+            raise ValueError(
+                f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
+                "and a text cannot keep such weights. Collect with this LM, without data.traces."
+            )
+        signature, text = self.program.stages[trace.stage].signature, trace.completion
+        try:
+            kept = self.form.parse(signature, text) == dict(trace.outputs)
+        except ParseError:
+            kept = False
+        text = text if kept else self.form.write(signature, trace.outputs)
+        return replace(trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=())
+
+
+def _name(trace: Trace) -> str:
+    return f'"{trace.example}" (stage {trace.stage})'
 
 
 class EpochBatches(Dataset[Batch]):
     """The batches of one epoch, planned ahead: a pure function of traces, options, seed and epoch.
 
     Rows of all stages stand in one set and are shuffled together, as in the paper; within a batch, rows of a stage
-    share their prompt's prefix. Batch sizes differ by one at most, so that no small last batch counts like a full one.
+    share their prompt's prefix, and rows of a group stand in one batch. Batch sizes differ by one at most, or by what
+    groups differ by, so that no small last batch counts like a full one.
     """
 
     def __init__(
         self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
     ) -> None:
         self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
-        order = rows_of_an_epoch(traces, options)
+        rows = rows_of_an_epoch(traces, options)
+        order = _together(traces, rows)
         random.Random(seed).shuffle(order)
-        count = -(-len(order) // batch_size)
-        self.plan = [order[i::count] for i in range(count)]
+        count = -(-len(rows) // batch_size)
+        self.plan = [[place for group in order[i::count] for place in group] for i in range(count)]
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> Batch:
-        return collate(list(self.pairs(index).values()), pad_id=self.maker.pad_id)
+        return collate(list(self.pairs(index).values()))
 
     def pairs(self, index: int) -> dict[str, list[Pair]]:
         """Stage -> pairs of batch `index`, demos drawn for it included."""
@@ -115,6 +184,17 @@ def rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[in
         stages.setdefault(trace.stage, []).append(place)
     most = max(map(len, stages.values()), default=0)
     return [places[i % len(places)] for places in stages.values() for i in range(most)]
+
+
+def _together(traces: Sequence[Trace], rows: Sequence[int]) -> list[list[int]]:
+    """The rows of an epoch, those of a group as one. A group whose rows are repeated is repeated as a whole."""
+    found: dict[tuple[str, int], list[int]] = {}
+    seen: Counter[int] = Counter()
+    for nth, place in enumerate(rows):
+        group = traces[place].group
+        found.setdefault((group, seen[place]) if group else ("", nth), []).append(place)
+        seen[place] += 1
+    return list(found.values())
 
 
 class EpochLoader(DataLoader[Batch]):
@@ -235,6 +315,12 @@ class TraceDataModule(LightningDataModule, ABC):
         Raises:
             NoTracesError: none is left.
         """
+        if foreign := sum(map(maker.is_foreign, traces)):
+            names = ", ".join(sorted({f'"{trace.base}"' for trace in traces if trace.base})) or "another LM"
+            print(
+                f"{foreign} of {len(traces)} traces are of another tokenizer ({names}): they are trained on as their "
+                "texts, in this LM's tokens."
+            )
         fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
         if not fitting:
             said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"

@@ -1,4 +1,4 @@
-"""Fused parts of a training step: the adapter beside its frozen layer, and the head with its cross-entropy."""
+"""Fused parts of a training step: the adapter beside its frozen layer, and the head with its log-probabilities."""
 
 from __future__ import annotations
 
@@ -81,44 +81,61 @@ class _AdaptedLinear(torch.autograd.Function):
         return d_x, None, None, d_a, d_b, None
 
 
-def head_losses(hidden_ND: Tensor, head: nn.Linear, labels_N: Tensor) -> Tensor:
-    """(N,) negative log-likelihood of each label; the logits are never there all at once.
+def head_log_probs(
+    hidden_ND: Tensor, head: nn.Linear, ids_NK: Tensor, coefficients_NK: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(N, K) log-probabilities of ids at each position, 0 where an id is -1; the logits are never there all at once.
 
-    The head must be frozen: it gets no gradient. The gradient of the hidden states is made in the forward pass, from
-    the logits while they are there, which saves computing or keeping them.
+    Returns:
+        They, without a gradient, and their sum weighted by the coefficients, with one. The head must be frozen: it gets
+        none. The gradient of the hidden states is made in the forward pass, from the logits while they are there, which
+        saves computing or keeping them.
     """
-    losses: Tensor = _HeadLosses.apply(hidden_ND, head.weight, head.bias, labels_N)  # type: ignore[no-untyped-call]
-    return losses
+    given = (hidden_ND, head.weight, head.bias, ids_NK, coefficients_NK)
+    found: tuple[Tensor, Tensor] = _HeadLogProbs.apply(*given)  # type: ignore[no-untyped-call]
+    return found
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether `head_losses` can serve this head, as far as its type tells."""
+    """Whether `head_log_probs` can serve this head, as far as its type tells."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.dtype == torch.float16:
         return False  # in fp16 small gradients would vanish before the loss scaler's factor reaches them
     return not any(p.requires_grad for p in head.parameters())
 
 
-class _HeadLosses(torch.autograd.Function):
+class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        ids_NK: Tensor,
+        coefficients_NK: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         step = max(1, _LOGITS_AT_ONCE // weight_VD.shape[0])
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        losses_N = hidden_ND.new_empty(len(labels_N), dtype=exact)
-        d_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(labels_N), step):
+        found_NK = hidden_ND.new_empty(ids_NK.shape, dtype=exact)
+        wanted = ctx.needs_input_grad[0] and coefficients_NK is not None
+        d_hidden_ND = torch.empty_like(hidden_ND) if wanted else None
+        known_NK = ids_NK.clamp(min=0)
+        for start in range(0, len(ids_NK), step):
             part = slice(start, start + step)
             log_p_nV = F.linear(hidden_ND[part], weight_VD, bias_V).to(exact).log_softmax(dim=-1)
-            losses_N[part] = -log_p_nV.gather(1, labels_N[part, None])[:, 0]
-            if d_hidden_ND is not None:
-                d_logits_nV = log_p_nV.exp_()
-                d_logits_nV[torch.arange(len(d_logits_nV), device=d_logits_nV.device), labels_N[part]] -= 1
+            found_NK[part] = log_p_nV.gather(1, known_NK[part])
+            if d_hidden_ND is not None and coefficients_NK is not None:
+                given_nK = coefficients_NK[part]
+                d_logits_nV = log_p_nV.exp_().mul_(-given_nK.sum(dim=1, keepdim=True))
+                d_logits_nV.scatter_add_(1, known_NK[part], given_nK)
                 d_hidden_ND[part] = d_logits_nV.to(weight_VD.dtype) @ weight_VD
+        found_NK.masked_fill_(ids_NK < 0, 0.0)
         ctx.save_for_backward(d_hidden_ND)
-        return losses_N
+        ctx.mark_non_differentiable(found_NK)
+        return found_NK, found_NK.new_zeros(()) if coefficients_NK is None else (found_NK * coefficients_NK).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor, factor: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden_ND,) = ctx.saved_tensors
-        return d_hidden_ND * gradient_N[:, None].to(d_hidden_ND.dtype), None, None, None
+        return d_hidden_ND * factor.to(d_hidden_ND.dtype), None, None, None, None

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from cotune.datamodules.collate import Batch
-from cotune.lightning_modules.loss import row_losses
+from cotune.datamodules.collate import Batch, Bearing
+from cotune.lightning_modules.loss import exact_dtype, log_probs
+from cotune.lightning_modules.objectives import Objective
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 class TrainingMemoryError(RuntimeError):
@@ -23,19 +27,20 @@ class Computed:
     """What came of a batch.
 
     Attributes:
-        rows: (R,) negative log-likelihood of each row's completion, in nats.
-        tokens: how many tokens bear loss.
-        gradients: of the mean over those tokens, one a parameter; None where it has no part in the loss.
+        loss: () the objective's, divided by the size.
+        size: what the batch counts as, by the objective; its tokens unless that says otherwise.
+        rows: (R,) sum of the log-probabilities of each row's tokens, in nats.
+        gradients: of `loss`, one a parameter; None where it has no part in the loss.
+        coefficients: (n, K) derivatives of the objective's loss by the log-probabilities.
+        tokens: what they belong to.
     """
 
+    loss: Tensor
+    size: float
     rows: Tensor
-    tokens: int
     gradients: tuple[Tensor | None, ...]
-
-    @property
-    def loss(self) -> Tensor:
-        """() mean over the tokens."""
-        return self.rows.sum() / self.tokens
+    coefficients: Tensor
+    tokens: Bearing
 
     @property
     def finite(self) -> bool:
@@ -45,8 +50,8 @@ class Computed:
 class BatchGradients:
     """Computes loss and gradients of batches, a part at a time.
 
-    Parts are rows of the batch, and each counts by the whole batch's tokens: how a batch is cut changes its loss and
-    gradients by no more than the order of a sum does. Adapter dropout draws anew for each part.
+    Parts are rows of the batch. The objective is asked about the whole batch, so how a batch is cut changes its loss
+    and gradients by no more than the order of a sum does. Adapter dropout draws anew for each part and each pass.
 
     Args:
         rows_at_once: most rows of a part; None for the whole batch. When memory runs out in a part, its rows are
@@ -58,7 +63,9 @@ class BatchGradients:
             raise ValueError(f"micro_batch_size {rows_at_once} is below 1; null computes a batch at once.")
         self.rows_at_once = rows_at_once
 
-    def compute(self, model: Any, parameters: Sequence[Tensor], batch: Batch, *, scale: float = 1.0) -> Computed:
+    def compute(
+        self, model: Any, parameters: Sequence[Tensor], batch: Batch, objective: Objective, *, scale: float = 1.0
+    ) -> Computed:
         """Loss and gradients of a batch.
 
         Args:
@@ -68,40 +75,61 @@ class BatchGradients:
         Raises:
             TrainingMemoryError: memory ran out for a part of one row.
         """
-        waiting = batch.parts(self.rows_at_once or batch.rows)
+        tokens = batch.bearing(model.device, exact_dtype(model))
+        tokens, coefficients = self._asked(model, batch, tokens, objective)
+        size = objective.size(tokens)
         total: list[Tensor | None] = [None] * len(parameters)
-        losses, weight = [], scale / batch.tokens
+        found = []
+        for part in self._in_parts(batch, _gradients_of(model, parameters, tokens.ids, coefficients, scale / size)):
+            found.append(part[0])
+            total = [_added(so_far, more) for so_far, more in zip(total, part[1], strict=True)]
+        if scale != 1.0:
+            total = [None if gradient is None else gradient / scale for gradient in total]
+        log_probs_nK = torch.cat(found)
+        with torch.no_grad():
+            loss = objective.loss(log_probs_nK, tokens) / size
+        return Computed(loss, size, tokens.by_row(log_probs_nK.sum(dim=1)), tuple(total), coefficients, tokens)
+
+    def not_finite(self, model: Any, parameters: Sequence[Tensor], batch: Batch, computed: Computed) -> list[str]:
+        """Names of the rows that make loss or gradients what is no number."""
+        good = torch.isfinite(computed.rows).tolist()
+        if not all(good):
+            return [name for name, is_good in zip(batch.names, good, strict=True) if not is_good]
+        alone = _gradients_of(model, parameters, computed.tokens.ids, computed.coefficients, 1 / computed.size)
+        each = zip(batch.names, _places(batch.parts(1)), strict=True)
+        return [name for name, (row, place) in each if not is_finite(alone(row, place)[1])]
+
+    def _asked(self, model: Any, batch: Batch, tokens: Bearing, objective: Objective) -> tuple[Bearing, Tensor]:
+        """The tokens, with their reference where that is read, and the objective's coefficients."""
+        reads = objective.reads(tokens)
+        brought = torch.tensor([bool(pair.reference) for pair in batch.pairs], device=tokens.rows.device)
+        if "reference" in reads and not brought.all():
+            base_nK = self._log_probs(model, batch, tokens.ids, adapter=False)
+            own_nK = base_nK if tokens.reference is None else tokens.reference
+            tokens = tokens.with_reference(torch.where(brought[tokens.rows, None], own_nK, base_nK))
+        if "policy" in reads:
+            log_probs_nK = self._log_probs(model, batch, tokens.ids)
+        else:
+            log_probs_nK = tokens.ce.new_zeros(tokens.ids.shape)
+        coefficients = objective.coefficients(log_probs_nK, tokens).to(log_probs_nK.dtype)
+        return tokens, coefficients.masked_fill(tokens.ids < 0, 0.0)
+
+    def _log_probs(self, model: Any, batch: Batch, ids_nK: Tensor, *, adapter: bool = True) -> Tensor:
+        with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
+            return torch.cat(list(self._in_parts(batch, lambda part, place: log_probs(model, part, ids_nK[place])[0])))
+
+    def _in_parts(self, batch: Batch, compute: Callable[[Batch, slice], _T]) -> Iterator[_T]:
+        """What is computed of each part, given the place of its tokens among the batch's."""
+        waiting, start = batch.parts(self.rows_at_once or batch.rows), 0
         while waiting:
             part = waiting.pop(0)
-            computed = self._tried(model, parameters, part, weight)
+            place = slice(start, start + part.tokens)
+            computed = _tried(compute, part, place)
             if computed is None:  # parts before this one have been computed and count; only this one is cut
                 waiting = [smaller for left in (part, *waiting) for smaller in left.parts(self._halved(part))]
                 continue
-            losses.append(computed[0])
-            total = [_added(so_far, more) for so_far, more in zip(total, computed[1], strict=True)]
-        if scale != 1.0:
-            total = [None if gradient is None else gradient / scale for gradient in total]
-        return Computed(torch.cat(losses), batch.tokens, tuple(total))
-
-    def _tried(
-        self, model: Any, parameters: Sequence[Tensor], part: Batch, weight: float
-    ) -> tuple[Tensor, Sequence[Tensor | None]] | None:
-        """Losses and gradients of one part; None if memory ran out."""
-        try:
-            losses_R = row_losses(model, part)
-            with torch.autocast(losses_R.device.type, enabled=False):
-                gradients = torch.autograd.grad(losses_R.sum() * weight, parameters, allow_unused=True)
-            return losses_R.detach(), gradients
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if part.rows == 1:
-                raise TrainingMemoryError(_one_row(part)) from error
-        # Only here, outside of the handler, are the tensors gone that the error's traceback held.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
+            start = place.stop
+            yield computed
 
     def _halved(self, part: Batch) -> int:
         self.rows_at_once = part.rows // 2
@@ -110,6 +138,44 @@ class BatchGradients:
             f"the same loss and gradients. Set model.micro_batch_size to {self.rows_at_once} to begin with it."
         )
         return self.rows_at_once
+
+
+def _gradients_of(
+    model: Any, parameters: Sequence[Tensor], ids_nK: Tensor, coefficients_nK: Tensor, factor: float
+) -> Callable[[Batch, slice], tuple[Tensor, Sequence[Tensor | None]]]:
+    """(part, place of its tokens) -> their log-probabilities, and the gradients of what they weigh times a factor."""
+
+    def compute(part: Batch, place: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
+        log_probs_nK, weighted = log_probs(model, part, ids_nK[place], coefficients_nK[place])
+        with torch.autocast(weighted.device.type, enabled=False):
+            gradients = torch.autograd.grad(weighted * factor, parameters, allow_unused=True)
+        return log_probs_nK, gradients
+
+    return compute
+
+
+def _tried(compute: Callable[[Batch, slice], _T], part: Batch, place: slice) -> _T | None:
+    """What is computed of one part; None if memory ran out."""
+    try:
+        return compute(part, place)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if part.rows == 1:
+            raise TrainingMemoryError(_one_row(part)) from error
+    # Only here, outside of the handler, are the tensors gone that the error's traceback held.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _places(parts: Sequence[Batch]) -> Iterator[tuple[Batch, slice]]:
+    """Parts with the place of their tokens among all of them."""
+    start = 0
+    for part in parts:
+        yield part, slice(start, start + part.tokens)
+        start += part.tokens
 
 
 def is_finite(gradients: Sequence[Tensor | None]) -> bool:

@@ -1,4 +1,4 @@
-"""Losses on a batch of training pairs."""
+"""Log-probabilities of a batch's tokens, with gradients by coefficients: what every objective is made of."""
 
 from __future__ import annotations
 
@@ -6,73 +6,83 @@ import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from cotune.datamodules.collate import IGNORED, Batch, Segment
-from cotune.lightning_modules.fused import has_plain_head, head_losses
+from cotune.datamodules.collate import Batch, Segment
+from cotune.lightning_modules.fused import has_plain_head, head_log_probs
 from cotune.lightning_modules.packing import abilities, backbone, forward, pack
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 
-def completion_loss(model: Any, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood, in nats, of the completions' tokens; prompts bear no loss.
-
-    The mean is over all tokens of the batch, so how rows fall into segments changes nothing.
-    """
-    return row_losses(model, batch).sum() / batch.tokens
-
-
-def row_losses(model: Any, batch: Batch) -> Tensor:
-    """(R,) each row's negative log-likelihood, in nats, summed over its completion's tokens.
+def log_probs(model: Any, batch: Batch, ids_nK: Tensor, coefficients_nK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(n, K) log-probabilities, in nats, of ids at the n places of a batch that bear weight; 0 where an id is -1.
 
     A segment's prefix runs once and serves all its rows, gradient included: the same numbers as row by row, for less.
     Rows are packed into one sequence without padding where the model allows it (`packing`). Elsewhere they are padded
     behind a cache of their prefix; with gradient checkpointing, which drops caches, each row runs whole.
+
+    Returns:
+        They, without a gradient, and () their sum weighted by the coefficients, whose gradient is
+        sum(coefficient * d log_prob); 0 without coefficients.
     """
     can = abilities(model, batch.longest)
-    if can.packed:
-        return _packed(model, batch, plain_head=can.plain_head and has_plain_head(model))
-    if _checkpointing(model):
-        warnings.warn(
-            "gradient checkpointing drops caches, and this model cannot be trained on packed rows: every row computes "
-            "its whole prompt. Equal, but slow where prompts share much.",
-            stacklevel=2,
-        )
-        return torch.cat([_padded(model, segment.spread()) for segment in batch.segments])
-    return torch.cat([_padded(model, segment) for segment in batch.segments])
-
-
-def _packed(model: Any, batch: Batch, *, plain_head: bool) -> Tensor:
-    packed = pack(batch)
-    if plain_head:
+    if can.packed and can.plain_head and has_plain_head(model):
+        packed = pack(batch, model.device)
         hidden_ND = forward(backbone(model), packed).last_hidden_state[0]
-        losses_n = head_losses(hidden_ND[packed.places], model.get_output_embeddings(), packed.labels)
-    else:
-        logits_nV = forward(model, packed, logits_to_keep=packed.places).logits[0]
-        losses_n = F.cross_entropy(_exact(logits_nV), packed.labels, reduction="none")
-    return losses_n.new_zeros(batch.rows).index_add(0, packed.rows, losses_n)
+        return head_log_probs(hidden_ND[packed.places], model.get_output_embeddings(), ids_nK, coefficients_nK)
+    logits_nV = _packed(model, batch) if can.packed else _padded(model, batch)
+    found_nK = _exact(logits_nV).log_softmax(dim=-1).gather(1, ids_nK.clamp(min=0)).masked_fill(ids_nK < 0, 0.0)
+    weighted = found_nK.new_zeros(()) if coefficients_nK is None else (found_nK * coefficients_nK).sum()
+    return found_nK.detach(), weighted
 
 
-def _padded(model: Any, segment: Segment) -> Tensor:
-    """(R,) the losses of one segment's rows behind their prefix's cache."""
-    rows, labels_RC = segment.ids.shape[0], segment.labels
-    cache, shared = None, segment.prefix.shape[0]
-    if shared:
-        cache = model(input_ids=segment.prefix[None], past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+def exact_dtype(model: Any) -> torch.dtype:
+    """The type that log-probabilities come in: fp32, and fp64 from a model of fp64."""
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def _packed(model: Any, batch: Batch) -> Tensor:
+    """(n, V) logits at the places that bear weight."""
+    packed = pack(batch, model.device)
+    logits_nV: Tensor = forward(model, packed, logits_to_keep=packed.places).logits[0]
+    return logits_nV
+
+
+def _padded(model: Any, batch: Batch) -> Tensor:
+    """(n, V) the same, each segment's rows behind their prefix's cache."""
+    if not _checkpointing(model):
+        return torch.cat([_padded_segment(model, segment) for segment in batch.segments])
+    warnings.warn(
+        "gradient checkpointing drops caches, and this model cannot be trained on packed rows: every row computes "
+        "its whole prompt. Equal, but slow where prompts share much.",
+        stacklevel=2,
+    )
+    return torch.cat([_padded_segment(model, Segment(0, segment.pairs)) for segment in batch.segments])
+
+
+def _padded_segment(model: Any, segment: Segment) -> Tensor:
+    device, rows = model.device, [segment.own(pair) for pair in segment.pairs]
+    wide = max(map(len, rows))
+    cache = None
+    if segment.prefix:
+        prefix = torch.tensor([segment.shared], device=device)
+        cache = model(input_ids=prefix, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         cache = cache.past_key_values
-        cache.batch_repeat_interleave(rows)
-    mask_RT = torch.cat([segment.mask.new_ones(rows, shared), segment.mask], dim=1)
+        cache.batch_repeat_interleave(len(rows))
+    mask_RT = torch.tensor([[1] * segment.prefix + [0] * (wide - len(row)) + [1] * len(row) for row in rows])
+    mask_RT = mask_RT.to(device)
+    longest = max(len(pair.completion_ids) for pair in segment.pairs)
     logits_RCV = model(
-        input_ids=segment.ids,
+        input_ids=torch.tensor([[0] * (wide - len(row)) + row for row in rows], device=device),
         attention_mask=mask_RT,
-        position_ids=(mask_RT.cumsum(dim=1) - 1).clamp(min=0)[:, shared:],
+        position_ids=(mask_RT.cumsum(dim=1) - 1).clamp(min=0)[:, segment.prefix :],
         past_key_values=cache,
         use_cache=cache is not None,
-        logits_to_keep=labels_RC.shape[1] + 1,
+        logits_to_keep=longest + 1,
     ).logits[:, :-1]
-    bearing_RC = labels_RC != IGNORED  # picked first, so that no more than these are copied to higher precision
-    losses_n = F.cross_entropy(_exact(logits_RCV[bearing_RC]), labels_RC[bearing_RC], reduction="none")
-    return losses_n.new_zeros(rows).index_add(0, bearing_RC.nonzero()[:, 0], losses_n)
+    # Picked first, so that no more than these are copied to higher precision.
+    bearing = [(r, longest - len(p.completion_ids) + i) for r, p in enumerate(segment.pairs) for i in p.bearing]
+    row_n, column_n = torch.tensor(bearing, device=device).reshape(-1, 2).unbind(dim=1)
+    return logits_RCV[row_n, column_n]
 
 
 def _exact(logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from cotune.datamodules.collate import IGNORED, Batch, Segment
+from cotune.datamodules.collate import Batch
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -65,32 +65,34 @@ class Packed:
         ids: (1, N).
         positions: (1, N) each token's position in its own text, prefix included.
         families: the segments, in order.
-        places: (n,) places in the sequence whose next token bears loss, row by row.
-        labels: (n,) those next tokens.
-        rows: (n,) the row, counted over the batch, that each is of.
+        places: (n,) places in the sequence whose next token bears weight, row by row.
     """
 
     ids: Tensor
     positions: Tensor
     families: tuple[Family, ...]
     places: Tensor
-    labels: Tensor
-    rows: Tensor
 
 
-def pack(batch: Batch) -> Packed:
-    """The batch's segments behind one another, padding left out."""
-    parts: list[tuple[Tensor, ...]] = []
+def pack(batch: Batch, device: torch.device) -> Packed:
+    """The batch's segments behind one another."""
+    ids: list[int] = []
+    positions: list[int] = []
+    places: list[int] = []
     families: list[Family] = []
-    start = row = 0
     for segment in batch.segments:
-        family = Family(start, len(segment.prefix), tuple(segment.mask.sum(dim=1).tolist()))
-        parts.append(_packed_segment(segment, family, row))
-        families.append(family)
-        start += family.size
-        row += len(family.lengths)
-    ids, positions, places, labels, rows = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Packed(ids[None], positions[None], tuple(families), places, labels, rows)
+        rows = [segment.own(pair) for pair in segment.pairs]
+        families.append(Family(len(ids), segment.prefix, tuple(map(len, rows))))
+        ids += segment.shared
+        positions += range(segment.prefix)
+        for pair, row in zip(segment.pairs, rows, strict=True):
+            ids += row
+            positions += range(segment.prefix, segment.prefix + len(row))
+            # A token is predicted at the place before it.
+            places += [len(ids) - len(pair.completion_ids) + place - 1 for place in pair.bearing]
+    tensors = (torch.tensor(values, device=device) for values in (ids, positions, places))
+    packed_ids, packed_positions, packed_places = tensors
+    return Packed(packed_ids[None], packed_positions[None], tuple(families), packed_places)
 
 
 def forward(model: Any, packed: Packed, **options: Any) -> Any:
@@ -176,26 +178,6 @@ def backbone(model: Any) -> Any:
     return getattr(causal, causal.base_model_prefix)
 
 
-def _packed_segment(segment: Segment, family: Family, row: int) -> tuple[Tensor, ...]:
-    """(ids, positions, places, labels, rows) of one segment."""
-    device, prefix = segment.ids.device, family.prefix
-    lengths_R = torch.tensor(family.lengths, device=device)
-    ends_R = lengths_R.cumsum(dim=0)
-    real = segment.mask.bool()
-    own_positions = (segment.mask.cumsum(dim=1) - 1)[real] + prefix
-    bearing = segment.labels != IGNORED
-    row_n, column_n = bearing.nonzero(as_tuple=True)
-    # A label at column c of C belongs to the token that is C - c from its row's end; the one before it predicts it.
-    back_n = segment.labels.shape[1] - column_n
-    return (
-        torch.cat([segment.prefix, segment.ids[real]]),
-        torch.cat([torch.arange(prefix, device=device), own_positions]),
-        family.start + prefix + ends_R[row_n] - back_n - 1,
-        segment.labels[bearing],
-        row + row_n,
-    )
-
-
 def _window(config: Any) -> int | None:
     if not getattr(config, "use_sliding_window", True):
         return None
@@ -207,7 +189,7 @@ def _tried(model: Any) -> Abilities:
     ids = torch.arange(3, 15, device=model.device) % model.config.get_text_config().vocab_size
     positions = torch.tensor([[*range(6), *range(6, 8), *range(6, 10)]], device=ids.device)
     last = torch.tensor([7, 11], device=ids.device)
-    packed = Packed(ids[None], positions, (Family(0, 6, (2, 4)),), last, last, last)
+    packed = Packed(ids[None], positions, (Family(0, 6, (2, 4)),), last)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

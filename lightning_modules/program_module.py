@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules.collate import Batch
+from cotune.datamodules import Batch, PairMaker, Vocabulary
 from cotune.lightning_modules.fused import fuse_adapter
-from cotune.lightning_modules.gradients import BatchGradients, Computed, is_finite, known_gradients
+from cotune.lightning_modules.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.language_model import LanguageModel
+from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.packing import checkpoint_layers
 from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.skips import SkipLimits, Skips
@@ -117,8 +118,9 @@ class ProgramModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.skips = Skips(skip_limits)
         self._gradients = BatchGradients(micro_batch_size)
-        self._tokens = 0  # that the batch at hand adds to the gradients
-        self._accumulated = 0  # tokens that the gradients are the mean over so far
+        self.objective: Objective = Rejection()
+        self._size = 0.0  # what the batch at hand counts as, and
+        self._accumulated = 0.0  # what the gradients are the mean over so far: tokens, for most objectives
         # Checkpoints hold the adapter alone: the base never changes, and is checked by what is missing on load.
         self.strict_loading = False
 
@@ -147,6 +149,24 @@ class ProgramModule(LightningModule):
         """How this program runs on its LM, and by what it is scored."""
         return Runner(self.program, self.lm, self.form, metric, self.sampling, self.max_error_rate)
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the LM's token ids mean; its tokenizer must be loaded."""
+        return self.lm.encode.vocabulary(self.lm.name)
+
+    def pair_maker(self, prompts: Prompts) -> PairMaker:
+        """Makes training pairs with these prompts, for this LM; its tokenizer must be loaded."""
+        lm = self.lm
+        return PairMaker(
+            self.program,
+            self.form,
+            prompts,
+            lm.encode,
+            end_id=lm.end_ids[0],
+            window=lm.window,
+            vocabulary=self.vocabulary,
+        )
+
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""
         self.weight_step, self.weight_steps = done, steps
@@ -155,33 +175,34 @@ class ProgramModule(LightningModule):
         parameters = self._trained()
         scaler = self._loss_scaler()
         scale = scaler.get_scale() if scaler else 1.0
-        computed = self._gradients.compute(self.lm.model, parameters, batch, scale=scale)
+        computed = self._gradients.compute(self.lm.model, parameters, batch, self.objective, scale=scale)
         # Gradients of fp16 that overflow are the loss scaler's: it skips the step and lowers its factor.
         finite = bool(torch.isfinite(computed.loss)) if scaler else computed.finite
         if finite:
             self.skips.passed()
             self.log("train/loss", computed.loss, prog_bar=True, batch_size=batch.rows)
         else:
-            self._skip(*self._not_finite(batch, computed, parameters))
+            what = "the gradient" if torch.isfinite(computed.loss) else "the loss"
+            self._skip(what, self._gradients.not_finite(self.lm.model, parameters, batch, computed))
         self.log("train/skipped_steps", float(self.skips.total))
-        self._tokens = batch.tokens if finite or scaler else 0
-        return known_gradients(computed, parameters) if self._tokens else computed.loss.requires_grad_()
+        self._size = computed.size if finite or scaler else 0
+        return known_gradients(computed, parameters) if self._size else computed.loss.requires_grad_()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Adds the batch's gradients: afterwards the gradients are the mean over all tokens that were accumulated."""
-        if not self._tokens:
+        """Adds the batch's gradients: afterwards the gradients are the mean over all that was accumulated."""
+        if not self._size:
             return
-        before, self._accumulated = self._accumulated, self._accumulated + self._tokens
+        before, self._accumulated = self._accumulated, self._accumulated + self._size
         if before:
             for parameter in self._trained():
                 if parameter.grad is not None:
                     parameter.grad.mul_(before / self._accumulated)
         # Lightning has divided by the number of batches, as if they were equal.
-        share = self.trainer.accumulate_grad_batches * self._tokens / self._accumulated
+        share = self.trainer.accumulate_grad_batches * self._size / self._accumulated
         super().backward(loss * share, *args, **kwargs)
 
     def on_before_zero_grad(self, optimizer: Any) -> None:
-        self._accumulated = 0
+        self._accumulated = 0.0
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         factor = self.learning_rate.factor(self.weight_step, self.weight_steps)
@@ -233,8 +254,7 @@ class ProgramModule(LightningModule):
         return optimizer
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        # Lightning would walk into the frozen examples and fail; only token tensors have a device.
-        return batch.to(device) if isinstance(batch, Batch) else batch
+        return batch  # plain ids and examples, which have no device; Lightning would walk into the frozen ones and fail
 
     def _trained(self) -> list[Tensor]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -245,14 +265,6 @@ class ProgramModule(LightningModule):
     def _skip(self, what: str, rows: Sequence[str]) -> None:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.skips.skipped(step=self.trainer.global_step, what=what, rows=rows, learning_rate=rate)
-
-    def _not_finite(self, batch: Batch, computed: Computed, parameters: Sequence[Tensor]) -> tuple[str, list[str]]:
-        """What is not finite, loss or gradient, and the names of the rows that make it so."""
-        good = torch.isfinite(computed.rows).tolist()
-        if not all(good):
-            return "the loss", [name for name, is_good in zip(batch.names, good, strict=True) if not is_good]
-        alone = [(row, self._gradients.compute(self.lm.model, parameters, row)) for row in batch.parts(1)]
-        return "the gradient", [row.names[0] for row, found in alone if not found.finite]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter only."""

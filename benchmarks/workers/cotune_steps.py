@@ -67,7 +67,7 @@ class Side:
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
             learning_rate=LearningRate(warmup=0, decay="constant"),
         )
-        data = Given([collate([[Pair(*row) for row in rows]], pad_id=self.lm.pad_id) for rows in batches])
+        data = Given([collate([[Pair(*row) for row in rows]]) for rows in batches])
         clock = Clock()
         trainer = Trainer(
             max_epochs=1,

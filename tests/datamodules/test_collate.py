@@ -1,4 +1,4 @@
-"""Collating: rows that share a prefix in one segment, the prefix there once, completions at the right end."""
+"""Collating: rows that share a prefix in one segment, the prefix there once, and what each of their tokens weighs."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from cotune.datamodules import Batch, Pair, Segment, collate
-from cotune.datamodules.collate import IGNORED, shared_prefix
-
-PAD = 0
-
-
-def rows_of(segment: Segment) -> list[tuple[list[int], list[int]]]:
-    """(all real tokens, completion) of each row, read back from the tensors."""
-    found = []
-    for ids, mask, labels in zip(segment.ids, segment.mask, segment.labels, strict=True):
-        row = [*segment.prefix.tolist(), *ids[mask == 1].tolist()]
-        found.append((row, labels[labels != IGNORED].tolist()))
-    return found
+import torch
+from cotune.datamodules import Batch, Bearing, Pair, collate
+from cotune.datamodules.collate import shared_prefix
 
 
 def random_pairs(rng: random.Random) -> list[Pair]:
@@ -35,17 +25,53 @@ def random_pairs(rng: random.Random) -> list[Pair]:
 @pytest.mark.parametrize("seed", range(30))
 def test_no_token_is_lost_moved_or_added(seed: int) -> None:
     pairs = random_pairs(random.Random(seed))
-    (segment,) = collate([pairs], pad_id=PAD).segments
-    assert rows_of(segment) == [([*p.prompt_ids, *p.completion_ids], list(p.completion_ids)) for p in pairs]
+    (segment,) = collate([pairs]).segments
+    rows = [[*segment.shared, *segment.own(pair)] for pair in segment.pairs]
+    assert rows == [[*p.prompt_ids, *p.completion_ids] for p in pairs]
+
+
+def bearing(batch: Batch) -> Bearing:
+    return batch.bearing(torch.device("cpu"), torch.float64)
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_padding_is_on_the_left_and_labels_stand_under_their_tokens(seed: int) -> None:
-    (segment,) = collate([random_pairs(random.Random(seed))], pad_id=PAD).segments
-    assert (segment.mask.diff(dim=1) >= 0).all()  # zeros, then ones
-    own = segment.ids[:, -segment.labels.shape[1] :]
-    assert (own[segment.labels != IGNORED] == segment.labels[segment.labels != IGNORED]).all()
-    assert segment.ids.shape[1] > segment.labels.shape[1]  # every completion token has one before it
+def test_every_completion_token_bears_weight_1_in_cross_entropy_and_0_elsewhere_unless_said(seed: int) -> None:
+    pairs = random_pairs(random.Random(seed))
+    tokens = bearing(collate([pairs]))
+    assert tokens.ids[:, 0].tolist() == [id_ for pair in pairs for id_ in pair.completion_ids]
+    assert tokens.ids.shape[1] == 1
+    assert tokens.rows.tolist() == [row for row, pair in enumerate(pairs) for _ in pair.completion_ids]
+    assert (tokens.ce == 1).all()
+    assert not tokens.pg.any()
+    assert not tokens.kl.any()
+    assert tokens.reference is None
+
+
+def test_tokens_without_weight_in_any_stream_are_left_out() -> None:
+    streams = Pair([1], [2, 3, 4, 5], ce=(0.5, 0, 0, 0), pg=(0, -2.0, 0, 0), kl=(0, 0, 0, 1))
+    choices = Pair([1], [6, 7], ce=(), pg=(1, 0), desirable=False, group="g")
+    batch = collate([[streams, choices]])
+    tokens = bearing(batch)
+    assert batch.tokens == 4
+    assert tokens.ids.tolist() == [[2], [3], [5], [6]]
+    assert (tokens.ce.tolist(), tokens.pg.tolist(), tokens.kl.tolist()) == ([0.5, 0, 0, 0], [0, -2, 0, 1], [0, 0, 1, 0])
+    assert (tokens.groups, tokens.desirable) == (("", "g"), (None, False))
+    assert tokens.by_row(torch.ones(4)).tolist() == [3, 1]
+
+
+def test_a_reference_stands_under_its_candidates() -> None:
+    taught = Pair([1], [2, 3], ce=(), kl=(0, 1), candidates=((7, 8), (8, 9)), reference=((-1, -2, -3), (-4, -5, -6)))
+    tokens = bearing(collate([[taught, Pair([1], [4])]]))
+    assert tokens.ids.tolist() == [[3, 8, 9], [4, -1, -1]]
+    assert tokens.reference is not None
+    assert tokens.reference.tolist() == [[-4, -5, -6], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("stream", ["ce", "pg", "kl", "candidates", "reference"])
+def test_a_stream_that_is_not_as_long_as_its_completion_is_refused(stream: str) -> None:
+    given = ((1,),) if stream in ("candidates", "reference") else (1.0,)
+    with pytest.raises(ValueError, match=f'"e": {stream} has 1 entries for 2 completion tokens'):
+        Pair([1], [2, 3], name='"e"', **{stream: given})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -65,7 +91,7 @@ def test_prompts_may_be_lists_and_tuples(kinds: tuple[type, type]) -> None:
 
 
 def test_a_batch_counts_the_tokens_that_bear_loss() -> None:
-    batch = collate([[Pair([1, 2], [3]), Pair([1, 9], [4, 5, 6])], [Pair([7], [8, 8])]], pad_id=PAD)
+    batch = collate([[Pair([1, 2], [3]), Pair([1, 9], [4, 5, 6])], [Pair([7], [8, 8])]])
     assert batch.tokens == 1 + 3 + 2
 
 
@@ -75,12 +101,6 @@ def groups(*sizes: int) -> list[list[Pair]]:
 
 @pytest.mark.parametrize(("sizes", "segments"), [((2, 1), 2), ((2, 0, 1), 2), ((0,), 0)])
 def test_each_group_is_a_segment_and_an_empty_one_is_none(sizes: Sequence[int], segments: int) -> None:
-    batch = collate(groups(*sizes), pad_id=PAD)
+    batch = collate(groups(*sizes))
     assert isinstance(batch, Batch)
     assert len(batch.segments) == segments
-
-
-def test_a_padding_id_that_is_also_an_ordinary_token_is_told_apart_by_the_mask() -> None:
-    pairs = [Pair([5, 5, 5, 7], [5]), Pair([6], [5, 5])]
-    (segment,) = collate([pairs], pad_id=5).segments
-    assert rows_of(segment) == [([5, 5, 5, 7, 5], [5]), ([6, 5, 5], [5, 5])]

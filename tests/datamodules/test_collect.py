@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.datamodules import Bootstrapping, Report, Trace, collect, load_traces, save_traces
+from cotune.datamodules import Bootstrapping, Collected, Report, Trace, Vocabulary, collect, load_traces, save_traces
 from cotune.datamodules.durable import DamagedFileError
+from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import (
     ChatTemplate,
     Completion,
@@ -26,10 +28,11 @@ from cotune.programs import (
     exact_match,
     prompts_id,
 )
+from cotune.programs.lm import Filled
 from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 
-_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints", "gold_answers")
+_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints", "gold_answers", "cut_traces")
 
 
 def run(
@@ -48,7 +51,9 @@ def run(
         "seed": 0,
         **changes,
     }
-    return collect(examples, **given)
+    collected = collect(examples, **given)
+    traces = Rejection().rows(collected)
+    return traces, collected.report(traces)
 
 
 def numbers(lm: FakeLM) -> list[list[str]]:
@@ -403,7 +408,9 @@ def test_the_pool_of_demos_does_not_show_hints() -> None:
 
 def test_the_last_call_of_an_unsolved_example_is_trained_on_with_the_gold_answer() -> None:
     lm = FakeLM(lambda request: "2" if asked(request, "number") in ("1", "2") else "7")
-    traces, report = run(lm, doubles(1, 3), Loop(2), gold_answers=True, encode_text=lambda text: [len(text), 9])
+    traces, report = run(
+        lm, doubles(1, 3), Loop(2), gold_answers=True, vocabulary=Vocabulary(encode=lambda text: [len(text), 9])
+    )
     (trace,) = [trace for trace in traces if trace.gold]
     assert trace.example == "3"
     assert (trace.call, trace.inputs, trace.outputs, trace.completion) == (1, {"number": "7"}, {"answer": "6"}, "6")
@@ -415,7 +422,9 @@ def test_the_last_call_of_an_unsolved_example_is_trained_on_with_the_gold_answer
 
 def test_gold_answers_come_after_all_attempts_and_only_where_they_failed() -> None:
     lm = succeeds_at({"1": 0, "2": 1, "3": 9})
-    traces, report = run(lm, doubles(1, 2, 3), attempts=3, gold_answers=True, encode_text=lambda text: [9])
+    traces, report = run(
+        lm, doubles(1, 2, 3), attempts=3, gold_answers=True, vocabulary=Vocabulary(encode=lambda text: [9])
+    )
     assert [(t.example, t.attempt, t.gold) for t in traces] == [("1", 0, False), ("2", 1, False), ("3", 0, True)]
     assert (report.solved, report.gold) == (2, 1)
 
@@ -455,3 +464,129 @@ def test_traces_written_before_there_were_hints_are_read(tmp_path: Path) -> None
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Bootstrapping(**options)
+
+
+# All runs
+
+
+def everything(lm: FakeLM, examples: list[Example], **options: Any) -> Collected:
+    program = Loop(1)
+    return collect(
+        examples,
+        program=program,
+        lm=lm,
+        template=ChatTemplate(),
+        prompts=program.initial_prompts(),
+        metric=exact_match,
+        sampling=Sampling(),
+        options=Bootstrapping(**options),
+        seed=0,
+    )
+
+
+def test_every_run_comes_back_whatever_came_of_it() -> None:
+    said = {"1": ["2"], "2": ["no", "4"], "3": ["", "no", "6"]}
+    tries: Counter[str] = Counter()
+
+    def answer(request: Request) -> str:
+        tries[number := asked(request, "number")] += 1
+        return said[number][tries[number] - 1]
+
+    found = everything(FakeLM(answer), doubles(1, 2, 3), attempts=2, hints=1, fresh_demos=0)
+    runs = [(a.example, a.number, a.hinted, found.outcome(a), len(a.rollout.steps)) for a in found.attempts]
+    assert runs == [
+        ("1", 0, False, "passed", 1),
+        ("2", 0, False, "wrong", 1),
+        ("3", 0, False, "format", 1),
+        ("2", 1, False, "passed", 1),
+        ("3", 1, False, "wrong", 1),
+        ("3", 2, True, "passed", 1),
+    ]
+    initial = prompts_id(Loop(1).initial_prompts())
+    assert [a.prompts == initial for a in found.attempts] == [True] * 5 + [False]  # the last were shown a hint
+    assert [t.completion for a in found.attempts for t in found.traces(a)] == ["2", "no", "", "4", "no", "6"]
+    assert [(a.example, a.number) for a in found.successes] == [("1", 0), ("2", 1), ("3", 2)]
+
+
+def filled(text: str, ended: Any) -> Completion:
+    """As an engine fills a form in: "= " was put there, and the field behind it ended as said."""
+    ids = tuple(f"= {text}".encode())
+    forced = (True, True, *(False for _ in text))
+    return Completion(f"= {text}", (1,), ids, "eos", (Filled("answer", f" {text}", 1, len(ids), ended),), forced)
+
+
+def closing(request: Request) -> Completion:
+    """3 is answered by a field that was closed at its limit, the others by one that the LM ended."""
+    return filled(doubling(request), "length" if asked(request, "number") == "3" else "eos")
+
+
+class Form(ChatTemplate):
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        return super().parse(signature, text.removeprefix("= "))
+
+
+@pytest.mark.parametrize(("allowed", "learnt"), [(False, ["5"]), (True, ["3", "5"])])
+def test_a_field_closed_at_its_limit_is_scored_and_learnt_from_only_where_asked_for(
+    allowed: bool, learnt: list[str]
+) -> None:
+    traces, report = run(FakeLM(closing), doubles(3, 5), template=Form(), cut_traces=allowed)
+    assert [trace.example for trace in traces] == learnt
+    assert [trace.closed for trace in traces] == [trace.example == "3" for trace in traces]
+    assert (report.solved, report.cut) == (len(learnt), 2 - len(learnt))
+
+
+def test_traces_know_which_ids_were_forced_and_judge_only_the_others() -> None:
+    (trace,), _ = run(FakeLM(closing), doubles(5), template=Form())
+    assert trace.forced == (True, True, False, False)
+    assert trace.free(0.5) == (0, 0, 0.5, 0.5)
+    assert trace.ce is None  # in cross-entropy all weigh 1: an exported adapter has to write the form alone
+    plain, _ = run(FakeLM(doubling), doubles(5))
+    assert plain[0].free() == (1, 1, 1)  # the end of the turn is the LM's choice
+
+
+# What the folder says
+
+
+def test_traces_name_the_tokenizer_and_the_lm_they_are_of() -> None:
+    (trace,), _ = run(FakeLM(doubling), doubles(5), vocabulary=Vocabulary("digest", "small"))
+    assert (trace.tokenizer, trace.base) == ("digest", "small")
+
+
+def test_weights_groups_and_marks_come_back_from_disk(tmp_path: Path) -> None:
+    first, *rest = some_traces()
+    n = len(first.completion_ids)
+    weighed = replace(
+        first,
+        ce=(0.5,) * n,
+        pg=(-1.0,) * n,
+        kl=(0.25,) * n,
+        candidates=((1, 2),) * n,
+        reference=((-1.0, -2.0, -3.0),) * n,
+        group="g",
+        desirable=False,
+        forced=(True,) + (False,) * (n - 1),
+        closed=True,
+        tokenizer="digest",
+        base="small",
+    )
+    bare = replace(first, ce=())
+    save_traces([weighed, bare, *rest], tmp_path / "traces")
+    assert load_traces(tmp_path / "traces", Loop(2)) == [weighed, bare, *rest]
+
+
+def test_a_folder_of_the_format_before_is_read(tmp_path: Path) -> None:
+    """As cotune 0.1.0 wrote it: these columns and no others."""
+    old = ["example", "attempt", "score", "stage", "call", "inputs", "outputs", "messages", "completion"]
+    old += ["completion_ids", "complete", "prompts", "hinted", "gold"]
+    traces = some_traces()
+    save_traces(traces, tmp_path / "new")
+    load_from_disk(str(tmp_path / "new")).select_columns(old).save_to_disk(str(tmp_path / "old"))
+    assert load_traces(tmp_path / "old", Loop(2)) == traces
+
+
+def test_a_folder_of_a_format_to_come_is_refused(tmp_path: Path) -> None:
+    save_traces(some_traces(), tmp_path / "now")
+    later = load_from_disk(str(tmp_path / "now")).map(lambda row: {"format": 99, "depth": 1})
+    later.save_to_disk(str(tmp_path / "later"))
+    with pytest.raises(ValueError, match="of format 99, which a newer cotune wrote; this one reads up to 2"):
+        load_traces(tmp_path / "later", Loop(2))

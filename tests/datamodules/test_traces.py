@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cotune.datamodules import (
     Bootstrapping,
     EpochBatches,
@@ -19,13 +19,13 @@ from cotune.datamodules import (
     Splits,
     Trace,
     TraceDataModule,
+    Vocabulary,
     save_traces,
     split,
 )
 from cotune.programs import ChatTemplate, Demo, Prompt
 from fakes import EOS, Loop, doubles
 
-PAD = 0
 WINDOW = 400
 
 
@@ -55,7 +55,7 @@ def trace(number: int, *, call: int = 0, complete: bool = True, stage: str = "do
 
 def maker(*, window: int = WINDOW, demos: Sequence[Demo] = ()) -> PairMaker:
     prompts = {"double": Prompt("Double.", tuple(demos))}
-    return PairMaker(Loop(1), ChatTemplate(), prompts, encode, end_id=EOS, pad_id=PAD, window=window)
+    return PairMaker(Loop(1), ChatTemplate(), prompts, encode, end_id=EOS, window=window)
 
 
 def batches(
@@ -112,6 +112,86 @@ def test_given_demos_stand_instead_of_the_prompts_own() -> None:
     assert demos_in(own.pair(trace(3), [Demo({"number": "9"}, {"answer": "18"}, "e9")])) == ["9"]
 
 
+def test_an_end_of_turn_that_is_appended_weighs_as_the_token_before_it_and_is_judged_by_nobody() -> None:
+    stopped = replace(trace(21, complete=False), ce=(0, 0.5), pg=(1, 2), kl=(3, 4), group="g", desirable=True)
+    pair = maker().pair(replace(stopped, candidates=((1, 2), (3, 4)), reference=((-1, -2, -3), (-4, -5, -6))))
+    assert (pair.ce, pair.pg, pair.kl) == ([0, 0.5, 0.5], [1, 2, 0], [3, 4, 0])
+    assert (pair.candidates, pair.reference) == ([(1, 2), (3, 4), (-1, -1)], [(-1, -2, -3), (-4, -5, -6), (0, 0, 0)])
+    assert (pair.group, pair.desirable) == ("g", True)
+    whole = maker().pair(replace(trace(21), ce=(0, 0.5, 1), pg=()))
+    assert (whole.ce, whole.pg) == ([0, 0.5, 1], ())
+
+
+# Traces of another tokenizer
+
+
+def backwards(digest: str = "backwards") -> Vocabulary:
+    """A tokenizer with the bytes in reverse: the same ids are other texts."""
+    return Vocabulary(
+        digest,
+        "student",
+        lambda text: [255 - b for b in text.encode()],
+        lambda ids: bytes(255 - i for i in ids).decode(),
+    )
+
+
+def student(vocabulary: Vocabulary) -> PairMaker:
+    return replace(maker(), vocabulary=vocabulary)
+
+
+def test_traces_of_the_same_tokenizer_keep_their_ids() -> None:
+    own = replace(trace(21), tokenizer="backwards", base="teacher")
+    assert not student(backwards()).is_foreign(own)
+    assert student(backwards()).pair(own).completion_ids == [*b"42", EOS]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_traces_of_another_tokenizer_are_trained_on_as_their_text(complete: bool) -> None:
+    foreign = replace(trace(21, complete=complete), tokenizer="bytes", base="teacher", forced=(True, False, False))
+    pair = student(backwards()).pair(foreign)
+    assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
+
+
+def test_a_text_that_the_template_does_not_read_is_written_anew_from_the_outputs() -> None:
+    foreign = replace(trace(21), tokenizer="bytes", completion="<think>hm</think>42")
+    pair = student(backwards()).pair(foreign)
+    assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
+
+
+def test_traces_that_do_not_name_their_tokenizer_are_known_by_their_text() -> None:
+    def text_of(ids: Sequence[int]) -> str:
+        return bytes(255 - i for i in ids if i < 256).decode(errors="replace")
+
+    reader = student(replace(backwards(), decode=text_of))
+    assert reader.is_foreign(trace(21))
+    assert reader.pair(trace(21)).completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
+    own = replace(trace(21), completion_ids=(255 - ord("4"), 255 - ord("2"), EOS))
+    assert not reader.is_foreign(own)
+    assert reader.pair(own).completion_ids == list(own.completion_ids)
+
+
+def test_a_trace_of_an_lm_without_ids_is_trained_on_as_its_text() -> None:
+    """As an endpoint gives it: text alone."""
+    pair = student(backwards()).pair(replace(trace(21), completion_ids=()))
+    assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
+
+
+def test_weights_on_another_tokenizers_ids_are_refused_by_name() -> None:
+    foreign = replace(trace(21), tokenizer="bytes", base="teacher", pg=(1, 1, 1))
+    with pytest.raises(
+        ValueError, match=r'"e21" \(stage double\): this trace weighs .* another tokenizer \("teacher"\)'
+    ):
+        student(backwards()).pair(foreign)
+
+
+def test_a_weight_step_says_how_many_of_its_traces_are_of_another_tokenizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    traces = [replace(trace(1), tokenizer="bytes", base="teacher"), replace(trace(2), tokenizer="backwards")]
+    module().begin_weight_step(traces, student(backwards()), step=0)
+    assert '1 of 2 traces are of another tokenizer ("teacher"): they are trained on as their' in capsys.readouterr().out
+
+
 # An epoch
 
 
@@ -142,6 +222,29 @@ def test_balanced_stages_have_as_many_pairs_each_and_every_row_comes_at_least_on
     assert max(rows[place] for place in range(7)) == 1
 
 
+def test_the_rows_of_a_group_stand_in_one_batch_in_their_order() -> None:
+    traces = [replace(trace(n), group=f"g{n // 2}" if n < 12 else "") for n in range(20)]
+    seen = set()
+    for seed in range(10):
+        epoch = EpochBatches(traces, maker(), Bootstrapping(), batch_size=4, seed=str(seed))
+        assert sorted(place for batch in epoch.plan for place in batch) == list(range(20))
+        for batch in epoch.plan:
+            grouped = [place for place in batch if place < 12]
+            assert all(b == a + 1 for a, b in zip(grouped[::2], grouped[1::2], strict=True))
+            assert [pair.group for pair in epoch.pairs(epoch.plan.index(batch))["double"]] == [
+                traces[place].group for place in batch
+            ]
+        seen.add(str(epoch.plan))
+    assert len(seen) == 10
+
+
+def test_a_group_whose_rows_are_repeated_is_repeated_as_a_whole() -> None:
+    traces = [*(trace(n) for n in range(6)), *(replace(trace(n, stage="halve"), group="g") for n in range(2))]
+    epoch = EpochBatches(traces, maker(), Bootstrapping(balance_stages=True), batch_size=3, seed="0")
+    assert all(batch.count(6) == batch.count(7) for batch in epoch.plan)
+    assert sum(batch.count(6) for batch in epoch.plan) == 3
+
+
 def test_the_rows_are_shuffled() -> None:
     assert batches(20).plan != batches(20, seed="1").plan
     assert [i for part in batches(20).plan for i in part] != list(range(20))
@@ -152,8 +255,8 @@ def test_a_batch_is_its_pairs_collated() -> None:
     batch, pairs = epoch[0], epoch.pairs(0)["double"]
     assert batch.tokens == sum(len(pair.completion_ids) for pair in pairs)
     (segment,) = batch.segments
-    assert segment.prefix.tolist() == list(pairs[0].prompt_ids[: len(segment.prefix)])
-    assert bytes(segment.prefix.tolist()).decode().startswith("system: Double.")
+    assert segment.pairs == tuple(pairs)
+    assert bytes(segment.shared).decode().startswith("system: Double.")
 
 
 def test_a_stage_called_twice_in_a_rollout_trains_twice() -> None:
@@ -260,9 +363,7 @@ def test_the_loader_gives_the_batches_in_their_order() -> None:
     loaded, epoch = list(data.train_dataloader()), data.epoch_batches()
     assert len(loaded) == data.steps_per_epoch == 3
     for batch, index in zip(loaded, range(3), strict=True):
-        for segment, expected in zip(batch.segments, epoch[index].segments, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(segment[:4], expected[:4], strict=True))
-            assert list(segment.names) == list(expected.names)
+        assert batch == epoch[index]
 
 
 def test_examples_come_as_lists_in_the_order_of_their_set() -> None:

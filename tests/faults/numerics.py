@@ -118,23 +118,24 @@ def _spoiling(record: Path, k: int, value: float) -> Callable[[], None]:
         from cotune.lightning_modules import gradients
         from cotune.lightning_modules.lora import fingerprint
 
-        original, calls = gradients.row_losses, 0
+        original, calls = gradients.log_probs, 0
         record.write_text("")
 
-        def spoiled(model: Any, part: Any) -> Any:
+        def spoiled(model: Any, part: Any, *given: Any) -> Any:
             nonlocal calls
             calls += 1
             trained = [p for p in model.parameters() if p.requires_grad]
             finite = all(bool(torch.isfinite(p).all()) for p in trained)
             with record.open("a") as file:
                 file.write(json.dumps({"weights": fingerprint(model), "finite": finite}) + "\n")
-            losses_R = original(model, part)
+            found_nK, weighted = original(model, part, *given)
             if calls == k:
-                losses_R = losses_R.clone()
-                losses_R[0] = losses_R[0] * value
-            return losses_R
+                found_nK = found_nK.clone()
+                found_nK[0] = found_nK[0] * value
+                weighted = weighted * value
+            return found_nK, weighted
 
-        gradients.row_losses = spoiled
+        gradients.log_probs = spoiled
 
     return arm
 
@@ -144,16 +145,16 @@ def _no_memory_in_training(record: Path, k: int) -> Callable[[], None]:
         import torch
         from cotune.lightning_modules import gradients
 
-        original, calls = gradients.row_losses, 0
+        original, calls = gradients.log_probs, 0
 
-        def starved(model: Any, part: Any) -> Any:
+        def starved(model: Any, part: Any, *given: Any) -> Any:
             nonlocal calls
             calls += 1
             if calls >= k and part.rows > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-            return original(model, part)
+            return original(model, part, *given)
 
-        gradients.row_losses = starved
+        gradients.log_probs = starved
 
     return arm
 

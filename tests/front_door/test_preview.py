@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from commands import Said, cotune, fit
-from cotune.datamodules import load_traces
-from cotune.datamodules.collate import IGNORED
+from cotune.datamodules import Pair, load_traces
+from datasets import load_from_disk
+from tiny import save_tiny_model, tiny_tokenizer
 
-from cotune.preview import load_batches, trained_rows
+from cotune.preview import TrainedRow, load_batches, marked, trained_rows
 
 
 def preview(capsys: pytest.CaptureFixture[str], *words: str) -> Said:
@@ -23,8 +27,9 @@ def test_the_rows_are_those_of_the_batches(finished: Any) -> None:
     batches, lm = load_batches(finished.folder)
     rows = list(trained_rows(batches))
     assert len(rows) == len(batches.traces) > 0
-    labels = [label for i in range(len(batches)) for s in batches[i].segments for label in s.labels.flatten().tolist()]
-    assert [id_ for row in rows for id_ in row.ids[len(row.ids) - row.trained :]] == [i for i in labels if i != IGNORED]
+    tokens = [batches[i].bearing(torch.device("cpu"), torch.float32) for i in range(len(batches))]
+    trained = [id_ for batch in tokens for id_ in batch.ids[:, 0].tolist()]
+    assert [id_ for row in rows for id_ in row.ids[len(row.ids) - row.trained :]] == trained
     for row in rows:
         written = list(row.trace.completion_ids) + ([] if row.trace.complete else [lm.end_ids[0]])
         assert list(row.ids[-row.trained :]) == written
@@ -106,3 +111,35 @@ def test_a_run_without_weight_steps_has_no_pairs(
     said = preview(capsys, "run")
     assert said.code == 2
     assert '"run" has no traces' in said.err
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_traces_of_another_tokenizers_lm_are_trained_on_as_what_they_say(
+    finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: bool
+) -> None:
+    """From teacher to student. Traces from before they named their tokenizer are known by their text."""
+    traces = finished.folder / "traces" / "step-2"
+    if not named:
+        kept = load_from_disk(str(traces)).remove_columns(["tokenizer", "base", "format"])
+        kept.save_to_disk(str(traces := tmp_path / "old"))
+    student = save_tiny_model(tmp_path / "student", backwards=True)
+    words = fit(student, "--data.traces", str(traces), "--data.bootstrapping.demo_share", "0", schedule="w")
+    done = cotune(words, capsys)
+    assert done.code == 0, done.err
+    written = load_traces(traces, finished.module.program)
+    assert f"{len(written)} of {len(written)} traces are of another tokenizer" in done.out
+    said = preview(capsys, "runs/tiny", "--rows", "100")
+    assert said.code == 0, said.err
+    shown = Counter(text.removesuffix("<|im_end|>") for text in re.findall(r"⟦(.*?)⟧", said.out, re.DOTALL))
+    assert shown == Counter(trace.completion for trace in written)
+
+
+def test_forced_tokens_are_marked_apart() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = {text: tokenizer(text).input_ids for text in ("ask", "answer: ", "4", " not trained")}
+    completion = [*ids["answer: "], *ids["4"], *ids[" not trained"]]
+    weights = (1.0,) * 9 + (0.0,) * 12
+    row = TrainedRow(None, 0, Pair(ids["ask"], completion, ce=weights), (True,) * 8)  # type: ignore[arg-type]
+    lm = SimpleNamespace(tokenizer=tokenizer)
+    assert marked(row, lm, colour=False).plain == "ask⟨answer: ⟩⟦4⟧ not trained"  # type: ignore[arg-type]
+    assert marked(row, lm, colour=True).plain == "askanswer: 4 not trained"  # type: ignore[arg-type]

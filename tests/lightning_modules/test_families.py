@@ -11,6 +11,7 @@ import yaml
 from cotune.datamodules import ChatEncoder, Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.gradients import BatchGradients
+from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import Demo, Prompt, Request, Sampling, Signature
 from cotune.programs.template import ChatTemplate
 from families import FAMILIES
@@ -85,7 +86,7 @@ def test_each_architecture_generates_and_takes_a_training_step(family: str, tmp_
     optimizer = torch.optim.SGD(trained, lr=0.05)
     losses = []
     for _ in range(6):
-        computed = BatchGradients().compute(lm.model, trained, collate([pairs], pad_id=lm.pad_id))
+        computed = BatchGradients().compute(lm.model, trained, collate([pairs]), Rejection())
         assert computed.finite
         for parameter, gradient in zip(trained, computed.gradients, strict=True):
             parameter.grad = gradient

@@ -11,6 +11,7 @@ from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.lightning_modules import LoRA, gradients
 from cotune.lightning_modules.gradients import BatchGradients, TrainingMemoryError, is_finite, known_gradients
 from cotune.lightning_modules.lora import attach
+from cotune.lightning_modules.objectives import Rejection
 from transformers import AutoModelForCausalLM
 
 
@@ -40,7 +41,7 @@ def pairs(shared: int, rows: int, seed: int) -> list[Pair]:
 
 @pytest.fixture
 def batch() -> Batch:
-    return collate([pairs(20, 5, 1), pairs(9, 3, 2)], pad_id=0)
+    return collate([pairs(20, 5, 1), pairs(9, 3, 2)])
 
 
 def apart(one: Any, other: Any) -> float:
@@ -49,9 +50,9 @@ def apart(one: Any, other: Any) -> float:
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_parts_give_the_loss_and_gradients_of_the_whole(model: Any, batch: Batch, rows: int) -> None:
-    whole = BatchGradients().compute(model, trained(model), batch)
-    parts = BatchGradients(rows).compute(model, trained(model), batch)
-    assert parts.tokens == whole.tokens == batch.tokens
+    whole = BatchGradients().compute(model, trained(model), batch, Rejection())
+    parts = BatchGradients(rows).compute(model, trained(model), batch, Rejection())
+    assert parts.size == whole.size == batch.tokens
     assert torch.allclose(parts.rows, whole.rows, rtol=1e-6)
     assert apart(parts, whole) < 1e-6
 
@@ -70,13 +71,13 @@ class Memory:
     def __init__(self, rows: int, error: BaseException, *, at: int = 0) -> None:
         self.rows, self.error, self.at = rows, error, at
         self.asked: list[int] = []
-        self.real = gradients.row_losses
+        self.real = gradients.log_probs
 
-    def __call__(self, model: Any, part: Batch) -> torch.Tensor:
+    def __call__(self, model: Any, part: Batch, *given: Any) -> Any:
         self.asked.append(part.rows)
         if part.rows > self.rows and len(self.asked) > self.at:
             raise self.error
-        return self.real(model, part)
+        return self.real(model, part, *given)
 
 
 ERRORS = {
@@ -96,16 +97,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = BatchGradients().compute(model, trained(model), batch)
+    whole = BatchGradients().compute(model, trained(model), batch, Rejection())
     memory = Memory(2, ERRORS[error], at=at)
-    monkeypatch.setattr(gradients, "row_losses", memory)
+    monkeypatch.setattr(gradients, "log_probs", memory)
     computing = BatchGradients(at_once)
-    found = computing.compute(model, trained(model), batch)
+    found = computing.compute(model, trained(model), batch, Rejection())
     assert apart(found, whole) < 1e-6
     assert torch.allclose(found.rows, whole.rows, rtol=1e-6)
     assert "memory ran out on" in capsys.readouterr().out
     asked = len(memory.asked)
-    computing.compute(model, trained(model), batch)
+    computing.compute(model, trained(model), batch, Rejection())
     assert not capsys.readouterr().out  # remembered, so not run into again
     assert max(memory.asked[asked:]) <= 2
 
@@ -113,39 +114,39 @@ def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same(
 def test_memory_that_runs_out_in_the_backward_pass_is_noticed_as_well(
     model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = BatchGradients().compute(model, trained(model), batch)
+    whole = BatchGradients().compute(model, trained(model), batch, Rejection())
     real = torch.autograd.grad
     calls: list[int] = []
 
     def grad(*args: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 1:
+        if len(calls) == 2:  # the first is the objective's, by log-probabilities
             raise ERRORS["CPU"]
         return real(*args, **options)
 
     monkeypatch.setattr(torch.autograd, "grad", grad)
-    assert apart(BatchGradients().compute(model, trained(model), batch), whole) < 1e-6
-    assert len(calls) == 3
+    assert apart(BatchGradients().compute(model, trained(model), batch, Rejection()), whole) < 1e-6
+    assert len(calls) == 4
 
 
 def test_a_single_row_that_does_not_fit_is_named_with_the_ways_out(
     model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Memory(0, ERRORS["CUDA"]))
+    monkeypatch.setattr(gradients, "log_probs", Memory(0, ERRORS["CUDA"]))
     with pytest.raises(TrainingMemoryError, match=r'a single training row of 23 tokens \("1-0"\).*gradient_checkpoint'):
-        BatchGradients().compute(model, trained(model), batch)
+        BatchGradients().compute(model, trained(model), batch, Rejection())
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(
     model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Memory(0, RuntimeError("shapes differ")))
+    monkeypatch.setattr(gradients, "log_probs", Memory(0, RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        BatchGradients().compute(model, trained(model), batch)
+        BatchGradients().compute(model, trained(model), batch, Rejection())
 
 
 def test_known_gradients_come_out_of_a_backward_pass(model: Any, batch: Batch) -> None:
-    computed = BatchGradients().compute(model, trained(model), batch)
+    computed = BatchGradients().compute(model, trained(model), batch, Rejection())
     loss = known_gradients(computed, trained(model))
     assert torch.equal(loss, computed.loss)
     found = torch.autograd.grad(loss * 3, trained(model))
@@ -153,8 +154,8 @@ def test_known_gradients_come_out_of_a_backward_pass(model: Any, batch: Batch) -
 
 
 def test_a_scale_changes_nothing_where_nothing_overflows(model: Any, batch: Batch) -> None:
-    plain = BatchGradients(3).compute(model, trained(model), batch)
-    scaled = BatchGradients(3).compute(model, trained(model), batch, scale=1024.0)
+    plain = BatchGradients(3).compute(model, trained(model), batch, Rejection())
+    scaled = BatchGradients(3).compute(model, trained(model), batch, Rejection(), scale=1024.0)
     assert apart(scaled, plain) < 1e-12
     assert torch.equal(scaled.rows, plain.rows)
 

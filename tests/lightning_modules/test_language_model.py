@@ -12,9 +12,9 @@ import torch
 from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, embedded
 from cotune.lightning_modules.lora import lora_layers
-from cotune.lightning_modules.loss import completion_loss
 from cotune.lightning_modules.quantization import QuantizationError
 from cotune.programs import Request, Sampling
+from losses import completion_loss
 from tiny import save_tiny_model, save_wide_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
@@ -140,7 +140,7 @@ def all_gradients(lm: LanguageModel) -> bool:
     lm.model.zero_grad()
     prompt = lm.encode([{"role": "user", "content": "What is it?"}])
     pairs = [Pair(prompt, [50, 60, 2]), Pair([*prompt[:-3], 99, *prompt[-3:]], [70, 2])]
-    completion_loss(lm.model, collate([pairs], pad_id=lm.pad_id)).backward()
+    completion_loss(lm.model, collate([pairs])).backward()
     adapted = [p for p in lm.model.parameters() if p.requires_grad]
     others = [p for p in lm.model.parameters() if not p.requires_grad]
     return all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in adapted) and all(

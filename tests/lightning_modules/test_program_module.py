@@ -29,9 +29,7 @@ class Doubling(TraceDataModule):
 
     def train_dataloader(self) -> Any:
         prompt = [1, *range(10, 40)]
-        batches = [
-            collate([[Pair([*prompt, n], [60 + n, 2]), Pair([*prompt, n, 9], [70, 71, 2])]], pad_id=0) for n in range(3)
-        ]
+        batches = [collate([[Pair([*prompt, n], [60 + n, 2]), Pair([*prompt, n, 9], [70, 71, 2])]]) for n in range(3)]
         return DataLoader(batches, batch_size=None)
 
 

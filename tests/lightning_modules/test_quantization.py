@@ -11,10 +11,10 @@ import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, ProgramModule, quantization
-from cotune.lightning_modules.loss import completion_loss
 from cotune.lightning_modules.quantization import FORMATS, QuantizationError, check_trainable, quantized_as, refusal
 from cotune.programs import Predict, Request, Sampling
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from losses import completion_loss
 from tiny import save_wide_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
@@ -43,7 +43,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def gradients(lm: LanguageModel) -> list[torch.Tensor]:
     prompt = lm.encode([{"role": "user", "content": "What is it?"}])
-    completion_loss(lm.model, collate([[Pair(prompt, [50, 60, 2])]], pad_id=lm.pad_id)).backward()
+    completion_loss(lm.model, collate([[Pair(prompt, [50, 60, 2])]])).backward()
     return [p.grad for name, p in lm.model.named_parameters() if "lora_B" in name]
 
 

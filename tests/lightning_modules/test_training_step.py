@@ -12,6 +12,7 @@ import torch
 from cotune.datamodules import Batch, Pair, Splits, TraceDataModule, collate
 from cotune.datamodules.splits import Sizes
 from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule, gradients
+from cotune.lightning_modules.objectives import Rejection
 from cotune.lightning_modules.skips import NonFiniteError, SkipLimits
 from fakes import Loop, doubles
 from lightning.pytorch import Callback, Trainer
@@ -36,8 +37,7 @@ def batch(*completions: int, name: str = "e") -> Batch:
     """A row for each completion, of that many tokens."""
     prompt = [1, *range(10, 30)]
     return collate(
-        [[Pair([*prompt, i], range(60, 60 + count), name=f"{name}{i}") for i, count in enumerate(completions)]],
-        pad_id=0,
+        [[Pair([*prompt, i], range(60, 60 + count), name=f"{name}{i}") for i, count in enumerate(completions)]]
     )
 
 
@@ -92,7 +92,7 @@ def of_whole(tiny_model: Path, *batches: Batch) -> list[torch.Tensor]:
     """The gradient of the mean over all tokens of these batches together."""
     made = module(tiny_model)
     whole = Batch(tuple(segment for each in batches for segment in each.segments))
-    found = gradients.BatchGradients().compute(made.lm.model, made._trained(), whole).gradients
+    found = gradients.BatchGradients().compute(made.lm.model, made._trained(), whole, Rejection()).gradients
     return [gradient for gradient in found if gradient is not None]
 
 
@@ -158,17 +158,18 @@ class Poison:
     """Makes the loss of named rows NaN, or leaves it and makes their gradient infinite."""
 
     def __init__(self, *names: str, gradient: bool = False) -> None:
-        self.names, self.gradient, self.real = names, gradient, gradients.row_losses
+        self.names, self.gradient, self.real = names, gradient, gradients.log_probs
 
-    def __call__(self, model: Any, part: Batch) -> torch.Tensor:
-        losses_R = self.real(model, part)
-        bad = [row for row, name in enumerate(part.names) if name in self.names]
+    def __call__(self, model: Any, part: Batch, ids_nK: torch.Tensor, given_nK: Any = None) -> Any:
+        found_nK, weighted = self.real(model, part, ids_nK, given_nK)
+        rows = [pair.name for pair in part.pairs for _ in pair.bearing]
+        bad = torch.tensor([name in self.names for name in rows])
         if not self.gradient:
-            return losses_R.index_fill(0, torch.tensor(bad, dtype=torch.long), float("nan"))
-        for row in bad:
-            nothing = losses_R[row] - losses_R[row].detach()
-            losses_R = losses_R + nothing.sqrt()  # 0, with an infinite slope
-        return losses_R
+            return found_nK.masked_fill(bad[:, None], float("nan")), weighted * (float("nan") if bad.any() else 1)
+        for _ in range(int(bad.any())):
+            nothing = weighted - weighted.detach()
+            weighted = weighted + nothing.sqrt()  # 0, with an infinite slope
+        return found_nK, weighted
 
 
 def state(made: ProgramModule) -> list[torch.Tensor]:
@@ -189,7 +190,7 @@ def test_a_step_that_is_not_finite_touches_nothing_and_names_the_example(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Poison("b1", gradient=gradient))
+    monkeypatch.setattr(gradients, "log_probs", Poison("b1", gradient=gradient))
     made = module(tiny_model)
     states: list[list[torch.Tensor]] = []
 
@@ -213,7 +214,7 @@ def test_a_step_that_is_not_finite_touches_nothing_and_names_the_example(
 def test_a_bad_batch_drops_out_of_the_window_it_accumulates_in(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Poison("b0"))
+    monkeypatch.setattr(gradients, "log_probs", Poison("b0"))
     batches = [batch(2, name="a"), batch(5, name="b"), batch(9, 1, name="c")]
     watched = Gradients()
     fit(module(tiny_model), batches, tmp_path, accumulate_grad_batches=3, callbacks=[watched])
@@ -226,7 +227,7 @@ def test_a_bad_batch_drops_out_of_the_window_it_accumulates_in(
 def test_too_many_skipped_steps_stop_the_run_with_the_ways_out(
     tiny_model: Path, tmp_path: Path, limits: SkipLimits, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Poison("b0"))
+    monkeypatch.setattr(gradients, "log_probs", Poison("b0"))
     made = module(tiny_model, skip_limits=limits)
     before = made.lm.fingerprint()
     with pytest.raises(NonFiniteError, match=r"examples b0.*lower learning rate \(now 1.0e-02\).*clip.*float32"):
@@ -236,7 +237,7 @@ def test_too_many_skipped_steps_stop_the_run_with_the_ways_out(
 
 
 def test_a_good_step_ends_a_row_of_bad_ones(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Poison("b0"))
+    monkeypatch.setattr(gradients, "log_probs", Poison("b0"))
     made = module(tiny_model, skip_limits=SkipLimits(in_a_row=1))
     fit(made, [batch(3, name=name) for name in "abababc"], tmp_path)
     assert (made.skips.total, made.skips.in_a_row) == (3, 0)
@@ -245,7 +246,7 @@ def test_a_good_step_ends_a_row_of_bad_ones(tiny_model: Path, tmp_path: Path, mo
 def test_counts_and_the_size_that_fitted_go_into_checkpoints_as_plain_numbers(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "row_losses", Poison("b0"))
+    monkeypatch.setattr(gradients, "log_probs", Poison("b0"))
     made = module(tiny_model, micro_batch_size=2)
     trainer = fit(made, [batch(3, name="a"), batch(3, name="b")], tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -136,12 +136,14 @@ class ReasonThenFill(Form):
             return (_field(signature, names[0], stops=_next_example(signature)),)
         parts: list[Fixed | Field] = []
         if signature.reasoning:
-            parts.append(_field(signature, signature.reasoning, stops=_marks(names[0])))
+            # With the blank line first: the stop that is found first should begin the fixed text that follows.
+            stops = (*_marks(names[0], before="\n\n"), *_marks(names[0]))
+            parts.append(_field(signature, signature.reasoning, stops=stops))
         for place, name in enumerate(names):
             following = names[place + 1 : place + 2]
             stops = _marks(following[0]) if following else _next_example(signature)
-            parts.append(Fixed(f"\n{name}:" if parts else f"{name}:"))
-            parts.append(_field(signature, name, lead=" ", stops=stops))
+            before = ("\n\n" if place == 0 else "\n") if parts else ""
+            parts += [Fixed(f"{before}{name}:"), _field(signature, name, lead=" ", stops=stops)]
         return tuple(parts)
 
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
@@ -308,9 +310,9 @@ def _field(signature: Signature, name: str, *, lead: str = "", stops: Sequence[s
     return Field(name, lead=lead, stops=(*line, *stops), syntax=syntax_of(kind))
 
 
-def _marks(name: str) -> tuple[str, ...]:
+def _marks(name: str, before: str = "\n") -> tuple[str, ...]:
     """How LMs begin the line of a field: its name in two writings, plain or in bold."""
-    return tuple(f"\n{bold}{text}:" for bold in ("", "**") for text in dict.fromkeys((name, name.capitalize())))
+    return tuple(f"{before}{bold}{text}:" for bold in ("", "**") for text in dict.fromkeys((name, name.capitalize())))
 
 
 def _next_example(signature: Signature) -> tuple[str, ...]:

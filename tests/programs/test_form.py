@@ -142,7 +142,7 @@ def test_reasoning_comes_first_and_free_and_the_rest_is_put_behind_it() -> None:
     assert isinstance(first, Field)
     assert first.syntax is None
     assert "\nanswer:" in first.stops
-    assert (mark, other) == (Fixed("\nanswer:"), Fixed("\nsure:"))
+    assert (mark, other) == (Fixed("\n\nanswer:"), Fixed("\nsure:"))
     assert (answer.lead, answer.syntax) == (" ", Number())  # type: ignore[union-attr]
     assert sure.syntax == Choices(("yes", "no"))  # type: ignore[union-attr]
 

@@ -20,7 +20,6 @@ from cotune.programs import (
     Example,
     Form,
     Metric,
-    ParseError,
     Program,
     Prompts,
     draw_demos,
@@ -37,7 +36,7 @@ Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 class PairMaker:
     """Makes training pairs of traces: renders a stage's prompt, encodes it, and adds the ids that were written.
 
-    A trace that another tokenizer's LM wrote, or one without ids, is trained on as its text, in this LM's ids.
+    A trace of another tokenizer's LM, or one without ids, is trained on as its outputs in this form and this LM's ids.
 
     Args:
         prompts: what stands in the pairs.
@@ -102,18 +101,13 @@ class PairMaker:
         return not written.strip().startswith(trace.completion.strip())
 
     def _translated(self, trace: Trace) -> Trace:
-        """The trace as this LM would write it: its text if the form reads its outputs there, else these anew."""
+        """The trace as this LM would write it: its outputs in this run's form, in this LM's ids."""
         if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
             raise ValueError(
                 f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
                 "and a text cannot keep such weights. Collect with this LM, without data.traces."
             )
-        signature, text = self.program.stages[trace.stage].signature, trace.completion
-        try:
-            kept = self.form.parse(signature, text) == dict(trace.outputs)
-        except ParseError:
-            kept = False
-        text = text if kept else self.form.write(signature, trace.outputs)
+        text = self.form.write(self.program.stages[trace.stage].signature, trace.outputs)
         return replace(trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=())
 
 
@@ -319,7 +313,7 @@ class TraceDataModule(LightningDataModule, ABC):
             names = ", ".join(sorted({f'"{trace.base}"' for trace in traces if trace.base})) or "another LM"
             print(
                 f"{foreign} of {len(traces)} traces are of another tokenizer ({names}): they are trained on as their "
-                "texts, in this LM's tokens."
+                "outputs, written in this run's form and this LM's tokens."
             )
         fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
         if not fitting:

@@ -91,9 +91,9 @@ def _seconds_a_pair(parts: Parts, pairs: list[Pair]) -> float:
         return 0.0
     model = parts.module.lm.model
     trained = [p for p in model.parameters() if p.requires_grad]
-    batch = collate([pairs], pad_id=parts.module.lm.pad_id).to(trained[0].device)
+    batch = collate([pairs])
     began = time.perf_counter()
-    BatchGradients(None).compute(model, trained, batch).loss.item()
+    BatchGradients(None).compute(model, trained, batch, parts.module.objective).loss.item()
     return (time.perf_counter() - began) / len(pairs)
 
 

@@ -13,7 +13,6 @@ from cotune.datamodules import Bootstrapping, Collected, Report, Trace, Vocabula
 from cotune.datamodules.durable import DamagedFileError
 from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import (
-    ChatTemplate,
     Completion,
     Demo,
     Example,
@@ -30,7 +29,7 @@ from cotune.programs import (
 )
 from cotune.programs.lm import Filled
 from datasets import load_from_disk
-from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
+from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, runner, shown
 
 _OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints", "gold_answers", "cut_traces")
 
@@ -40,18 +39,10 @@ def run(
 ) -> tuple[list[Trace], Report]:
     options = {name: changes.pop(name) for name in _OPTIONS if name in changes}
     program = program or Loop(1)
-    given: dict[str, Any] = {
-        "program": program,
-        "lm": lm,
-        "template": ChatTemplate(),
-        "prompts": program.initial_prompts(),
-        "metric": exact_match,
-        "sampling": Sampling(),
-        "options": Bootstrapping(attempts=attempts, **options),
-        "seed": 0,
-        **changes,
-    }
-    collected = collect(examples, **given)
+    prompts, given = changes.pop("prompts", program.initial_prompts()), {"seed": 0}
+    given |= {name: changes.pop(name) for name in ("seed", "progress", "vocabulary") if name in changes}
+    made = runner(lm, program, **changes)
+    collected = collect(examples, made, prompts, options=Bootstrapping(attempts=attempts, **options), **given)
     traces = Rejection().rows(collected)
     return traces, collected.report(traces)
 
@@ -471,17 +462,8 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], said: s
 
 def everything(lm: FakeLM, examples: list[Example], **options: Any) -> Collected:
     program = Loop(1)
-    return collect(
-        examples,
-        program=program,
-        lm=lm,
-        template=ChatTemplate(),
-        prompts=program.initial_prompts(),
-        metric=exact_match,
-        sampling=Sampling(),
-        options=Bootstrapping(**options),
-        seed=0,
-    )
+    made, prompts = runner(lm, program), program.initial_prompts()
+    return collect(examples, made, prompts, options=Bootstrapping(**options), seed=0)
 
 
 def test_every_run_comes_back_whatever_came_of_it() -> None:
@@ -520,23 +502,18 @@ def closing(request: Request) -> Completion:
     return filled(doubling(request), "length" if asked(request, "number") == "3" else "eos")
 
 
-class Form(ChatTemplate):
-    def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        return super().parse(signature, text.removeprefix("= "))
-
-
 @pytest.mark.parametrize(("allowed", "learnt"), [(False, ["5"]), (True, ["3", "5"])])
 def test_a_field_closed_at_its_limit_is_scored_and_learnt_from_only_where_asked_for(
     allowed: bool, learnt: list[str]
 ) -> None:
-    traces, report = run(FakeLM(closing), doubles(3, 5), template=Form(), cut_traces=allowed)
+    traces, report = run(FakeLM(closing), doubles(3, 5), cut_traces=allowed)
     assert [trace.example for trace in traces] == learnt
     assert [trace.closed for trace in traces] == [trace.example == "3" for trace in traces]
     assert (report.solved, report.cut) == (len(learnt), 2 - len(learnt))
 
 
 def test_traces_know_which_ids_were_forced_and_judge_only_the_others() -> None:
-    (trace,), _ = run(FakeLM(closing), doubles(5), template=Form())
+    (trace,), _ = run(FakeLM(closing), doubles(5))
     assert trace.forced == (True, True, False, False)
     assert trace.free(0.5) == (0, 0, 0.5, 0.5)
     assert trace.ce is None  # in cross-entropy all weigh 1: an exported adapter has to write the form alone

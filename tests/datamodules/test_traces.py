@@ -23,7 +23,7 @@ from cotune.datamodules import (
     save_traces,
     split,
 )
-from cotune.programs import ChatTemplate, Demo, Prompt
+from cotune.programs import Demo, Lines, Prompt
 from fakes import EOS, Loop, doubles
 
 WINDOW = 400
@@ -55,7 +55,7 @@ def trace(number: int, *, call: int = 0, complete: bool = True, stage: str = "do
 
 def maker(*, window: int = WINDOW, demos: Sequence[Demo] = ()) -> PairMaker:
     prompts = {"double": Prompt("Double.", tuple(demos))}
-    return PairMaker(Loop(1), ChatTemplate(), prompts, encode, end_id=EOS, window=window)
+    return PairMaker(Loop(1), Lines(), prompts, encode, end_id=EOS, window=window)
 
 
 def batches(
@@ -87,7 +87,7 @@ def all_pairs(epoch: EpochBatches) -> list[list[Pair]]:
 
 def test_a_pair_is_the_prompt_and_the_very_ids_that_were_written() -> None:
     pair = maker().pair(trace(21))
-    expected = ChatTemplate().render(Loop(1).double.signature, Prompt("Double."), {"number": "21"})
+    expected = Lines().render(Loop(1).double.signature, Prompt("Double."), {"number": "21"})
     assert list(pair.prompt_ids) == encode(expected)
     assert pair.completion_ids == [*b"42", EOS]
 
@@ -152,8 +152,8 @@ def test_traces_of_another_tokenizer_are_trained_on_as_their_text(complete: bool
     assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
 
 
-def test_a_text_that_the_template_does_not_read_is_written_anew_from_the_outputs() -> None:
-    foreign = replace(trace(21), tokenizer="bytes", completion="<think>hm</think>42")
+def test_what_another_lm_wrote_around_its_outputs_is_not_learnt() -> None:
+    foreign = replace(trace(21), tokenizer="bytes", completion="<think>hm</think>The answer: 42")
     pair = student(backwards()).pair(foreign)
     assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
 

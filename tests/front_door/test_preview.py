@@ -131,7 +131,9 @@ def test_traces_of_another_tokenizers_lm_are_trained_on_as_what_they_say(
     said = preview(capsys, "runs/tiny", "--rows", "100")
     assert said.code == 0, said.err
     shown = Counter(text.removesuffix("<|im_end|>") for text in re.findall(r"⟦(.*?)⟧", said.out, re.DOTALL))
-    assert shown == Counter(trace.completion for trace in written)
+    module = finished.module
+    stages = module.program.stages
+    assert shown == Counter(module.form.write(stages[trace.stage].signature, trace.outputs) for trace in written)
 
 
 def test_forced_tokens_are_marked_apart() -> None:

@@ -163,20 +163,21 @@ class ChoicesAutomaton(Automaton[bytes]):
         self._shown = {(lead + text).encode(): lead + text for text in texts}
         if spaced:  # decoding drops a space here, so it may be written or not
             self._shown |= {b" " + written: text for written, text in self._shown.items()}
-        dead = [text for text in texts if not self._writes((lead + text).encode())]
+        self._ends = {text: self._live_places(text) for text in self._shown}
+        dead = [text for text in texts if 0 not in self._ends[(lead + text).encode()]]
         if dead:
             raise ValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; name it by other characters.")
         self.room = max(map(len, self._shown))
         self.reserve = max(len(codec.encode(text)) for text in self._shown.values()) + 1
 
     def find(self, state: bytes) -> Mapping[int, bytes]:
-        ids, done = self.codec.vocabulary.ids, len(state)
+        vocabulary, done = self.codec.vocabulary, len(state)
         return {
             token: text[:end]
             for text in self._shown
             if text.startswith(state)
-            for end in range(done + 1, len(text) + 1)
-            for token in ids.get(text[done:end], ())
+            for end in range(done + 1, min(len(text), done + vocabulary.longest) + 1)
+            for token in vocabulary.ids.get(text[done:end], ())
         }
 
     def complete(self, state: bytes) -> bool:
@@ -189,13 +190,17 @@ class ChoicesAutomaton(Automaton[bytes]):
             text for whole, text in self._shown.items() if whole.startswith(written)
         )
 
-    def _writes(self, text: bytes) -> bool:
-        """Whether tokens can be put together to this text."""
-        reached = {0}
-        for end in range(1, len(text) + 1):
-            if any(start in reached and text[start:end] in self.codec.vocabulary.ids for start in range(end)):
-                reached.add(end)
-        return len(text) in reached
+    def _lives(self, state: bytes) -> bool:
+        return any(text.startswith(state) and len(state) in ends for text, ends in self._ends.items())
+
+    def _live_places(self, text: bytes) -> frozenset[int]:
+        """The places in a text from which tokens can be put together to the rest of it."""
+        vocabulary, live = self.codec.vocabulary, {len(text)}
+        for start in reversed(range(len(text))):
+            ends = range(start + 1, min(len(text), start + vocabulary.longest) + 1)
+            if any(end in live and text[start:end] in vocabulary.ids for end in ends):
+                live.add(start)
+        return frozenset(live)
 
 
 _Number = tuple[int, str]

@@ -61,8 +61,9 @@ class Codec:
         key = (stops, width, device)
         if key not in self._masks:
             ids = list(self.ends)
+            starts = [stop.encode() for stop in stops]
             for i, token in enumerate(self.vocabulary.tokens if stops else []):
-                if token and any(_begins(token.decode(errors="replace"), stop) for stop in stops):
+                if token and any(start in token and not token.partition(start)[0].strip() for start in starts):
                     ids.append(i)
             self._masks[key] = mask_of(ids, width, device)
         return self._masks[key]
@@ -79,9 +80,3 @@ def canonical_share(codec: Codec, completions: Sequence[Sequence[int]]) -> float
     """The share of completions whose ids are those that the tokenizer gives their text (ends of the turn apart)."""
     bare = [[i for i in ids if i not in codec.ends] for ids in completions]
     return sum(codec.encode(codec.decode(ids)) == ids for ids in bare) / len(bare) if bare else 1.0
-
-
-def _begins(token: str, stop: str) -> bool:
-    """Whether the stop is in a token's text, with nothing but white space before it."""
-    at = token.find(stop)
-    return at >= 0 and not token[:at].strip()

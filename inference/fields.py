@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from cotune.inference.automata import Automaton, ChoicesAutomaton, Guide, NumberAutomaton
@@ -74,7 +74,7 @@ class Plan:
                 found.append(min(share, part.max_tokens or min(_RESERVE, max(1, max_new_tokens // 4))))
         return found
 
-    def _language(self, place: int) -> Automaton | Grammar | None:
+    def _language(self, place: int) -> Automaton[Any] | Grammar | None:
         part = self.layout[place]
         if isinstance(part, Fixed) or part.syntax is None:
             return None
@@ -127,6 +127,7 @@ class Filling:
         self.fields: list[Filled] = []
         self.text = ""
         self.finished: Finished | None = None
+        self._limit, self._blank = 1, False  # of the field that is open
         first = plan.layout[0]
         if isinstance(first, Fixed):
             self._put(first.text)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from cotune.inference.automata import Guide
 from cotune.inference.codec import Codec
@@ -20,6 +21,8 @@ _RESERVE = 32
 
 _CLOSING = 64
 """Most bytes that are put there to close a value at its limit."""
+
+_NEVER = 1 << 30
 
 
 class GrammarError(ValueError):
@@ -45,7 +48,7 @@ class Grammar:
         self.codec, self.spaced = codec, spaced
         self.room = len(lead.encode()) + _RESERVE + _CLOSING
         library = _llguidance()
-        self._tokenizer = _tokenizer(codec)
+        self._tokenizer, self.lengths = _tokenizer(codec)
         try:
             text = _lark(library, syntax, lead, spaced=spaced)
         except ValueError as error:
@@ -68,8 +71,7 @@ class _Matched(Guide):
     def forbidden(self, width: int, device: torch.device) -> Tensor | None:
         if self._matcher.is_accepting():
             return None
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
-        allowed = ((bits[:, None] >> torch.arange(8)) & 1).flatten()[:width].bool()
+        allowed = torch.from_numpy(_allowed(self._matcher)[:width])
         mask = torch.ones(width, dtype=torch.bool)
         mask[: len(allowed)] = ~allowed
         mask[[i for i in self._grammar.codec.ends if i < width]] = True
@@ -111,10 +113,20 @@ class _Matched(Guide):
 
     def _closer(self, matcher: Any) -> int | None:
         """A token that may come next: one that closes something if there is any, or else the shortest."""
-        vocabulary, bits = self._grammar.codec.vocabulary, matcher.compute_bitmask()
-        closers = (token for byte in _CLOSERS for token in vocabulary.ids.get(bytes([byte]), ()))
-        others = sorted((len(word), token) for token, word in enumerate(vocabulary.tokens) if word)
-        return next((t for t in (*closers, *(t for _, t in others)) if bits[t // 8] >> t % 8 & 1), None)
+        grammar, allowed = self._grammar, _allowed(matcher)
+        for byte in _CLOSERS:
+            for token in grammar.codec.vocabulary.ids.get(bytes([byte]), ()):
+                if allowed[token]:
+                    return token
+        lengths = np.where(allowed[: len(grammar.lengths)], grammar.lengths, _NEVER)
+        shortest = int(lengths.argmin())
+        return shortest if lengths[shortest] < _NEVER else None
+
+
+def _allowed(matcher: Any) -> Any:
+    """By id, whether a token may come next."""
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    return np.unpackbits(bits, bitorder="little").view(bool)
 
 
 class _Words:
@@ -128,7 +140,7 @@ class _Words:
         # Tokens that may not be written have names that no text holds.
         self.tokens = [b"\xff" + str(i).encode() if word is None else word for i, word in enumerate(words)]
         self.special_token_ids = [i for i, word in enumerate(words) if not word]
-        self.eos_token_id = codec.end_ids[0]
+        self.eos_token_id = codec.end_ids[0] if codec.end_ids else codec.tokenizer.eos_token_id
         self._codec = codec
 
     def __call__(self, text: str | bytes) -> Sequence[int]:
@@ -137,10 +149,12 @@ class _Words:
         return self._codec.continues("a", wanted.decode())[0]
 
 
-def _tokenizer(codec: Codec) -> Any:
+def _tokenizer(codec: Codec) -> tuple[Any, Any]:
+    """The tokenizer as `llguidance` reads it, and the bytes that each token writes, by id; both made once."""
     made = codec.kept.get("llguidance")
     if made is None:
-        made = codec.kept["llguidance"] = _llguidance().LLTokenizer(_Words(codec), n_vocab=None)
+        lengths = np.array([len(word) if word else _NEVER for word in codec.vocabulary.tokens])
+        made = codec.kept["llguidance"] = _llguidance().LLTokenizer(_Words(codec), n_vocab=None), lengths
     return made
 
 

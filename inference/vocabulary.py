@@ -10,6 +10,8 @@ from typing import Any
 _SAMPLE = 200
 """Tokens whose bytes are compared with what the tokenizer decodes."""
 
+_LONGEST = 32
+
 _MARK = "\u2581"  # SentencePiece's sign for a space
 
 
@@ -26,6 +28,7 @@ class Vocabulary:
     Attributes:
         tokens: by id, the bytes; None for special and other added tokens, and where they are not known.
         ids: the ids of all tokens that write these bytes.
+        longest: most bytes of a token that constraints take notice of; longer ones are hardly ever anything but spaces.
         strips_start: decoding drops a space at the beginning of a text (SentencePiece's dummy prefix).
     """
 
@@ -45,6 +48,7 @@ class Vocabulary:
         for i, found in enumerate(self.tokens):
             if found:
                 self.ids.setdefault(found, []).append(i)
+        self.longest = min(_LONGEST, max(map(len, self.ids), default=0))
         self.strips_start = self._strips_start()
 
     def _agrees(self, anchor: int, ids: Sequence[int]) -> bool:
@@ -87,7 +91,7 @@ def _reader(tokenizer: Any) -> Callable[[str], bytes | None]:
     kinds = {part["type"] for part in parts}
     if "ByteLevel" in kinds:
         byte_of = _byte_level()
-        return lambda text: bytes(byte_of[c] for c in text) if all(c in byte_of for c in text) else None
+        return lambda text: text.translate(byte_of).encode("latin-1", "ignore") or None
     if "Metaspace" in kinds or any(part.get("pattern") == {"String": _MARK} for part in parts):
         falls_back = "ByteFallback" in kinds
 
@@ -100,9 +104,9 @@ def _reader(tokenizer: Any) -> Callable[[str], bytes | None]:
     return lambda text: None
 
 
-def _byte_level() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for: itself where it can be printed, and else the
-    characters from U+0100 on, in order."""
+def _byte_level() -> dict[int, int]:
+    """The byte that each character of a byte-level vocabulary stands for: where it can be printed, the one of its own
+    number; for the others, in order, stand the characters from U+0100 on."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(0x100) if b not in set(printed)]
-    return {chr(b): b for b in printed} | {chr(0x100 + n): b for n, b in enumerate(others)}
+    return {b: b for b in printed} | {0x100 + n: b for n, b in enumerate(others)}

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,6 +101,11 @@ class StepWork:
         return max(len(self.history) - 1, 0)
 
     @property
+    def seconds_before(self) -> float:
+        """That earlier processes of a resumed run have taken, up to its checkpoint."""
+        return sum(float(record["seconds"]) for record in self.history) + self.costs.seconds_before
+
+    @property
     def best_record(self) -> dict[str, Any]:
         """The record of the prefix that the run would end with now."""
         record: dict[str, Any] = self.history[self.best["index"]]
@@ -155,10 +160,24 @@ class StepWork:
 
     # Weight steps
 
-    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
-        """Collects what the next rounds train on, with `rounds` of the weight step behind."""
+    def rehearse(self) -> None:
+        """From now on weight steps are one epoch long, as `fast_dev_run` asks."""
+        self.steps = {letter: replace(step, epochs=1, rounds=None) for letter, step in self.steps.items()}
+
+    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
+        """Collects what the next rounds train on, with `rounds` of the weight step behind.
+
+        Returns:
+            Whether there is anything to train on; without it only a `fast_dev_run` goes on.
+        """
         module, data = ours(trainer)
-        traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        try:
+            traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        except NoTracesError as error:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise
+            say(f"nothing to train on in so few examples, so no training is tried here ({error})")
+            return False
         if not rounds:
             if data.bootstrapping.pairs == "initial":
                 module.prompts = module.initial_prompts
@@ -171,6 +190,7 @@ class StepWork:
         done = module.weight_step if rounds else 0
         left = self._settings.epochs_or_rounds - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
+        return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
         """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""

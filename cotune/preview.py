@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune preview",
+        allow_abbrev=False,
         description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
         "the tokens that bear loss, in colour in a terminal and between ⟦ and ⟧ elsewhere.",
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError, Trace, load_traces
-from cotune.datamodules.splits import Sizes, Splits
+from cotune.datamodules.splits import NAMES, Sizes, Splits
 from cotune.programs import Demo, Example, Metric, Program, Prompts, Template, draw_demos, exact_match, hide_own_demos
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -210,6 +210,12 @@ class TraceDataModule(LightningDataModule, ABC):
         if self._splits is None:
             self._splits = self.load()
         return self._splits
+
+    def rehearse(self, batches: int) -> None:
+        """Keeps so many batches of each set, and trains on traces of any score above 0: for a look whether all runs."""
+        count = batches * self.batch_size
+        self._splits = Splits(*(getattr(self.splits, name)[:count] for name in NAMES))
+        self.bootstrapping = replace(self.bootstrapping, threshold=1e-9)
 
     def setup(self, stage: str) -> None:
         _ = self.splits  # bad data is found before the model is loaded

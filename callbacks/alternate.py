@@ -139,6 +139,8 @@ class Alternate(Callback):
         check_setup(trainer, pl_module, self.alternation)
         # The alternation counts; Lightning goes on until it is told that nothing is left.
         trainer.fit_loop.max_epochs = -1
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._rehearse(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._early = [(c, copy.deepcopy(c.state_dict())) for c in callbacks if isinstance(c, EarlyStopping)]
         callbacks.append(_EpochEnd(self))
@@ -173,10 +175,8 @@ class Alternate(Callback):
         # Saved behind an epoch's last batch, a run would go on with the next epoch, past this one's validation and end.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if self.stopping is not None and self.stopping.wanted:
-            self.saver.save(trainer)
-            self.stopping.check()
-        self.saver.save_if_due(trainer)
+        if not self._stops(trainer):
+            self.saver.save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -206,6 +206,11 @@ class Alternate(Callback):
     @property
     def search(self) -> PromptSearch:
         return self.work.search
+
+    @property
+    def finished(self) -> bool:
+        """Whether the schedule has come to its end. However else a fit ended, it is to be continued."""
+        return self.state.finished
 
     @property
     def position(self) -> int:
@@ -238,7 +243,8 @@ class Alternate(Callback):
         self.work.epoch_ended(module, rounds=self.state.rounds)
         wanted = self.alternation.wanted(self.state)
         if isinstance(wanted, Train):
-            self.saver.save_unless_too_soon(trainer, stored=module.lm.store is not None)
+            if not self._stops(trainer):
+                self.saver.save_unless_too_soon(trainer, stored=module.lm.store is not None)
             return
         if isinstance(wanted, Score):
             for callback, before in self._early:
@@ -247,6 +253,20 @@ class Alternate(Callback):
         with training_bar_paused(trainer):
             self._go_on(trainer)
         self._end_if_finished(trainer)
+
+    def _stops(self, trainer: Trainer) -> bool:
+        """Saves and raises if the process has been asked to end; else False."""
+        if self.stopping is not None and self.stopping.wanted:
+            self.saver.save(trainer)
+            self.stopping.check()
+        return False
+
+    def _rehearse(self, trainer: Trainer) -> None:
+        """Makes a `fast_dev_run` of it: the whole schedule, a batch of each set, an epoch a weight step."""
+        ours(trainer)[1].rehearse(int(trainer.fast_dev_run))  # type: ignore[attr-defined]
+        self.work.rehearse()
+        self.steps = self.work.steps
+        self.alternation = Alternation(planned(self.schedule, self.steps))
 
     def _go_on(self, trainer: Trainer) -> None:
         """Does what is wanted next, until that is training, or nothing."""
@@ -257,8 +277,11 @@ class Alternate(Callback):
                 self._advance(Searched())
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):
-                self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
+                there = self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
                 self._advance(Collected())
+                # A fast_dev_run trains so many steps in all; later weight steps are walked without.
+                if not there or (trainer.fast_dev_run and trainer.global_step >= trainer.max_steps):  # type: ignore[attr-defined]
+                    self._advance(RoundEnded(stop=True))
             else:
                 self.work.reach_boundary(trainer, rounds=self.state.rounds)
                 self._advance(Scored())
@@ -276,6 +299,12 @@ class Alternate(Callback):
 
     def _advance(self, event: Event) -> None:
         self.state = self.alternation.after(self.state, event)
+
+
+def ended(trainer: Trainer) -> bool:
+    """Whether a fit has come to the end of its schedule; one without a schedule has."""
+    found = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
+    return all(callback.finished for callback in found)
 
 
 class _EpochEnd(Checkpoint):

@@ -29,6 +29,11 @@ class Costs:
             self._usage, self._at_boundary = lm.usage, Usage(**vars(lm.usage))
 
     @property
+    def seconds_before(self) -> float:
+        """Since the last boundary, in earlier processes."""
+        return self._before
+
+    @property
     def seconds(self) -> float:
         """Since the last boundary; of a resumed run also those of the processes before, up to their checkpoint."""
         return self._before + time.perf_counter() - self._began

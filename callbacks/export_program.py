@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cotune.callbacks.alternate import ended
 from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import new_folder
@@ -19,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ExportProgram(Callback):
-    """Writes `export/` when the fit ends.
+    """Writes `export/` when the fit ends; nothing if the schedule did not, or if it was a `fast_dev_run`.
 
     `adapter/` is what PEFT saves; `prompts.json` maps stage names to prompts; `program.json` says which program, LM,
     template, sampling and data they belong to. `cotune export` makes a model card and merged weights of it.
@@ -35,6 +36,8 @@ class ExportProgram(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ProgramModule)
+        if trainer.fast_dev_run or not ended(trainer):  # type: ignore[attr-defined]
+            return
         folder = Path(self.folder or trainer.default_root_dir) / "export"
         data = getattr(trainer, "datamodule", None)
         described = describe_data(data) if isinstance(data, TraceDataModule) else None

@@ -27,7 +27,7 @@ _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets"
 
 
 class RecordRun(Callback, BoundaryListener):
-    """Writes history.jsonl at each boundary, and summary.json when the fit ends and when it has been tested.
+    """Writes history.jsonl at each boundary, and summary.json at the schedule's end and when it has been tested.
 
     A kind of fault of the user's code (program, retriever, metric) is printed at the first boundary after it occurred;
     how often it occurred in all stands in summary.json.
@@ -58,7 +58,7 @@ class RecordRun(Callback, BoundaryListener):
                 say(f"the {kind} failed {fault}. Such runs score 0; history.jsonl counts them.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alternate is not None and self._alternate.history:
+        if self._alternate is not None and self._alternate.finished:
             made = summary(self._alternate, seed=getattr(pl_module, "seed", 0))
             self._write(trainer, pl_module, {**made, "durability": self._durability(pl_module)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.save_policy import SavePolicy
@@ -25,9 +26,13 @@ class Saver:
         self.policy, self._folder = policy, folder
         self._checkpoints: Checkpoints | None = None
         self._waits = self._owed = False
+        self._scratch: TemporaryDirectory[str] | None = None
 
     def run_folder(self, trainer: Trainer) -> Path:
-        """Where checkpoints and traces are."""
+        """Where checkpoints and traces are; of a `fast_dev_run` a folder that goes with it."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._scratch = self._scratch or TemporaryDirectory(prefix="cotune-")
+            return Path(self._scratch.name)
         return Path(self._folder or trainer.default_root_dir)
 
     def wait(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cotune.callbacks.alternation import Step
+from cotune.lightning_modules.objectives import Objective
 
 PROMPTS = "p"
 """The letter of a prompt step. Every other letter is a weight step's."""
@@ -20,14 +20,15 @@ class WeightStep:
     """The settings of one letter of the schedule; null takes what the run has for all weight steps.
 
     Attributes:
-        objective: what the training rows are and what a token of them adds to the gradient.
+        objective: what the training rows are and what a token of them adds to the gradient. Null is `Rejection`:
+            completion loss on what passing runs wrote.
         lr: the full learning rate, in place of the optimiser's own.
         epochs: over the rows of one collection, made at the step's start. Null, without `rounds`: `alternate.epochs`.
         rounds: epochs that each begin with a collection by the weights as they then are, for objectives that learn
             from their own latest rollouts; in place of `epochs`.
     """
 
-    objective: Any = None
+    objective: Objective | None = None
     lr: float | None = None
     epochs: int | None = None
     rounds: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cotune.callbacks.alternation import Alternation
 from cotune.callbacks.diagnosis import advice_without_traces
+from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Program
@@ -21,8 +22,8 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
     Raises:
         TypeError: module or data are of another kind.
         NotImplementedError: the fit has several processes.
-        ValueError: a set is empty that steps are chosen by, gold answers are asked for where labels give none, or the
-            trainer has epochs of its own.
+        TrainerOptionError: the trainer was made with an option that cannot be honoured.
+        ValueError: a set is empty that steps are chosen by, or gold answers are asked for where labels give none.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
@@ -34,6 +35,7 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         raise NotImplementedError(
             f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
         )
+    _check_trainer(trainer, sum(step.rounds for step in alternation.steps))
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
             raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
@@ -45,20 +47,19 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
             f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
             "that reason there is data.bootstrapping.hints."
         )
-    _check_epochs(trainer, sum(step.rounds for step in alternation.steps))
 
 
-def _check_epochs(trainer: Trainer, epochs: int) -> None:
-    if trainer.max_epochs not in (None, -1, 1000, epochs):
-        raise ValueError(
-            f"trainer.max_epochs is {trainer.max_epochs}, but the weight steps of the schedule have {epochs} epochs in "
-            "all. Leave trainer.max_epochs out and set alternate.epochs."
-        )
-    reload: int = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
-    if epochs and reload != 1:
-        raise ValueError(
-            f"each epoch has batches of its own: set Trainer(reload_dataloaders_every_n_epochs=1), it is {reload}."
-        )
+def _check_trainer(trainer: Trainer, epochs: int) -> None:
+    """What the trainer was made with, as far as it still says so. Its number of epochs may be the schedule's own."""
+    own = ("callbacks", "precision", "val_check_interval", "limit_train_batches", "limit_val_batches")
+    names = (*own, "overfit_batches", "reload_dataloaders_every_n_epochs", "max_steps", "min_steps", "min_epochs")
+    values = {name: getattr(trainer, name, None) for name in (*names, "max_epochs")}
+    ours = () if epochs else ("reload_dataloaders_every_n_epochs",)
+    if trainer.max_epochs in (1000, epochs):  # 1000 is what Lightning makes of none
+        ours = (*ours, "max_epochs")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        ours = (*ours, "max_epochs", "max_steps", "limit_val_batches")  # Lightning has set them
+    check_trainer_options(values, but=ours)
 
 
 def labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:

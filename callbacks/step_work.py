@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from cotune.datamodules import (
 from cotune.datamodules.crash_point import crash_point
 from cotune.datamodules.durable import write_durably
 from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, SearchTask
 from lightning.pytorch import Trainer
@@ -100,6 +101,11 @@ class StepWork:
         return max(len(self.history) - 1, 0)
 
     @property
+    def seconds_before(self) -> float:
+        """That earlier processes of a resumed run have taken, up to its checkpoint."""
+        return sum(float(record["seconds"]) for record in self.history) + self.costs.seconds_before
+
+    @property
     def best_record(self) -> dict[str, Any]:
         """The record of the prefix that the run would end with now."""
         record: dict[str, Any] = self.history[self.best["index"]]
@@ -149,10 +155,24 @@ class StepWork:
 
     # Weight steps
 
-    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
-        """Collects what the next rounds train on, with `rounds` of the weight step behind."""
+    def rehearse(self) -> None:
+        """From now on weight steps are one epoch long, as `fast_dev_run` asks."""
+        self.steps = {letter: replace(step, epochs=1, rounds=None) for letter, step in self.steps.items()}
+
+    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
+        """Collects what the next rounds train on, with `rounds` of the weight step behind.
+
+        Returns:
+            Whether there is anything to train on; without it only a `fast_dev_run` goes on.
+        """
         module, data = ours(trainer)
-        traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        try:
+            traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        except NoTracesError as error:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise
+            say(f"nothing to train on in so few examples, so no training is tried here ({error})")
+            return False
         if not rounds:
             if data.bootstrapping.pairs == "initial":
                 module.prompts = module.initial_prompts
@@ -165,6 +185,7 @@ class StepWork:
         done = module.weight_step if rounds else 0
         left = self._settings.epochs_or_rounds - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
+        return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
         """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
@@ -194,6 +215,10 @@ class StepWork:
     def _settings(self) -> WeightStep:
         return self.steps[self.schedule[self.position]]
 
+    @property
+    def _objective(self) -> Objective:
+        return self._settings.objective or Rejection()
+
     def _folder(self, run: Path, rounds: int) -> Path:
         folder = run / "traces" / f"step-{self.position + 1}"
         return folder / f"round-{rounds + 1}" if rounds else folder
@@ -205,7 +230,7 @@ class StepWork:
         left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=rounds)
         if left_out:
             say(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
-        module.full_rate = self._settings.lr
+        module.full_rate, module.objective = self._settings.lr, self._objective
 
     def _traces(self, module: ProgramModule, data: TraceDataModule, folder: Path, rounds: int) -> list[Trace]:
         reused = data.reuse_traces(module.program)
@@ -224,7 +249,7 @@ class StepWork:
                 progress=progress.advance,
                 vocabulary=module.vocabulary,
             )
-            traces = module.objective.rows(collected)
+            traces = self._objective.rows(collected)
             self._report = collected.report(traces)
             progress.say(str(self._report))
         if not traces:

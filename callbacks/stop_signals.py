@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,15 +28,28 @@ class Stopped(BaseException):
         self.exit_code = 128 + number
 
 
+class OutOfTime(Stopped):
+    """The time that the run was given is over."""
+
+    def __init__(self) -> None:
+        super().__init__(signal.SIGTERM)
+
+
 class StopSignals:
     """Signal handlers, inside a `with`. The first signal waits for the end of a unit of work; a second one does not.
 
     Where nothing is under way that could be lost (`patient` is off) the first one ends the process at once as well.
+    Time that is over is like a first signal.
+
+    Attributes:
+        max_seconds: that the run may take, from here on and in `seconds_before` together; None: as long as it takes.
+        seconds_before: that earlier processes of the run have taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_seconds: float | None = None) -> None:
         self.patient = False
         self.requested: int | None = None
+        self.max_seconds, self.seconds_before, self._began = max_seconds, 0.0, time.monotonic()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -58,13 +72,20 @@ class StopSignals:
 
     @property
     def wanted(self) -> bool:
-        """Whether a signal has come."""
-        return self.requested is not None
+        """Whether a signal has come, or time is over."""
+        return self.requested is not None or self._out_of_time
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come. To be called between units of work."""
+        """Raises Stopped if a signal has come or time is over. To be called between units of work."""
         if self.requested is not None:
             raise Stopped(self.requested)
+        if self._out_of_time:
+            raise OutOfTime
+
+    @property
+    def _out_of_time(self) -> bool:
+        taken = self.seconds_before + time.monotonic() - self._began
+        return self.max_seconds is not None and taken >= self.max_seconds
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
@@ -92,6 +113,7 @@ class StopOnSignal(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Alternate):
                 callback.stopping = self.signals
+                self.signals.seconds_before = callback.work.seconds_before
         self.signals.patient = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

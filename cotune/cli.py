@@ -9,12 +9,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import Checkpoints
@@ -27,12 +29,13 @@ from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
 from cotune.callbacks.redact import redacted
 from cotune.callbacks.say_plan import SayPlan
-from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
+from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
+from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.help_page import arrange
 from cotune.lightning_modules import ProgramModule
-from cotune.option_errors import refused_options
+from cotune.option_errors import OptionError, refused_options
 from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
@@ -108,11 +111,16 @@ class RunFinishedError(Exception):
     """The run in the folder has come to its end, and there is nothing to do."""
 
 
+class UnfinishedError(RuntimeError):
+    """A fit has ended and its schedule has not."""
+
+
 class CotuneCLI(LightningCLI):
     """`cotune fit | validate | test`."""
 
     def __init__(self, args: ArgsType = None) -> None:
         self.run_folder: RunFolder | None = None
+        self._scratch: TemporaryDirectory[str] | None = None  # of a fast_dev_run
         self.signals = StopSignals()
         self._before: RunIdentity | None = None
         words = sys.argv[1:] if args is None else args
@@ -129,6 +137,8 @@ class CotuneCLI(LightningCLI):
             self.run_folder.release()
         if hasattr(self, "model") and self.model.lm.store is not None:
             self.model.lm.store.close()  # it opens again where it is asked again
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def _run(self, args: ArgsType) -> None:
         super().__init__(
@@ -149,7 +159,7 @@ class CotuneCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # As the base class does, with a parser that suggests.
-        parser = Parser(**kwargs)
+        parser = Parser(**{**kwargs, "allow_abbrev": False})
         parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
         return parser
 
@@ -171,6 +181,8 @@ class CotuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            self._check_trainer(config)
         self.run_folder = RunFolder(config.runs_dir, config.name)
         if self.subcommand == "fit":
             self._take_folder(config)
@@ -182,6 +194,21 @@ class CotuneCLI(LightningCLI):
         if config.get("ckpt_path"):
             config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
         config.trainer.default_root_dir = str(self.run_folder.path)
+
+    def _check_trainer(self, config: Any) -> None:
+        """Refuses what the trainer would do otherwise than it is asked to, before the run's folder is touched."""
+        check_trainer_options(vars(config.trainer))
+        if int(os.environ.get("SLURM_PROCID") or 0) > 0:
+            raise OptionError(
+                f"srun has started this command {os.environ.get('SLURM_NTASKS', 'several')} times, and a run is one "
+                "process. Give srun --ntasks 1."
+            )
+        if config.trainer.max_time is not None:
+            with refused_options():
+                self.signals.max_seconds = Timer(config.trainer.max_time).time_remaining()
+        if config.trainer.fast_dev_run:
+            self._scratch = TemporaryDirectory(prefix="cotune-")
+            config.runs_dir = self._scratch.name
 
     def _take_folder(self, config: Any) -> None:
         """Takes the run's folder, and finds out where the run that is in it goes on."""
@@ -253,6 +280,17 @@ class CotuneCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         chosen = config.trainer.get("logger")
+        own = config.trainer.get("callbacks") or []
+        callbacks = own if isinstance(own, list) else [own]
+        config.trainer["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                # Not in checkpoints/, which holds what the run is continued from.
+                callback.dirpath = str(self.run_folder.path / "model_checkpoints")  # type: ignore[union-attr]
+        if config.trainer.get("plugins") is None:
+            # One process, whatever a scheduler's variables in this shell say of others.
+            config.trainer["plugins"] = [LightningEnvironment()]
+        config.trainer["max_time"] = None  # it counts from the trainer's first batch; `signals` counts all
         loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
         if self.subcommand == "fit" and chosen is not False:
             assert self.run_folder is not None
@@ -270,10 +308,20 @@ class CotuneCLI(LightningCLI):
         return trainer
 
     def after_fit(self) -> None:
+        folder = Path(self.trainer.default_root_dir)
+        (alternate,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Alternate))  # type: ignore[attr-defined]
+        if not alternate.finished:
+            raise UnfinishedError(
+                f"the fit ended in step {alternate.position + 1} of {len(alternate.schedule)} "
+                f"({' -> '.join(alternate.schedule)}), because something else told the trainer to stop. The same "
+                "command goes on from what was saved last."
+            )
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self._scratch is not None:
+            print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
+            return
         from cotune.closing_table import closing_table
 
-        folder = Path(self.trainer.default_root_dir)
         made = read_identity(folder)
         assert made is not None
         made.ended().write(folder)
@@ -313,6 +361,13 @@ def guarded(command: Callable[[], int]) -> int:
     _find_own_modules()
     try:
         return command()
+    except OutOfTime as stopped:
+        print(
+            "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
+            "with more time goes on from here.",
+            file=sys.stderr,
+        )
+        return stopped.exit_code
     except Stopped as stopped:
         print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
         return stopped.exit_code

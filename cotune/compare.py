@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune compare",
+        allow_abbrev=False,
         description="Sets runs side by side: scores by prefix, test, cost, the settings that differ, and, over the "
         "examples that they have in common, the paired difference to the first run and where they disagree.",
     )

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune doctor",
+        allow_abbrev=False,
         description="Looks at this machine and says what a run can use and what to set. Nothing is downloaded, changed "
         "or sent, and no key is shown.",
         epilog="Exit codes: 0 when all that cotune needs works, 1 when something is broken.",

@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune export",
+        allow_abbrev=False,
         description="Makes what a run ended with fit for others: adapter/ for PEFT and vLLM, merged/ with whole "
         "weights for transformers and the rest, and README.md, a model card with scores, data and settings. "
         "Exit codes: 0, or 2 for an error that the message explains.",

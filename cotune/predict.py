@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune predict",
+        allow_abbrev=False,
         description="Answers new rows with a tuned program. Writes one JSON object a row, in the order of the rows: "
         '{"row": 1, ...the prediction..., "error": null}. A row that fails says why in "error". Start it in the folder '
         "where the run was started, so that your own program can be imported.",

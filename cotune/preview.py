@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune preview",
+        allow_abbrev=False,
         description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
         "the tokens that bear weight, in colour in a terminal and elsewhere between ⟦ and ⟧, those that the engine put "
         "there between ⟨ and ⟩.",

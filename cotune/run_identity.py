@@ -25,6 +25,7 @@ _FREE = (
     # What is shown and saved, and how much memory generating may take. No result follows from them.
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
     *("trainer.profiler", "alternate.save_every", "model.lm.init_args.cache_tokens"),
+    *("trainer.enable_checkpointing", "trainer.max_time"),
 )
 """Options that may be others when a run is continued."""
 

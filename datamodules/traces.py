@@ -13,7 +13,7 @@ from typing import Any
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError
 from cotune.datamodules.encode import Vocabulary
-from cotune.datamodules.splits import Duplicates, Sizes, Splits, leak_notes
+from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes
 from cotune.datamodules.trace import Trace, load_traces
 from cotune.programs import (
     Demo,
@@ -288,6 +288,12 @@ class TraceDataModule(LightningDataModule, ABC):
             made = self.load()
             self._splits = replace(made, notes=(*made.notes, *leak_notes(made)))
         return self._splits
+
+    def rehearse(self, batches: int) -> None:
+        """Keeps so many batches of each set, and trains on traces of any score above 0: for a look whether all runs."""
+        count = batches * self.batch_size
+        self._splits = replace(self.splits, **{name: getattr(self.splits, name)[:count] for name in NAMES})
+        self.bootstrapping = replace(self.bootstrapping, threshold=1e-9)
 
     def setup(self, stage: str) -> None:
         _ = self.splits  # bad data is found before the model is loaded

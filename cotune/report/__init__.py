@@ -10,6 +10,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune report",
+        allow_abbrev=False,
         description="Writes a run as one HTML file that needs no network: scores by prefix, prompts before and after, "
         "candidates, examples won and lost with their traces, training curves, cost, settings. A run under way is "
         "shown as far as it has come.",

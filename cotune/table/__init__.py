@@ -11,6 +11,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(
         "cotune table",
+        allow_abbrev=False,
         description="Runs a table: strategies on tasks, LMs, presets and seeds, each run a process of its own. What "
         "strategies share is run once. Says first what it will cost; goes on where it was stopped; writes table.md, "
         "table.json and table.svg into its folder after each run.",

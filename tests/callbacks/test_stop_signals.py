@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
+from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from lightning.pytorch import Callback
 from tiny_fit import tiny_fit
 
@@ -75,14 +75,45 @@ class SignalInValidation(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_in_a_validation_loses_no_step_before_it(tiny_model: Path, tmp_path: Path) -> None:
-    options = {"epochs": 3, "save_every": 1000}
+def test_a_signal_in_a_validation_loses_the_step_before_it_and_no_more(tiny_model: Path, tmp_path: Path) -> None:
+    options = {"epochs": 3, "save_every": 1}
     whole = tiny_fit(tiny_model, tmp_path / "whole", **options).run()
     with StopSignals() as signals:
         first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(signals), SignalInValidation()], **options)
         with pytest.raises(Stopped):
             first.run()
-    assert torch.load(first.last, weights_only=True)["global_step"] == first.trainer.global_step
+    assert torch.load(first.last, weights_only=True)["global_step"] == first.trainer.global_step - 1
     second = tiny_fit(tiny_model, tmp_path, **options).run(first.last)
     assert second.outcome == whole.outcome
     assert second.lm.usage.calls == whole.lm.usage.calls
+
+
+def test_time_that_is_over_ends_a_fit_like_a_signal_and_counts_earlier_starts(tiny_model: Path, tmp_path: Path) -> None:
+    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+    first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(StopSignals(max_seconds=0.0))], save_every=1)
+    with pytest.raises(OutOfTime) as stopped:
+        first.run()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    part = tiny_fit(tiny_model, tmp_path, callbacks=[EndsTimeAt(3)], save_every=1)
+    with pytest.raises(OutOfTime):
+        part.run()
+    assert torch.load(part.last, weights_only=True)["global_step"] == 3
+    again = StopSignals(max_seconds=1e-9)
+    with pytest.raises(OutOfTime):
+        tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(again)], save_every=1).run(part.last)
+    assert again.seconds_before > 0
+    signals = StopSignals(max_seconds=3600.0)
+    rest = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(signals)], save_every=1).run(part.last)
+    assert rest.outcome == whole.outcome
+
+
+class EndsTimeAt(StopOnSignal):
+    """Time is over while a step of training is under way."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(StopSignals(max_seconds=3600.0))
+        self.step = step
+
+    def on_train_batch_start(self, trainer: object, pl_module: object, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.step - 1:  # type: ignore[attr-defined]
+            self.signals.max_seconds = 0.0

@@ -61,8 +61,8 @@ def _part(name: str) -> Callable[[Any], None]:
 PARTS: dict[str, Callable[[Any], None]] = {
     name: _part(name)
     for name in (
-        "kills", "kills_shapes", "kills_embedded", "crash_points", "stops", "two_runs", "corruption", "disk", "numerics", "memory",
-        "world_size", "canary", "inputs",
+        "kills", "kills_shapes", "kills_embedded", "crash_points", "stops", "two_runs", "corruption", "disk",
+        "numerics", "memory", "world_size", "canary", "inputs",
     )
 }  # fmt: skip
 

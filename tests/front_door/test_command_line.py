@@ -196,7 +196,11 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
     ("option", "value", "said"),
     [
         ("seed_everything", "-1", "-1 is not in bounds, numpy accepts from 0 to 4294967295"),
-        ("trainer.max_steps", "-5", "`max_steps` must be a non-negative integer or -1"),
+        (
+            "trainer.max_steps",
+            "-5",
+            "trainer.max_steps -5 cannot be had here: how long a weight step is, alternate.epochs",
+        ),
         ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
         ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
@@ -353,7 +357,7 @@ def test_one_seed_reaches_model_data_and_alternate(run: Run, tiny_model: Path, m
     assert run(*fit(tiny_model, "--seed_everything", "3")).code == 0
     (cli,) = made
     (alternate,) = [c for c in cli.trainer.callbacks if type(c).__name__ == "Alternate"]
-    assert (cli.model.seed, cli.datamodule.seed, alternate.seed) == (3, 3, 3)
+    assert (cli.model.seed, cli.datamodule.seed, alternate.options.seed) == (3, 3, 3)
 
 
 def test_the_key_of_a_logger_is_in_no_file_of_the_run(

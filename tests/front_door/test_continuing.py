@@ -13,6 +13,7 @@ import pytest
 import yaml
 from commands import Said, cotune, fit
 from cotune.callbacks import Alternate
+from cotune.callbacks.step_work import StepWork
 from cotune.datamodules.durable import damage_of
 
 from cotune.__main__ import main
@@ -39,7 +40,7 @@ def stopped_in_training(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[s
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Alternate, "_end_weight_step", stop)
+        patch.setattr(StepWork, "_end_weight_step", stop)
         with pytest.raises(StoppedError):
             run(*words, "--alternate.save_every", "1")
 

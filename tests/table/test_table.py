@@ -130,7 +130,7 @@ def test_every_cell_of_a_shipped_table_parses(name: str) -> None:
         for preset in made.presets:
             parts = parts_of(made.words(task, next(iter(made.lms)), preset))
             # `paper` is the paper's rule, `default` is the product's.
-            assert parts.alternate.keep == ("last" if preset == "paper" else "best")
+            assert parts.alternate.options.keep == ("last" if preset == "paper" else "best")
             query_and_key = preset in ("paper", "query-and-key")
             assert parts.module.lm.lora.targets == (["q_proj", "k_proj"] if query_and_key else "all-linear")
 
@@ -155,18 +155,22 @@ def test_the_paper_preset_is_the_paper_to_the_letter() -> None:
         lora, sampling, options = parts.module.lm.lora, parts.module.sampling, parts.data.bootstrapping
         assert (lora.r, lora.alpha, lora.dropout) == (32, 64, 0.0)
         assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens) == (0.1, 0.97, 1024)
-        assert (parts.alternate.epochs, parts.data.batch_size, str(parts.module.lm.dtype)) == (5, 8, "torch.bfloat16")
+        assert (parts.alternate.options.epochs, parts.data.batch_size, str(parts.module.lm.dtype)) == (
+            5,
+            8,
+            "torch.bfloat16",
+        )
         assert (options.pairs, options.attempts, options.hints, options.demo_share) == ("initial", 1, 0, 0.0)
         search: Any = parts.alternate.search
         assert (search.num_candidates, search.max_demos, search.restart) == (6, 3, True)
-        assert not parts.alternate.try_both_prompts
+        assert not parts.alternate.options.try_both_prompts
         assert all("reasoning" in stage.signature.outputs for stage in parts.module.program.stages.values())
         own = parts.data.sizes
         sizes[made.tasks[task].paper] = (
             own.train,
             own.dev + own.val,
             own.test,
-            parts.alternate.search_examples,
+            parts.alternate.options.search_examples,
             own.dev,
         )
     assert sizes == {

@@ -1,0 +1,188 @@
+"""Which options of Lightning's Trainer a fit with Alternate takes: one row for each of them, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class TrainerOptionError(ValueError):
+    """A trainer option has a value that a fit with Alternate cannot honour."""
+
+
+@dataclass(frozen=True)
+class TrainerOption:
+    """One argument of `Trainer`.
+
+    Attributes:
+        verdict: it works; it is refused at the start unless `takes` allows the value; or it has nothing to act on.
+        says: what it does here; for a refused one why, and what to do instead.
+        takes: whether a value is fine all the same. None always is: it is Lightning's default.
+    """
+
+    verdict: Literal["works", "refused", "irrelevant"]
+    says: str
+    takes: Callable[[Any], bool] = lambda value: True
+
+
+def _works(says: str, takes: Callable[[Any], bool] = lambda value: True) -> TrainerOption:
+    return TrainerOption("works", says, takes)
+
+
+def _refused(says: str, takes: Callable[[Any], bool] = lambda value: False) -> TrainerOption:
+    return TrainerOption("refused", says, takes)
+
+
+def _irrelevant(says: str) -> TrainerOption:
+    return TrainerOption("irrelevant", says)
+
+
+def _one_device(value: Any) -> bool:
+    """One device, by number or by name; "auto" is looked at when Lightning has counted."""
+    if isinstance(value, str):
+        return value in ("auto", "1") or (value.endswith(",") and value.count(",") == 1)
+    return len(value) == 1 if isinstance(value, (list, tuple)) else value == 1
+
+
+_LENGTH = "how long a weight step is, alternate.epochs says (or alternate.steps, by letter)"
+
+TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
+    "accelerator": _works("cpu, gpu, mps or auto"),
+    "strategy": _refused(
+        "the fit runs in one process on one device; leave it at auto", lambda value: value in ("auto", "single_device")
+    ),
+    "devices": _refused("Alternate runs in one process on one device; set trainer.devices to 1", _one_device),
+    "num_nodes": _refused("Alternate runs in one process; set trainer.num_nodes to 1", lambda value: value == 1),
+    "precision": _works(
+        "32-true, and bf16-mixed or 16-mixed for training. The weights keep the type that they were loaded with: for "
+        "16-bit weights leave it out and set model.lm.dtype",
+        lambda value: str(value) in ("32", "32-true", "bf16-mixed", "16-mixed", "bf16", "16"),
+    ),
+    "logger": _works("beside metrics.csv, which every run has; false for none"),
+    "callbacks": _works(
+        "EarlyStopping ends the weight step under way, and the schedule goes on. Timer: take trainer.max_time. "
+        "StochasticWeightAveraging and the like: take alternate.average_last. LearningRateFinder, BatchSizeFinder and "
+        "finetuning schedules train outside the schedule: leave them out",
+        lambda value: not refused_callbacks(value),
+    ),
+    "fast_dev_run": _works("walks the whole schedule on a batch of each set, and keeps nothing"),
+    "max_epochs": _refused(_LENGTH, lambda value: value == -1),
+    "min_epochs": _refused(f"{_LENGTH}, and EarlyStopping has a patience of its own", lambda value: value == 0),
+    "max_steps": _refused(_LENGTH, lambda value: value == -1),
+    "min_steps": _refused(f"{_LENGTH}, and EarlyStopping has a patience of its own", lambda value: value == 0),
+    "max_time": _works(
+        "bounds the run's wall clock, prompt steps and earlier starts of it included. Then it is saved and ends with "
+        "exit code 143; the same command with more time goes on. From Python: StopSignals(max_seconds=…)"
+    ),
+    "limit_train_batches": _works(
+        "shortens each training epoch to so many batches, or that share of them; to train nothing leave w out of the "
+        "schedule",
+        lambda value: value > 0,
+    ),
+    "limit_val_batches": _refused(
+        "steps are chosen by the score on all of val; set data.sizes.val. 0 is taken: no validation between epochs",
+        lambda value: value == 0 or (isinstance(value, float) and value == 1),
+    ),
+    "limit_test_batches": _refused(
+        "the closing test is of all of test; set data.sizes.test", lambda value: isinstance(value, float) and value == 1
+    ),
+    "limit_predict_batches": _irrelevant("a fit does not predict"),
+    "overfit_batches": _refused(
+        "rows to train on are collected anew in each weight step; to see whether the program can learn a few examples, "
+        "set data.sizes.train to as many",
+        lambda value: value == 0,
+    ),
+    "val_check_interval": _refused(
+        "an epoch's adapter is scored at the epoch's end; for fewer validations set trainer.check_val_every_n_epoch",
+        lambda value: isinstance(value, float) and value == 1,
+    ),
+    "check_val_every_n_epoch": _works("epochs between two validations; a step's last epoch always gets its score"),
+    "num_sanity_val_steps": _works("batches of val to run before training; its scores are not kept"),
+    "log_every_n_steps": _works("optimiser steps between two rows of loss and rate; the command line's default is 1"),
+    "enable_checkpointing": _irrelevant(
+        "the run is saved and can be continued in any case; a ModelCheckpoint in trainer.callbacks works beside that"
+    ),
+    "enable_progress_bar": _works("in a terminal it is on, in a log file off"),
+    "enable_model_summary": _works("Lightning's table of the LM's layers"),
+    "accumulate_grad_batches": _works("batches to an optimiser step, which then count by their tokens"),
+    "gradient_clip_val": _works("largest norm, or value, of a gradient; the command line's default is 1"),
+    "gradient_clip_algorithm": _works("norm or value"),
+    "deterministic": _works("true or warn; on a CPU a run is reproducible to the bit without it"),
+    "benchmark": _works("cuDNN's; there are no convolutions in most LMs"),
+    "inference_mode": _works("whether validation and test run in torch.inference_mode"),
+    "use_distributed_sampler": _irrelevant("the fit runs in one process"),
+    "profiler": _works("simple, advanced or a profiler of Lightning's"),
+    "detect_anomaly": _works("torch's search for the operation that made a NaN; slow"),
+    "barebones": _refused("it switches off what saves and logs the run", lambda value: not value),
+    "plugins": _works("except BitsandbytesPrecision: set model.lm.quantization"),
+    "sync_batchnorm": _irrelevant("the fit runs in one process"),
+    "reload_dataloaders_every_n_epochs": _refused(
+        "each epoch has batches of its own; set it to 1", lambda value: value == 1
+    ),
+    "default_root_dir": _irrelevant("a run's folder is <runs_dir>/<name>; from Python it is this one"),
+    "enable_autolog_hparams": _works("whether Lightning logs the hyperparameters that a module has saved"),
+    "model_registry": _irrelevant("Lightning's own cloud; the run's checkpoints and export stay in its folder"),
+}
+"""Argument of `Trainer` -> what becomes of it in a fit."""
+
+_CALLBACKS = {
+    "Timer": "take trainer.max_time, which counts prompt steps as well",
+    "StochasticWeightAveraging": "take alternate.average_last",
+    "WeightAveraging": "take alternate.average_last",
+    "EMAWeightAveraging": "take alternate.average_last",
+    "LearningRateFinder": "set the optimiser's lr",
+    "BatchSizeFinder": "where memory runs out, a batch is cut into parts by itself",
+    "BackboneFinetuning": "only the adapter is trained",
+}
+
+
+def refused_callbacks(chosen: Any) -> list[str]:
+    """A phrase for each callback that would break the schedule; they may be objects, or as a config names them."""
+    found = []
+    for callback in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
+        path = getattr(callback, "class_path", None) or (callback if isinstance(callback, str) else None)
+        name = path.rpartition(".")[2] if path else type(callback).__name__
+        if name in _CALLBACKS:
+            found.append(f"{name}: {_CALLBACKS[name]}")
+    return found
+
+
+def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = ()) -> None:
+    """Refuses a fit with a value that it cannot honour.
+
+    Args:
+        values: argument of `Trainer` -> value.
+        but: arguments that are not looked at.
+
+    Raises:
+        TrainerOptionError: names the option, the reason and the way out.
+    """
+    for name, option in TRAINER_OPTIONS.items():
+        value = values.get(name)
+        if value is None or name in but or option.takes(value):
+            continue
+        if name == "callbacks":
+            raise TrainerOptionError(f"trainer.callbacks: {'; '.join(refused_callbacks(value))}.")
+        raise TrainerOptionError(f"trainer.{name} {value} cannot be had here: {option.says}.")
+
+
+def page() -> str:
+    """docs/trainer-options.md."""
+    rows = [f"| `{name}` | {option.verdict} | {option.says} |" for name, option in TRAINER_OPTIONS.items()]
+    return "\n".join(
+        [
+            "# Options of the Trainer",
+            "",
+            "A fit is a fit of Lightning's `Trainer`, and most of its options do what they always do. Those that "
+            "speak of how long",
+            "to train, or of several devices, are the schedule's to say or not yet possible: they are refused at the "
+            "start, with the",
+            "reason. `cotune validate` and `cotune test` take them all.",
+            "",
+            "| `--trainer.…` | | |",
+            "|---|---|---|",
+            *rows,
+            "",
+        ]
+    )

@@ -1,0 +1,65 @@
+"""EarlyStopping ends a weight step, and not the run; each weight step begins with its counters as new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from tiny_fit import BreakInTraining, BreakInValidation, BrokenOffError, Fit, tiny_fit
+
+
+def stopping_fit(model: Path, folder: Path, *more: Callback, at_epoch_end: bool = True, first: bool = False) -> Fit:
+    """Two weight steps of up to five epochs whose val score never moves: two epochs each, with a patience of one."""
+    early = EarlyStopping("val/score", mode="max", patience=1, check_on_train_epoch_end=at_epoch_end)
+    options: dict[str, Any] = {"epochs": 5, "metric": lambda *_: 1.0, "save_every": 1}
+    fit = tiny_fit(model, folder, "w -> p -> w", callbacks=[early, *more], **options)
+    if first:
+        fit.trainer.callbacks.remove(early)
+        fit.trainer.callbacks.insert(0, early)
+    return fit
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_every_weight_step_is_stopped_and_the_schedule_goes_on(
+    first: bool, at_epoch_end: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    fit = stopping_fit(tiny_model, tmp_path, at_epoch_end=at_epoch_end, first=first).run()
+    assert fit.alternate.finished
+    assert [record["prefix"] for record in fit.alternate.history] == ["vanilla", "w", "w -> p", "w -> p -> w"]
+    assert fit.trainer.current_epoch == 4, "two epochs in each step; old counters would end the second after one"
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        BreakInTraining(1),
+        BreakInValidation(1),  # the epoch that ends the first step
+        BreakInValidation(2),  # the first of the second step
+        BreakInValidation(3),
+    ],
+)
+def test_a_kill_in_between_changes_nothing(breaks: Callback, tiny_model: Path, tmp_path: Path) -> None:
+    whole = stopping_fit(tiny_model, tmp_path / "whole").run()
+    part = stopping_fit(tiny_model, tmp_path, breaks)
+    with pytest.raises(BrokenOffError):
+        part.run()
+    rest = stopping_fit(tiny_model, tmp_path).run(part.last)
+    assert rest.outcome == whole.outcome
+    assert rest.trainer.current_epoch == whole.trainer.current_epoch
+    assert rest.trainer.global_step == whole.trainer.global_step
+
+
+def test_a_kill_while_the_stopped_step_is_scored_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    whole = stopping_fit(tiny_model, tmp_path / "whole").run()
+    seen = len(whole.lm.seen)
+    for share in (0.45, 0.6, 0.97):
+        part = stopping_fit(tiny_model, tmp_path / str(share))
+        part.lm.breaks_at = int(share * seen)
+        with pytest.raises(BrokenOffError):
+            part.run()
+        rest = stopping_fit(tiny_model, tmp_path / str(share)).run(part.last)
+        assert rest.outcome == whole.outcome, share

@@ -1,0 +1,215 @@
+"""The table of Trainer options: it names all of them, and each does what its row says, on a tiny fit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import cotune, fit
+from cotune.callbacks.trainer_options import TRAINER_OPTIONS, TrainerOptionError, check_trainer_options, page
+from cotune.datamodules import Sizes
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from tiny_fit import tiny_fit
+
+from cotune.__main__ import main
+
+WORKS: dict[str, dict[str, Any]] = {
+    "accelerator": {"accelerator": "cpu"},
+    "precision": {"precision": "bf16-mixed"},
+    "logger": {"logger": False},
+    "fast_dev_run": {"fast_dev_run": True},
+    "limit_train_batches": {"limit_train_batches": 1},
+    "check_val_every_n_epoch": {"check_val_every_n_epoch": 2},
+    "num_sanity_val_steps": {"num_sanity_val_steps": 1},
+    "log_every_n_steps": {"log_every_n_steps": 5},
+    "enable_progress_bar": {"enable_progress_bar": True},
+    "enable_model_summary": {"enable_model_summary": True},
+    "accumulate_grad_batches": {"accumulate_grad_batches": 2},
+    "gradient_clip_val": {"gradient_clip_val": 0.5},
+    "gradient_clip_algorithm": {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
+    "deterministic": {"deterministic": True},
+    "benchmark": {"benchmark": False},
+    "inference_mode": {"inference_mode": False},
+    "profiler": {"profiler": "simple"},
+    "detect_anomaly": {"detect_anomaly": True},
+    "plugins": {"plugins": [LightningEnvironment()]},
+    "enable_autolog_hparams": {"enable_autolog_hparams": False},
+    # irrelevant, and harmless
+    "limit_predict_batches": {"limit_predict_batches": 1},
+    "enable_checkpointing": {"enable_checkpointing": True},
+    "use_distributed_sampler": {"use_distributed_sampler": False},
+    "sync_batchnorm": {"sync_batchnorm": True},
+    "default_root_dir": {},
+    "model_registry": {"model_registry": "none"},
+}
+"""Option -> Trainer arguments to try it with. `callbacks` and `max_time` have tests of their own."""
+
+REFUSED: dict[str, str] = {
+    "strategy": "ddp",
+    "devices": "2",
+    "num_nodes": "2",
+    "max_epochs": "3",
+    "min_epochs": "3",
+    "max_steps": "1",
+    "min_steps": "1",
+    "limit_val_batches": "2",
+    "limit_test_batches": "2",
+    "overfit_batches": "1",
+    "val_check_interval": "50",
+    "barebones": "true",
+    "reload_dataloaders_every_n_epochs": "2",
+    # rows that work, with values that do not
+    "precision": "bf16-true",
+    "limit_train_batches": "0",
+    "callbacks": "StochasticWeightAveraging",
+}
+
+
+@pytest.fixture
+def usual_torch() -> Iterator[None]:
+    """`deterministic` and `detect_anomaly` are settings of the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.autograd.set_detect_anomaly(False)
+
+
+def test_the_table_has_a_row_for_each_argument_of_the_trainer() -> None:
+    assert list(TRAINER_OPTIONS) == list(inspect.signature(Trainer.__init__).parameters)[1:]
+
+
+def test_each_row_is_tried() -> None:
+    of = {verdict: {n for n, o in TRAINER_OPTIONS.items() if o.verdict == verdict} for verdict in ("works", "refused")}
+    irrelevant = set(TRAINER_OPTIONS) - of["works"] - of["refused"]
+    assert of["works"] | irrelevant == {*WORKS, "callbacks", "max_time"}
+    assert of["refused"] <= set(REFUSED)
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    written = Path(__file__).resolve().parents[2] / "docs" / "trainer-options.md"
+    assert written.read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", WORKS)
+def test_what_works_runs_to_the_end_of_the_schedule(
+    name: str, tiny_model: Path, tmp_path: Path, usual_torch: None
+) -> None:
+    sizes = Sizes(train=6, dev=2, val=3, test=2)
+    run = tiny_fit(tiny_model, tmp_path, "w", sizes=sizes, trainer=WORKS[name], metric=lambda *_: 1.0).run()
+    assert run.alternate.finished
+    assert run.trainer.global_step > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_said_in_one_line_and_nothing_is_touched(
+    name: str,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    extra = ("--trainer.callbacks.swa_lrs=0.1",) if name == "callbacks" else ()
+    said = cotune(fit(tiny_model, f"--trainer.{name}={REFUSED[name]}", *extra), capsys)
+    assert said.code == 2
+    lines = [line for line in said.err.splitlines() if line.startswith("cotune: error: ")]
+    assert len(lines) == 1
+    assert f"trainer.{name}" in lines[0]
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_steps": 1}, "trainer.max_steps 1.*alternate.epochs"),
+        ({"overfit_batches": 1}, "trainer.overfit_batches 1.*data.sizes.train"),
+        ({"val_check_interval": 50}, "trainer.val_check_interval 50.*check_val_every_n_epoch"),
+        ({"max_time": "00:01:00:00"}, "trainer.callbacks: Timer: take trainer.max_time"),
+    ],
+)
+def test_from_python_it_is_refused_before_the_model_is_loaded(
+    changes: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    run = tiny_fit(tiny_model, tmp_path, trainer=changes)
+    with pytest.raises(TrainerOptionError, match=said):
+        run.run()
+    assert run.lm.model is None
+
+
+def test_values_that_are_none_are_lightnings_own() -> None:
+    check_trainer_options(dict.fromkeys(TRAINER_OPTIONS))
+    check_trainer_options({"callbacks": [EarlyStopping("val/score"), ModelCheckpoint()], "devices": [0]})
+    with pytest.raises(TrainerOptionError, match="Timer"):
+        check_trainer_options({"callbacks": Timer("00:00:01:00")})
+
+
+# What the command line makes of some
+
+
+@pytest.fixture
+def small(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A short fit's words, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return fit(tiny_model, "--alternate.epochs", "1", schedule="w")
+
+
+def test_fast_dev_run_walks_the_schedule_and_keeps_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = cotune(fit(tiny_model, "--trainer.fast_dev_run=true", schedule="w -> p -> w"), capsys)
+    assert said.code == 0, said.err
+    assert "fast_dev_run: w -> p -> w runs through. Nothing of it is kept." in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_schedulers_variables_in_an_interactive_shell_do_no_harm(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"JOB_ID": "1", "NTASKS": "4", "JOB_NAME": "train", "LOCALID": "0", "PROCID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert cotune(small, capsys).code == 0
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert "srun has started this command 4 times" in cotune([*small, "--fresh"], capsys).err
+
+
+def test_a_users_model_checkpoint_saves_beside_the_runs_own(small: list[str]) -> None:
+    own = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/score"]
+    assert main([*small, *own]) == 0
+    assert len(list(Path("runs/tiny/model_checkpoints").glob("*.ckpt"))) == 1
+    assert {path.name for path in Path("runs/tiny/checkpoints").iterdir()} <= {
+        "last.ckpt",
+        "previous.ckpt",
+        "SHA256SUMS",
+    }
+
+
+def test_a_run_whose_time_is_over_goes_on_with_more(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    first = cotune([*small, "--trainer.max_time=00:00:00:00"], capsys)
+    assert first.code == 143
+    assert "trainer.max_time is over" in first.err
+    assert not Path("runs/tiny/summary.json").exists()
+    assert cotune([*small, "--trainer.max_time=00:01:00:00"], capsys).code == 0
+    assert Path("runs/tiny/summary.json").is_file()
+
+
+def test_a_fit_that_something_else_ends_is_no_finished_run(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = cotune([*small, "--trainer.callbacks=tiny_fit.StopsAtOnce"], capsys)
+    assert said.code == 2
+    assert "the fit ended in step 1 of 1 (w), because something else told the trainer to stop" in said.err
+    assert not Path("runs/tiny/summary.json").exists()
+    assert not Path("runs/tiny/export").exists()
+
+
+def test_an_abbreviated_option_is_a_typo(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = cotune([*small, "--alternate.epoch", "2"], capsys)
+    assert said.code == 2
+    assert "unknown option --alternate.epoch. Did you mean --alternate.epochs?" in said.err

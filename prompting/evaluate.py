@@ -145,6 +145,41 @@ def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple
 
 def _race(task: SearchTask, kept: Sequence[Proposal], confidence: float) -> tuple[Candidate, list[Candidate]]:
     """The best candidate and all of them, run side by side; see `choose`. One LM batch holds all still in the race."""
+    scored = _raced(task, kept, confidence, stays=0)  # the incumbent stays to the end
+    best = max((one for one in scored if not one.pruned), key=lambda candidate: candidate.rank)  # the first of equals
+    if task.progress is not None:
+        for index, candidate in enumerate(scored):
+            task.progress.candidate(index, len(scored), candidate, best.score)
+    return best, scored
+
+
+def race_against(
+    task: SearchTask, best: Candidate, proposals: Sequence[Proposal], *, confidence: float
+) -> list[Candidate]:
+    """The proposals, run side by side on dev against a candidate that has run on all of it; see `choose` for racing.
+
+    Those that fall behind it, or behind one another, with the confidence given are dropped: they are `pruned`.
+
+    Raises:
+        FaultyProgramError, ValueError: as `choose`.
+    """
+    return _raced(task, proposals, confidence, known=best.scores)
+
+
+def _raced(
+    task: SearchTask,
+    kept: Sequence[Proposal],
+    confidence: float,
+    *,
+    stays: int | None = None,
+    known: Sequence[float] = (),
+) -> list[Candidate]:
+    """Each proposal with its runs up to where it dropped out of the race.
+
+    Args:
+        stays: place of one that runs to the end.
+        known: scores on all of dev of a further runner.
+    """
     if not 0.5 < confidence < 1:
         raise ValueError(
             f"racing {confidence} is outside (0.5, 1); it is the confidence at which a candidate is dropped, e.g. 0.98."
@@ -162,13 +197,13 @@ def _race(task: SearchTask, kept: Sequence[Proposal], confidence: float) -> tupl
             done[at] += islice(ran, len(examples))
             check_faults(done[at], task)
         scores = {at: [rollout.score for rollout in done[at]] for at in running}
-        running = sorted({0, *contenders(scores, total, confidence=confidence)})  # the incumbent stays to the end
-    scored = [candidate_of(proposal, runs, total) for proposal, runs in zip(kept, done, strict=True)]
-    best = max((scored[at] for at in running), key=lambda candidate: candidate.rank)  # the first of equals
-    if task.progress is not None:
-        for index, candidate in enumerate(scored):
-            task.progress.candidate(index, len(scored), candidate, best.score)
-    return best, scored
+        if known:
+            scores[-1] = list(known[: start + len(examples)])
+        left = {*contenders(scores, total, confidence=confidence), *([] if stays is None else [stays])}
+        running = sorted(left - {-1})
+        if not running:
+            break
+    return [candidate_of(proposal, runs, total) for proposal, runs in zip(kept, done, strict=True)]
 
 
 def score_candidate(

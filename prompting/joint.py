@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import random
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,8 +34,7 @@ TIPS = (
 _SHOWN = 4  # train examples, and traces, in a request
 _MAX_SOURCE = 4000  # characters of the program's source
 _MAX_VALUE = 500  # characters of a value
-_MODEL_ASKS = 10  # asks in a row that give a combination tried before, after which it is drawn at random
-_MOST_ASKS = 100  # and after which there are taken to be no more
+_MOST_STEPS = 200  # from a combination tried before to one that was not, one choice each, before there are no more
 
 
 class JointSearch(PromptSearch):
@@ -117,7 +116,7 @@ class JointSearch(PromptSearch):
             wanted = self.width if spent.total < task.lm_calls else min(self.width, self.trials + 1 - len(trials.tried))
             if wanted < 1 or not trials.round(wanted):
                 break
-        notes = [*made.notes, *_rejected_notes(rejected), *found.notes, *trials.notes(self.trials), spent.note()]
+        notes = [*made.notes, *_rejected_notes(rejected), *found.notes, *trials.notes(), spent.note()]
         faults = merged(made.faults, *(candidate.faults for candidate in trials.scored))
         best = trials.best
         return Found(best.prompts, best.score, tuple(trials.scored), tuple(notes), faults, tuple(rejected), spent.calls)
@@ -248,8 +247,7 @@ class _Trials:
     found: Found
     racing: float | None
     tried: dict[str, tuple[Mapping[str, int], float]] = field(default_factory=dict)  # prompts' id -> choice, value
-    asks: int = 0
-    exhausted: bool = False
+    end: str = ""  # why it ended before its time
 
     def __post_init__(self) -> None:
         self.scored = list(self.found.candidates)
@@ -259,30 +257,40 @@ class _Trials:
         self.tried[first.id] = nothing, _value(first, self.best)
 
     def round(self, width: int) -> bool:
-        """Tries up to so many new combinations; False where there are none left."""
+        """Tries up to so many new combinations; False where the search is at its end, because there are none left or
+        nothing can be better than the best."""
         chosen: dict[str, Mapping[str, int]] = {}
-        sizes, repeats = self.space.sizes, 0
-        while sizes and len(chosen) < width and repeats < _MOST_ASKS:
-            rng = generator(self.task.seed, f"trial {self.asks}")
-            self.asks += 1
-            if repeats < _MODEL_ASKS:
-                choice = _ask(sizes, list(self.tried.values()), rng.randrange(2**32))
-            else:
-                choice = {what: rng.randrange(size) for what, size in sizes.items()}
-            name = prompts_id(self.space.prompts(choice))
-            if name in self.tried or name in chosen:
-                repeats += 1
-            else:
-                chosen[name], repeats = choice, 0
-        self.exhausted = not chosen
+        if self.best.score >= 1:
+            self.end = "ended with a full score on dev"
+            return False
+        while len(chosen) < width:
+            choice = self._new(chosen)
+            if choice is None:
+                self.end = f"ended after {len(self.tried) + len(chosen) - 1} trials: no combination that is new came up"
+                break
+            chosen[prompts_id(self.space.prompts(choice))] = choice
         self._score(chosen)
-        return bool(chosen)
+        return not self.end
 
-    def notes(self, wanted: int) -> list[str]:
+    def _new(self, chosen: Collection[str]) -> Mapping[str, int] | None:
+        """What the model draws; where that was tried, a combination near it that was not: good ones lie together."""
+        sizes = self.space.sizes
+        if not sizes:
+            return None
+        rng = generator(self.task.seed, f"trial {len(self.tried) + len(chosen)}")
+        choice = _ask(sizes, list(self.tried.values()), rng.randrange(2**32))
+        for _ in range(_MOST_STEPS):
+            name = prompts_id(self.space.prompts(choice))
+            if name not in self.tried and name not in chosen:
+                return choice
+            what = rng.choice(list(sizes))
+            choice = {**choice, what: rng.randrange(sizes[what])}
+        return None
+
+    def notes(self) -> list[str]:
         texts = ", ".join(f"{len(texts)} of {stage}" for stage, texts in self.space.instructions.items())
         notes = [f"{len(self.tried) - 1} trials; demo sets: {len(self.space.demo_sets)}; instructions: {texts}"]
-        if self.exhausted and len(self.tried) <= wanted:
-            notes.append(f"no combination that is new came up after {len(self.tried) - 1}")
+        notes += [self.end] if self.end else []
         return notes + error_notes(self.scored[len(self.found.candidates) :], len(self.task.dev))
 
     def _score(self, chosen: Mapping[str, Mapping[str, int]]) -> None:

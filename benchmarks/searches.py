@@ -2,13 +2,15 @@
 
 Three stages, 8 hidden rules of 40, noisy scores, a proposer that obeys feedback 7 times of 10 (`workers.hidden_rules`).
 Both sides have the same task, proposer, examples, minibatch and budget; what is counted is what each asks for until
-prompts with all eight rules are scored on dev. No model runs, so it takes a minute and any machine will do.
+prompts with all eight rules are scored on dev. A second scripted task has instructions and demos of hidden quality, and
+shows what racing and the joint choice do. No model runs, so it takes minutes and any machine will do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,9 @@ from cotune.programs import (
     Completion,
     Example,
     Lines,
+    Predict,
     Program,
+    Prompt,
     Prompts,
     Request,
     Runner,
@@ -28,8 +32,9 @@ from cotune.programs import (
     Score,
     Signature,
     Stage,
+    exact_match,
 )
-from cotune.prompting import ReflectiveSearch, SearchTask
+from cotune.prompting import JointSearch, PromptSearch, RandomDemoSearch, ReflectiveSearch, SearchTask
 
 from benchmarks.environments import interpreter
 from benchmarks.peers import Worker
@@ -159,6 +164,79 @@ def calls(one: Mapping[str, Any]) -> float:
     return float(3 * (one["solved_at"] or one["runs"]) + one["proposer_calls"])
 
 
+# Instructions and demos of hidden quality
+
+QUALITY_DEV = 100
+
+
+def quality(instruction: str, demos: Sequence[str]) -> float:
+    """The chance of a right answer: 0.2, and up to 0.3 each for the instruction and for the demos."""
+    return 0.2 + 0.3 * _share(instruction) + (0.3 * _share(" ".join(demos)) if demos else 0.0)
+
+
+def _share(text: str) -> float:
+    return random.Random(f"quality of {text}").random()
+
+
+class Graded:
+    """An LM whose answers are right as often as the quality of its prompt says, and a proposer of new wordings."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return [Completion(self._write(request)) for request in requests]
+
+    def _write(self, request: Request) -> str:
+        if request.adapter == "":
+            return f"Wording {request.seed}."
+        chats = [message["content"] for message in request.messages]
+        text, asked = chats[0].partition("\n")[0], chats[-1].removeprefix("number: ")
+        demos = [m["content"] for m in request.messages if m["role"] == "assistant"]
+        right = random.Random(f"{text} {demos} {asked}").random() < quality(text, demos)
+        return asked if right else "no"
+
+
+QUALITY_SEARCHES: Mapping[str, PromptSearch] = {
+    "demos": RandomDemoSearch(num_candidates=6),
+    "demos, 24 sets": RandomDemoSearch(num_candidates=22),
+    "joint, no racing": JointSearch(racing=None),
+    "joint": JointSearch(),
+}
+
+
+def quality_search(search: PromptSearch, seed: int) -> dict[str, float]:
+    """One search: its LM calls, and the true quality of what it found."""
+    program = Predict("number -> answer", instruction=f"Task {seed}.")
+    initial = program.initial_prompts()
+
+    def examples(first: int, count: int) -> list[Example]:
+        return [Example.of({"number": n}, {"answer": str(n)}, id=str(n)) for n in range(first, first + count)]
+
+    lm = _Counted(Graded())
+    found = search.search(
+        SearchTask(
+            Runner(program, lm, Lines(), exact_match, Sampling()),
+            initial=initial,
+            incumbent=initial,
+            train=examples(1, 40),
+            dev=examples(1000 * (seed + 1), QUALITY_DEV),
+            seed=seed,
+        )
+    )
+    prompt: Prompt = found.prompts["predict"]
+    return {
+        "calls": lm.calls,
+        "quality": quality(prompt.instruction, [demo.outputs["answer"] for demo in prompt.demos]),
+    }
+
+
+class _Counted:
+    def __init__(self, lm: Graded) -> None:
+        self.lm, self.calls = lm, 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.calls += len(requests)
+        return self.lm.generate(requests, sampling)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     report = Report("searches")
@@ -174,6 +252,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, beside in PAIRS:
         if name in rows and beside in rows:
             _compare(report, name, rows[name], beside, rows[beside])
+    for name, one in QUALITY_SEARCHES.items():
+        if not options.only or name in options.only:
+            graded = [quality_search(one, seed) for seed in range(options.seeds)]
+            report.add(f"quality task, {name}: LM calls", [row["calls"] for row in graded], "calls")
+            report.add(f"quality task, {name}: true quality found", [row["quality"] for row in graded], "of 0.8")
     report.details["rows"] = rows
     report.write(Path(options.output))
 
@@ -209,8 +292,9 @@ def _compare(
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    names = [*(variant.name for variant in VARIANTS), *QUALITY_SEARCHES]
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(v.name for v in VARIANTS)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--output", default=str(RESULTS / "searches.json"), help="a JSON file for the figures")
     return parser.parse_args(arguments)
 

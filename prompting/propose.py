@@ -147,7 +147,10 @@ class Spent:
 
     @classmethod
     def of(cls, task: SearchTask, proposer: Proposer) -> tuple[Spent, SearchTask, Proposer]:
-        """The counters, and the task and the proposer that count with them."""
+        """The counters, and the task and the proposer that count with them. A proposer that has to be loaded is."""
+        load = getattr(proposer.lm, "load", None)
+        if callable(load):
+            load()
         spent = cls(CountingLM(task.runner.lm), CountingLM(proposer.lm or task.runner.lm))
         counted = replace(task, runner=replace(task.runner, lm=spent.program))
         return spent, counted, replace(proposer, lm=spent.proposer)

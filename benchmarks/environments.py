@@ -53,6 +53,7 @@ ENVIRONMENTS = {
         )
     ),
     "dspy": Environment(("dspy==3.4.1",)),
+    "gepa": Environment(("gepa==0.1.4",)),
 }
 """The peers' environments by name. Change a version here and the environment is made anew beside the old one."""
 

@@ -33,8 +33,9 @@ class Step:
 class Rollout:
     """One run of a program on one example.
 
-    `score` is in [0, 1], and 0 wherever there is an `error`; `feedback` and `objectives` are what the metric said
-    beside it. `steps` holds the calls that were made, one whose completion could not be read with empty `outputs`.
+    `score` is in [0, 1], and 0 wherever there is an `error`; `feedback`, `objectives` and `stages` (feedback by stage)
+    are what the metric said beside it. `steps` holds the calls that were made, one whose completion could not be read
+    with empty `outputs`.
     """
 
     example: Example
@@ -44,6 +45,7 @@ class Rollout:
     error: Failure | None = None
     feedback: str = ""
     objectives: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, str] = field(default_factory=dict)
 
 
 def mean_score(done: Sequence[Rollout]) -> float:

@@ -224,7 +224,7 @@ def _scored(run: _Run, metric: Metric | None) -> Rollout:
     if error is None and metric is not None and run.prediction is not None:
         try:
             # Copies: a metric that sorts a list in place must change no record.
-            score = _valid_score(metric(copy.deepcopy(run.example), copy.deepcopy(run.prediction)))
+            score = _valid_score(metric(copy.deepcopy(run.example), copy.deepcopy(run.prediction)), run.program)
         except _BadScoreError as bad:
             error = Failure("metric", str(bad))
         except (MemoryError, KeyboardInterrupt):
@@ -232,7 +232,14 @@ def _scored(run: _Run, metric: Metric | None) -> Rollout:
         except (Exception, SystemExit) as caught:  # the user's code, as above
             error = Failure("metric", f"the metric raised {raised(caught)}")
     return Rollout(
-        run.example, tuple(run.steps), run.prediction, score.value, error, score.feedback, dict(score.objectives)
+        run.example,
+        tuple(run.steps),
+        run.prediction,
+        score.value,
+        error,
+        score.feedback,
+        objectives=dict(score.objectives),
+        stages=dict(score.stages),
     )
 
 
@@ -240,7 +247,7 @@ class _BadScoreError(ValueError):
     """A metric gave what is no score."""
 
 
-def _valid_score(given: Any) -> Score:
+def _valid_score(given: Any, program: Program) -> Score:
     """What a metric gave, as a Score. Python's and numpy's numbers and booleans will do, and tensors of one element."""
     if not isinstance(given, Score):
         return Score(_unit(given, "the metric returned {}, which is not a number in [0, 1]"))
@@ -250,8 +257,12 @@ def _valid_score(given: Any) -> Score:
         str(name): _unit(value, f'the metric\'s objective "{name}" is {{}}, which is not a number in [0, 1]')
         for name, value in given.objectives.items()
     }
+    for stage, feedback in given.stages.items():
+        if stage not in program.stages or not isinstance(feedback, str):
+            known = f"texts by stage ({', '.join(program.stages)})"
+            raise _BadScoreError(f"the metric's feedback {shown(feedback)} for {shown(stage)} is none of {known}")
     value = _unit(given.value, "the metric returned a Score of {}, which is not a number in [0, 1]")
-    return Score(value, given.feedback, objectives)
+    return Score(value, given.feedback, objectives, given.stages)
 
 
 def _unit(given: Any, message: str) -> float:

@@ -14,6 +14,7 @@ class Score:
         value: in [0, 1], higher is better.
         feedback: in words, why it is no more; prompt searches that rewrite instructions read it.
         objectives: further numbers in [0, 1] by name, where there is more than one thing to be good at.
+        stages: feedback on single stages, by their names: what each of them got wrong.
 
     >>> float(Score(0.5, "two of four fields are right"))
     0.5
@@ -22,6 +23,7 @@ class Score:
     value: float
     feedback: str = ""
     objectives: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, str] = field(default_factory=dict)
 
     def __float__(self) -> float:
         return float(self.value)

@@ -3,16 +3,23 @@
 from cotune.prompting.bootstrap import Bootstrapped, Solved, bootstrap, demos_of
 from cotune.prompting.demos import RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, score_candidate
-from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, SearchTask
+from cotune.prompting.joint import JointSearch
+from cotune.prompting.propose import Proposer
+from cotune.prompting.reflect import ReflectiveSearch
+from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, Rejected, SearchTask
 
 __all__ = [
     "Bootstrapped",
     "Candidate",
     "Found",
+    "JointSearch",
     "Progress",
     "PromptSearch",
     "Proposal",
+    "Proposer",
     "RandomDemoSearch",
+    "ReflectiveSearch",
+    "Rejected",
     "SearchTask",
     "Solved",
     "bootstrap",

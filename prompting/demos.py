@@ -11,7 +11,7 @@ from cotune.programs import Demo, Prompts, prompts_id
 from cotune.programs.demos import draw_demos, labelled_demos
 from cotune.prompting.bootstrap import HINTED, Solved, bootstrap
 from cotune.prompting.evaluate import CountingLM, Proposal, choose, go_on
-from cotune.prompting.search import Found, PromptSearch, SearchTask
+from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least, generator
 
 DemoSet = Mapping[str, Sequence[Demo]]
 """Stage -> the demos it is shown."""
@@ -59,11 +59,11 @@ class RandomDemoSearch(PromptSearch):
         chunk: int = 64,
         racing: float | None = None,
     ) -> None:
-        _at_least(0, "num_candidates", num_candidates, "0 tries no random demo sets")
-        _at_least(1, "max_demos", max_demos, "the paper uses 3")
-        _at_least(0, "max_labelled_demos", max_labelled_demos, "0 uses no labelled demos")
-        _at_least(1, "attempts", attempts, "1 runs every train example once")
-        _at_least(1, "chunk", chunk, "it is the number of examples in an LM batch")
+        at_least(0, "num_candidates", num_candidates, "0 tries no random demo sets")
+        at_least(1, "max_demos", max_demos, "the paper uses 3")
+        at_least(0, "max_labelled_demos", max_labelled_demos, "0 uses no labelled demos")
+        at_least(1, "attempts", attempts, "1 runs every train example once")
+        at_least(1, "chunk", chunk, "it is the number of examples in an LM batch")
         self.num_candidates, self.max_demos, self.max_labelled_demos = num_candidates, max_demos, max_labelled_demos
         if racing is not None and not 0.5 < racing < 1:
             raise ValueError(f"racing {racing} is outside (0.5, 1); null switches it off, 0.98 is a good confidence.")
@@ -80,21 +80,21 @@ class RandomDemoSearch(PromptSearch):
         made = bootstrap(task, start, attempts=self.attempts, enough=self.max_demos)
         labelled = labelled_demos(task.runner.program, task.train)
         proposals, notes = [Proposal(task.initial, "zero-shot")], list(made.notes)
-        for why, demos in self._demo_sets(made.solved, labelled, task.seed):
+        for why, demos in self.demo_sets(made.solved, labelled, task.seed):
             if any(demos.values()):
-                proposals.append(Proposal(_with_demos(start, demos), why, parent=prompts_id(start)))
+                proposals.append(Proposal(with_demos(start, demos), why, parent=prompts_id(start)))
             else:
                 notes.append(f'"{why}" skipped: there are no demos for it')
         found = choose(task, proposals, chunk=self.chunk, racing=self.racing, notes=notes, faults=made.faults)
         if calls.calls >= task.lm_calls:
             return found
         more = (
-            Proposal(_with_demos(start, demos), why, parent=prompts_id(start))
+            Proposal(with_demos(start, demos), why, parent=prompts_id(start))
             for why, demos in self._further_sets(made.solved, labelled, task.seed)
         )
         return go_on(task, found, more, until=lambda: calls.calls >= task.lm_calls, chunk=self.chunk)
 
-    def _demo_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> list[tuple[str, DemoSet]]:
+    def demo_sets(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> list[tuple[str, DemoSet]]:
         """The demo sets to try, by name; an empty one has nothing to show."""
         sets: list[tuple[str, DemoSet]] = [
             ("labels-only", self._filled((), labelled, seed, "labels-only")),
@@ -110,7 +110,7 @@ class RandomDemoSearch(PromptSearch):
 
     def _random(self, number: int, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> tuple[str, DemoSet]:
         why = f"random {number}"
-        drawn = _draw_solved(solved, self.max_demos, _rng(seed, why))
+        drawn = _draw_solved(solved, self.max_demos, generator(seed, why))
         return why, self._filled(drawn, labelled, seed, why)
 
     def _unshuffled(self, solved: Sequence[Solved], labelled: DemoSet, seed: int) -> DemoSet:
@@ -123,7 +123,7 @@ class RandomDemoSearch(PromptSearch):
         filled: dict[str, list[Demo]] = {}
         for stage in dict.fromkeys([*(stage for one in drawn for stage in one.demos), *labelled]):
             # A generator for each stage, seeded alike: stages with the same pool draw the same examples.
-            rng = _rng(seed, f"{why} demos")
+            rng = generator(seed, f"{why} demos")
             own = [rng.choice(one.demos[stage]) for one in drawn if stage in one.demos]
             rest = draw_demos(labelled.get(stage, ()), self.max_labelled_demos - len(own), rng, sources)
             filled[stage] = [*own, *rest]
@@ -135,18 +135,8 @@ def _draw_solved(solved: Sequence[Solved], most: int, rng: random.Random) -> lis
     return rng.sample(list(solved), min(size, len(solved)))
 
 
-def _with_demos(start: Prompts, demos: DemoSet) -> Prompts:
+def with_demos(start: Prompts, demos: DemoSet) -> Prompts:
     return {
         stage: replace(prompt, demos=tuple(demos[stage])) if demos.get(stage) else prompt
         for stage, prompt in start.items()
     }
-
-
-def _rng(seed: int, what: str) -> random.Random:
-    """A generator of its own for each purpose: one more candidate does not change the others."""
-    return random.Random(f"{seed}|{what}")
-
-
-def _at_least(least: int, name: str, value: int, meaning: str) -> None:
-    if value < least:
-        raise ValueError(f"{name} {value} is below {least}; {meaning}.")

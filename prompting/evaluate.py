@@ -78,7 +78,7 @@ def choose(
             for one in scored
             if one.pruned
         ]
-    notes = (*notes, *repeats, *_error_notes(scored, len(task.dev)))
+    notes = (*notes, *repeats, *error_notes(scored, len(task.dev)))
     faults = merged(faults, *(candidate.faults for candidate in scored))
     return Found(best.prompts, best.score, tuple(scored), notes, faults)
 
@@ -109,7 +109,7 @@ def go_on(
             task.progress.candidate(len(scored) - 1, len(scored), candidate, best.score)
     if not until():
         notes.append(f"there were no more candidates to try after {len(scored)}")
-    notes += _error_notes(scored[len(found.candidates) :], len(task.dev))
+    notes += error_notes(scored[len(found.candidates) :], len(task.dev))
     return Found(best.prompts, best.score, tuple(scored), tuple(notes), faults)
 
 
@@ -145,6 +145,41 @@ def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple
 
 def _race(task: SearchTask, kept: Sequence[Proposal], confidence: float) -> tuple[Candidate, list[Candidate]]:
     """The best candidate and all of them, run side by side; see `choose`. One LM batch holds all still in the race."""
+    scored = _raced(task, kept, confidence, stays=0)  # the incumbent stays to the end
+    best = max((one for one in scored if not one.pruned), key=lambda candidate: candidate.rank)  # the first of equals
+    if task.progress is not None:
+        for index, candidate in enumerate(scored):
+            task.progress.candidate(index, len(scored), candidate, best.score)
+    return best, scored
+
+
+def race_against(
+    task: SearchTask, best: Candidate, proposals: Sequence[Proposal], *, confidence: float
+) -> list[Candidate]:
+    """The proposals, run side by side on dev against a candidate that has run on all of it; see `choose` for racing.
+
+    Those that fall behind it, or behind one another, with the confidence given are dropped: they are `pruned`.
+
+    Raises:
+        FaultyProgramError, ValueError: as `choose`.
+    """
+    return _raced(task, proposals, confidence, known=best.scores)
+
+
+def _raced(
+    task: SearchTask,
+    kept: Sequence[Proposal],
+    confidence: float,
+    *,
+    stays: int | None = None,
+    known: Sequence[float] = (),
+) -> list[Candidate]:
+    """Each proposal with its runs up to where it dropped out of the race.
+
+    Args:
+        stays: place of one that runs to the end.
+        known: scores on all of dev of a further runner.
+    """
     if not 0.5 < confidence < 1:
         raise ValueError(
             f"racing {confidence} is outside (0.5, 1); it is the confidence at which a candidate is dropped, e.g. 0.98."
@@ -160,15 +195,15 @@ def _race(task: SearchTask, kept: Sequence[Proposal], confidence: float) -> tupl
         ran = iter(_run(task, prompts, [*examples] * len(running)))
         for at in running:
             done[at] += islice(ran, len(examples))
-            _check_faults(done[at], task)
+            check_faults(done[at], task)
         scores = {at: [rollout.score for rollout in done[at]] for at in running}
-        running = sorted({0, *contenders(scores, total, confidence=confidence)})  # the incumbent stays to the end
-    scored = [_candidate(proposal, runs, total) for proposal, runs in zip(kept, done, strict=True)]
-    best = max((scored[at] for at in running), key=lambda candidate: candidate.rank)  # the first of equals
-    if task.progress is not None:
-        for index, candidate in enumerate(scored):
-            task.progress.candidate(index, len(scored), candidate, best.score)
-    return best, scored
+        if known:
+            scores[-1] = list(known[: start + len(examples)])
+        left = {*contenders(scores, total, confidence=confidence), *([] if stays is None else [stays])}
+        running = sorted(left - {-1})
+        if not running:
+            break
+    return [candidate_of(proposal, runs, total) for proposal, runs in zip(kept, done, strict=True)]
 
 
 def score_candidate(
@@ -195,11 +230,12 @@ def score_candidate(
     done: list[Rollout] = []
     while len(done) < len(task.dev) and not _beaten(done, len(task.dev), beat):
         done += _run(task, proposal.prompts, task.dev[len(done) : len(done) + chunk])
-        _check_faults(done, task)
-    return _candidate(proposal, done, len(task.dev))
+        check_faults(done, task)
+    return candidate_of(proposal, done, len(task.dev))
 
 
-def _candidate(proposal: Proposal, done: Sequence[Rollout], total: int) -> Candidate:
+def candidate_of(proposal: Proposal, done: Sequence[Rollout], total: int) -> Candidate:
+    """The proposal with its runs on the first examples of dev; pruned where these are fewer than `total`."""
     scores = tuple(rollout.score for rollout in done)
     errors: Counter[str] = Counter(rollout.error.kind for rollout in done if rollout.error is not None)
     pruned = len(done) < total
@@ -219,7 +255,7 @@ def _beaten(done: Sequence[Rollout], total: int, beat: Candidate | None) -> bool
     return beat is not None and (bound, -unreadable) <= beat.rank
 
 
-def _check_faults(done: Sequence[Rollout], task: SearchTask) -> None:
+def check_faults(done: Sequence[Rollout], task: SearchTask) -> None:
     """Raises once the faults are too many for the whole of dev; one fault in a small chunk is not a faulty program."""
     faults = sum(fault.count for fault in faults_of(done).values())
     if faults > task.runner.max_error_rate * len(task.dev):
@@ -236,7 +272,8 @@ def _distinct(proposals: Sequence[Proposal]) -> tuple[list[Proposal], list[str]]
     return list(first.values()), repeats
 
 
-def _error_notes(scored: Sequence[Candidate], total: int) -> list[str]:
+def error_notes(scored: Sequence[Candidate], total: int) -> list[str]:
+    """A note for each kind of error of each candidate."""
     return [
         f'"{candidate.why}": {count} {kind} errors in {len(candidate.scores)} of {total} dev examples, each scored 0'
         for candidate in scored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Candidate:
         pruned: scoring stopped early: the candidate could no longer beat the best one, or was dropped in a race.
         errors: rollouts without a valid score, each scored 0, by kind (`Failure.kind`).
         faults: those of the user's code among them, each kind with its first example.
+        lineage: how it was made, in plain types, from a search that makes candidates of earlier ones: e.g. its round,
+            its parents, the stage that was rewritten, scores on the minibatch before and after.
     """
 
     prompts: Prompts
@@ -35,6 +38,7 @@ class Candidate:
     pruned: bool = False
     errors: Mapping[str, int] = field(default_factory=dict)
     faults: Faults = field(default_factory=dict)
+    lineage: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def score(self) -> float:
@@ -69,7 +73,31 @@ class Candidate:
             "scores": list(self.scores),
             "errors": dict(self.errors),
             "prompts": prompts_to_dict(self.prompts),
+            **({"lineage": dict(self.lineage)} if self.lineage else {}),
         }
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A text that an LM proposed for a stage and that became no candidate.
+
+    Attributes:
+        stage: whose instruction it was to be; "" for a merge of whole prompts.
+        text: what was proposed, as it was written where it could not be used.
+        why: the reason, e.g. "empty" or "no better on the minibatch".
+        parent: `prompts_id` of the prompts it was made from.
+        lineage: as `Candidate.lineage`.
+    """
+
+    stage: str
+    text: str
+    why: str
+    parent: str = ""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON logs."""
+        return {**vars(self), "lineage": dict(self.lineage)}
 
 
 class Progress(Protocol):
@@ -140,6 +168,8 @@ class Found:
         candidates: all that were scored, the incumbent first, in order.
         notes: what a reader of the log should know: candidates left out and why, failures and their number.
         faults: of the user's code in all runs of the search, by kind, each with its first example.
+        rejected: texts that an LM proposed and that became no candidate, in order, with the reasons.
+        calls: LM calls by role, "program" and "proposer", from a search that has an LM write proposals.
     """
 
     prompts: Prompts
@@ -147,6 +177,8 @@ class Found:
     candidates: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     faults: Faults = field(default_factory=dict)
+    rejected: tuple[Rejected, ...] = ()
+    calls: Mapping[str, int] = field(default_factory=dict)
 
 
 class PromptSearch(ABC):
@@ -172,6 +204,21 @@ class PromptSearch(ABC):
     def most_runs(self, train: int, dev: int) -> int | None:
         """How often a search runs the program at most, for sets of these sizes; None where it cannot be said."""
         return None
+
+
+def generator(seed: int, what: str) -> random.Random:
+    """A generator of its own for each purpose: one more candidate does not change the others."""
+    return random.Random(f"{seed}|{what}")
+
+
+def at_least(least: int, name: str, value: int, meaning: str) -> None:
+    """Refuses an argument that is too small.
+
+    Raises:
+        ValueError: it is below `least`.
+    """
+    if value < least:
+        raise ValueError(f"{name} {value} is below {least}; {meaning}.")
 
 
 def mean(scores: Sequence[float]) -> float:

@@ -1,0 +1,232 @@
+"""Proposing: an LM writes instructions, and each is read and checked before a rollout is spent on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from cotune.programs import LM, Completion, Program, Request, Sampling
+from cotune.prompting.evaluate import CountingLM
+from cotune.prompting.search import SearchTask, at_least
+
+_FENCED = re.compile(r"^[ \t]*(`{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
+_OPENED = re.compile(r"^[ \t]*`{3,}[^\n`]*\n", re.MULTILINE)
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_PREAMBLE = re.compile(
+    r"\A(?:(?:sure|certainly|of course|okay|ok|here|below|the|this|my|new|an?|improved|revised|updated|better)\b[^\n]*"
+    r"|instructions?):[ \t]*\n+",
+    re.IGNORECASE,
+)
+_ASKS_BACK = re.compile(
+    r"\A(?:i'?m sorry|i am sorry|i apologi[sz]e|i can(?:no|')t|i am unable|as an ai|(?:could|can|would|will|do) you\b"
+    r"|(?:please|kindly) (?:provide|share|clarify|specify|tell|give me)|what (?:would|do) you|how (?:can|may) i)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of one request for an instruction: the text, and why it cannot be used; "" where it can."""
+
+    text: str
+    flaw: str = ""
+
+
+@dataclass(frozen=True)
+class Proposer:
+    """An LM that writes instructions, one plain-text completion each, and the rules that every text has to keep.
+
+    Attributes:
+        lm: None for the LM that runs the program, its adapter off.
+        temperature: of its sampling.
+        max_tokens: longest completion. One that is cut there is not used.
+        max_chars: longest instruction.
+        keep: two markers, e.g. ("<keep>", "</keep>"): whatever stands between them in an instruction, markers included,
+            stands unchanged in everything that replaces it.
+        frozen: stages whose instruction stays.
+    """
+
+    lm: LM | None = None
+    temperature: float = 1.0
+    max_tokens: int = 512
+    max_chars: int = 4000
+    keep: tuple[str, str] | None = None
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least(1, "max_tokens", self.max_tokens, "it is the longest completion of the proposer")
+        at_least(1, "max_chars", self.max_chars, "it is the longest instruction in characters")
+        if self.keep is not None and (len(self.keep) != 2 or not all(self.keep)):
+            raise ValueError(f'keep {self.keep!r} is not two markers, e.g. ["<keep>", "</keep>"].')
+
+    def stages(self, program: Program) -> list[str]:
+        """The stages that may be rewritten.
+
+        Raises:
+            ValueError: a frozen stage is none of the program's, or all of them are frozen.
+        """
+        known = list(program.stages)
+        for stage in self.frozen:
+            if stage not in known:
+                raise ValueError(f'frozen stage "{stage}" is none of {type(program).__name__}\'s: {", ".join(known)}.')
+        free = [stage for stage in known if stage not in self.frozen]
+        if not free:
+            raise ValueError("all stages are frozen, so there is no instruction to rewrite; leave one out of `frozen`.")
+        return free
+
+    def rules(self, current: str) -> str:
+        """What the LM is told about the text that it is to write, as the end of a request."""
+        kept = [f"Keep this part word for word, markers included: {span}" for span in self.kept(current)]
+        return "\n".join(
+            [
+                *kept,
+                f"Use at most {self.max_chars} characters. Write plain text, no JSON, and ask nothing back.",
+                "Reply with the new instruction only, between two lines of three backticks.",
+            ]
+        )
+
+    def kept(self, instruction: str) -> list[str]:
+        """The spans of an instruction that must not change, markers included."""
+        if self.keep is None:
+            return []
+        first, last = map(re.escape, self.keep)
+        return re.findall(f"{first}.*?{last}", instruction, re.DOTALL)
+
+    def write(self, asked: Sequence[str], seeds: Sequence[int]) -> list[Completion]:
+        """One completion for each request, in one LM batch."""
+        assert self.lm is not None
+        requests = [
+            Request([{"role": "user", "content": text}], seed=seed, adapter="")
+            for text, seed in zip(asked, seeds, strict=True)
+        ]
+        sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_tokens)
+        return self.lm.generate(requests, sampling) if requests else []
+
+    def read(self, completion: Completion, current: str, tried: Collection[str]) -> Written:
+        """The instruction that a completion holds, and what is wrong with it.
+
+        Args:
+            current: the instruction that it is to replace.
+            tried: texts for this stage that were tried or rejected before, as `same` makes them.
+        """
+        text = instruction_in(completion.text)
+        if completion.finished == "too_long":
+            return Written(text, "the request does not fit the proposer's context window")
+        if completion.finished == "length":
+            return Written(completion.text.strip(), f"cut at max_tokens ({self.max_tokens})")
+        return Written(text, self._flaw(text, current, tried))
+
+    def _flaw(self, text: str, current: str, tried: Collection[str]) -> str:
+        if not text:
+            return "empty"
+        if _is_json(text):
+            return "JSON"
+        if _ASKS_BACK.match(text):
+            return "a question or an excuse"
+        if len(text) > self.max_chars:
+            return f"longer than max_chars ({self.max_chars})"
+        if any(span not in text for span in self.kept(current)):
+            return "a part to keep is missing or changed"
+        return "tried before" if same(text) in tried or same(text) == same(current) else ""
+
+
+@dataclass
+class Spent:
+    """Counts the LM calls of a search by role.
+
+    Attributes:
+        program, proposer: the LM of each role, which counts.
+    """
+
+    program: CountingLM
+    proposer: CountingLM
+
+    @classmethod
+    def of(cls, task: SearchTask, proposer: Proposer) -> tuple[Spent, SearchTask, Proposer]:
+        """The counters, and the task and the proposer that count with them. A proposer that has to be loaded is."""
+        load = getattr(proposer.lm, "load", None)
+        if callable(load):
+            load()
+        spent = cls(CountingLM(task.runner.lm), CountingLM(proposer.lm or task.runner.lm))
+        counted = replace(task, runner=replace(task.runner, lm=spent.program))
+        return spent, counted, replace(proposer, lm=spent.proposer)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        return {"program": self.program.calls, "proposer": self.proposer.calls}
+
+    @property
+    def total(self) -> int:
+        return self.program.calls + self.proposer.calls
+
+    def note(self) -> str:
+        return f"LM calls: {self.program.calls} of the program, {self.proposer.calls} of the proposer"
+
+
+def instruction_in(text: str) -> str:
+    """The instruction in what an LM wrote: the longest fenced block, else all of it without a line that leads in.
+
+    >>> instruction_in("Sure, here is a better one:\\n```text\\nName the species.\\n```\\nI hope it helps!")
+    'Name the species.'
+    >>> instruction_in('Here is the new instruction:\\n"Name the species."')
+    'Name the species.'
+    """
+    text = _THOUGHT.sub("", text).strip()
+    found = [block[1].strip() for block in _FENCED.findall(text)]
+    if found:
+        return max(found, key=len)
+    opened = _OPENED.search(text)
+    if opened is not None:  # the fence was opened and never closed
+        return text[opened.end() :].strip()
+    text = _PREAMBLE.sub("", text, count=1).strip().strip("`").strip()
+    quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]
+    return text[1:-1].strip() if quoted else text
+
+
+def same(text: str) -> str:
+    """What two texts have in common that differ in white space and letter case alone.
+
+    >>> same("Name  the species.\\n") == same("name the species.")
+    True
+    """
+    return " ".join(text.split()).lower()
+
+
+def proposal_seed(seed: int, what: str) -> int:
+    """A 63-bit seed of a proposal's sampling, from what the proposal is."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|proposal|{what}".encode()).digest()[:8], "big") >> 1
+
+
+def fenced(text: str) -> str:
+    """The text between two fences that it does not hold itself.
+
+    >>> fenced("Name it.")
+    '```\\nName it.\\n```'
+    """
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or its beginning and end where it is longer than `limit`.
+
+    >>> cut("a" * 10, 4)
+    'aa … (6 characters left out) … aa'
+    """
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … ({len(text) - 2 * half} characters left out) … {text[len(text) - half :]}"
+
+
+def _is_json(text: str) -> bool:
+    if text[0] in "{[":
+        with suppress(ValueError):
+            json.loads(text)
+            return True
+    return False

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from cotune.datamodules.collate import Batch, Bearing
+from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.loss import exact_dtype, log_probs
 from cotune.lightning_modules.objectives import Objective
-from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
 
 _T = TypeVar("_T")

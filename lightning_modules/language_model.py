@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cotune.datamodules.crash_point import crash_point
 from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
 from cotune.inference import Codec
-from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
-from cotune.lightning_modules.generation import Decoder, Generated, Prompted
+from cotune.inference.engine import Engine, Prompted
+from cotune.inference.local import LocalEngine
+from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
 from cotune.lightning_modules.lora import (
     LoRA,
     adapter_state,
@@ -26,8 +28,7 @@ from cotune.lightning_modules.lora import (
     reset,
     weights_version,
 )
-from cotune.lightning_modules.merged_copy import MergedCopy
-from cotune.lightning_modules.model_identity import AdapterIdentity, base_identity
+from cotune.lightning_modules.model_identity import UNTRAINED, AdapterIdentity, base_identity
 from cotune.lightning_modules.quantization import (
     Quantization,
     bitsandbytes_config,
@@ -40,6 +41,9 @@ from cotune.lightning_modules.quantization import (
 from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Layout
 from torch import Tensor, nn
+
+ADAPTERS = ("", "default")
+"""Whom a request can ask: the base alone, or the LoRA that is tuned."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "embedded"
@@ -85,7 +89,7 @@ class LanguageModel(nn.Module):
         device: where to load; None takes CUDA when there is one. Lightning moves the model afterwards anyway.
         lora: shape of the adapter.
         cache_tokens: bound on keys and values held while generating, in tokens: half for the rows that decode together,
-            half for prefixes, which are kept while the weights stay.
+            half for prefixes, which are kept while the weights stay. This and the next two are for `LocalEngine`.
         keep_prompts: also keep the keys and values of whole prompts while the weights stay, within cache_tokens, so
             that a prompt asked again is not read again. Of use where no completions are kept, which answer equal
             requests at once. The last bits of logits then depend on what was asked before.
@@ -95,9 +99,10 @@ class LanguageModel(nn.Module):
             (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
             this says another path, or "off".
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
+        engine: what generates; in this process with the weights themselves (`LocalEngine`) where none is given.
 
     Attributes:
-        before_wave: called before each part of a `generate` that is one unit of work; what it raises stops there.
+        completing: the engine, and the completions that are kept.
     """
 
     def __init__(
@@ -116,6 +121,7 @@ class LanguageModel(nn.Module):
         merge_while_generating: bool = True,
         completions: str | None = None,
         trust_remote_code: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         check_settings(quantization, double_quantization)
@@ -125,15 +131,14 @@ class LanguageModel(nn.Module):
         self.quantization, self.double_quantization = quantization, double_quantization
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.device_name, self.lora = device, lora
-        self.cache_tokens, self.keep_prompts = cache_tokens, keep_prompts
-        self.merge_while_generating, self.trust_remote_code = merge_while_generating, bool(trust_remote_code)
+        self.trust_remote_code = bool(trust_remote_code)
         self.usage = Usage()
-        self.store: CompletionStore | None = None
+        engine = engine or LocalEngine(cache_tokens, keep_prompts, merge_while_generating)
+        self.completing = StoredEngine(engine, identity=self._identity)
         self.keep_completions(completions)
-        self.before_wave: Callable[[], None] = lambda: None
         self.model: Any = None
         self.encode: ChatEncoder
-        self._merged = MergedCopy()
+        self.codec: Codec
         self._adapter_identity = AdapterIdentity()
         self._base_identity = ""
 
@@ -153,7 +158,7 @@ class LanguageModel(nn.Module):
         self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
-        self._decoder = self._make_decoder()
+        self.completing.start(self)
 
     def load_tokenizer(self) -> None:
         """Reads the tokenizer and the model's settings: enough for `encode`, `window`, `pad_id` and `end_ids`.
@@ -171,6 +176,7 @@ class LanguageModel(nn.Module):
             self.config = AutoConfig.from_pretrained(source, **trust)
         self.generation_config = _generation_config(source, self.config)
         self.encode = ChatEncoder(self.tokenizer)
+        self.codec = Codec(self.tokenizer, end_ids=self.end_ids, encode=self.encode.text)
 
     @property
     def source(self) -> str:
@@ -195,27 +201,23 @@ class LanguageModel(nn.Module):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.completing.generated
         prompts = [Prompted(self.encode(r.messages), _layout(r), r.seed) for r in requests]
-        results, generated = self._completed(prompts, sampling)
+        results = [Completion("")] * len(requests)
+        for adapter in dict.fromkeys(request.adapter for request in requests):
+            if adapter not in ADAPTERS:
+                raise ValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
+            places = [i for i, request in enumerate(requests) if request.adapter == adapter]
+            made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
+            for i, generated in zip(places, made, strict=True):
+                results[i] = completion_of(prompts[i].ids, generated)
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
-        self.usage.completion_tokens += sum(len(r.ids) for r in results)
+        self.usage.completion_tokens += sum(len(r.completion_ids) for r in results)
         self.usage.too_long += sum(r.finished == "too_long" for r in results)
-        self.usage.cached += len(prompts) - generated
+        self.usage.cached += len(prompts) - (self.completing.generated - before)
         self.usage.seconds += time.perf_counter() - started
-        return [
-            Completion(
-                result.text,
-                tuple(prompt.ids),
-                tuple(result.ids),
-                result.finished,
-                result.fields,
-                result.forced,
-                result.log_probs,
-            )
-            for prompt, result in zip(prompts, results, strict=True)
-        ]
+        return results
 
     complete = generate
 
@@ -223,7 +225,26 @@ class LanguageModel(nn.Module):
         """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
         if self.store is not None:
             self.store.close()
-        self.store = CompletionStore(path) if path and path != "off" else None
+        self.completing.store = CompletionStore(path, at=crash_point) if path and path != "off" else None
+
+    @property
+    def store(self) -> CompletionStore | None:
+        """Where completions are kept, if they are."""
+        return self.completing.store
+
+    @property
+    def before_wave(self) -> Callable[[], None]:
+        """Called before each part of a `generate` that is one unit of work; what it raises stops there."""
+        return self.completing.before_wave
+
+    @before_wave.setter
+    def before_wave(self, call: Callable[[], None]) -> None:
+        self.completing.before_wave = call
+
+    @property
+    def version(self) -> Hashable:
+        """A value that changes when the weights do."""
+        return weights_version(self.model)
 
     def base_identity(self) -> str:
         """What the base is, by the content of its files or its commit on the Hub; the adapter and its training apart.
@@ -238,42 +259,11 @@ class LanguageModel(nn.Module):
             self._base_identity = base_identity(self._found, self.config, sum_of=sum_of)
         return self._base_identity
 
-    def _completed(self, prompts: Sequence[Prompted], sampling: Sampling) -> tuple[list[Generated], int]:
-        """A result a prompt, and how many were generated: those that the store lacks, equal ones once.
-
-        They are generated wave by wave, each kept before the next begins. The waves follow from the requests alone, so
-        a run that was killed finds each whole or absent, and makes the same batches again.
-        """
-        keys = self._keys(prompts, sampling)
-        known = self.store.find(keys) if self.store else {}
-        there = len(known)
-        if set(keys) - set(known):
-            with _evaluating(self.model), self._fast_adapter():
-                for wave in self._decoder.waves(prompts):
-                    missing = {keys[i]: prompts[i] for i in wave if keys[i] not in known}
-                    if missing:
-                        known |= self._generated(missing, sampling)
-        return [known[key] for key in keys], len(known) - there
-
-    def _generated(self, missing: Mapping[bytes, Prompted], sampling: Sampling) -> dict[bytes, Generated]:
-        self.before_wave()
-        results = self._decoder.generate(list(missing.values()), sampling)
-        made = dict(zip(missing, results, strict=True))
-        if self.store:
-            self.store.keep(made)
-        return made
-
-    def _keys(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[bytes]:
-        """What a completion follows from, hashed: the LM (only where completions are stored), prompt and sampling."""
-        lm = self._identity() if self.store else {}
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
-        asked = {"max_new_tokens": sampling.max_new_tokens, "log_probs": sampling.log_probs}
-        return completion_keys(prompts, {**lm, **drawn, **asked}, seeded=bool(drawn))
-
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, adapter: str) -> dict[str, Any]:
+        """What a completion follows from, beside the prompt, the sampling and the engine."""
         return {
             "base": self.base_identity(),
-            "adapter": self._adapter_identity.name(self.model, merged=self.merge_while_generating),
+            "adapter": self._adapter_identity.name(self.model) if adapter else UNTRAINED,
             "dtype": str(self.dtype),
             "quantization": [self.quantization, self.double_quantization],
             "device": next(self.model.parameters()).device.type,
@@ -370,19 +360,6 @@ class LanguageModel(nn.Module):
         with peft_of_today():
             return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
 
-    def _make_decoder(self) -> Decoder:
-        return Decoder(
-            self.model,
-            codec=Codec(self.tokenizer, end_ids=self.end_ids, encode=self.encode.text),
-            window=self.window,
-            cache_tokens=self.cache_tokens,
-            weights=lambda: weights_version(self.model),
-            keep_rows=self.keep_prompts,
-        )
-
-    def _fast_adapter(self) -> Any:
-        return self._merged.swapped(self.model) if self.merge_while_generating else nullcontext()
-
 
 def _layout(request: Request) -> Layout:
     """What is to be written: a request that says stops alone wants a text up to these."""
@@ -417,15 +394,3 @@ def _explained(name: str) -> Iterator[None]:
         folder = Path(name).expanduser().is_dir()
         why = "is a folder that lacks something" if folder else "is no local folder, and the Hub gave none by that name"
         raise ModelNotFoundError(f'model "{name}" {why} ({first}). {_KINDS}') from error
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode it had, or dropout would stay off in training."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

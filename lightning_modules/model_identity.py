@@ -45,16 +45,12 @@ class AdapterIdentity:
         self._name = ""
         self._tensors: Mapping[str, Tensor] | None = None
 
-    def name(self, model: nn.Module, *, merged: bool) -> str:
-        """Equal for adapters that change the base equally.
-
-        Args:
-            merged: how it is applied while generating, which decides the last bits.
-        """
+    def name(self, model: nn.Module) -> str:
+        """Equal for adapters that change the base equally."""
         self._refresh(model)
         if not self._name:
             self._name = UNTRAINED if _changes_nothing(model) else f"{fingerprint(model)}|{_scaling(model)}"
-        return self._name if self._name == UNTRAINED else f"{self._name}|{'merged' if merged else 'beside'}"
+        return self._name
 
     def tensors(self, model: nn.Module, copy: Callable[[nn.Module], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         """What `copy` gives. While the adapter stays as it is, the very same tensors: a checkpoint holds them once."""

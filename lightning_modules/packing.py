@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import Batch
-from cotune.lightning_modules.out_of_memory import is_out_of_memory
+from cotune.inference.local.out_of_memory import is_out_of_memory
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import AttentionInterface

@@ -156,7 +156,7 @@ def reader_of(name: str) -> Callable[[Path, str], Any]:
 
 def _read_store(folder: Path, name: str) -> dict[str, Any]:
     """Key -> completion, for the keys of the undamaged store."""
-    from cotune.lightning_modules.completion_store import CompletionStore
+    from cotune.inference.stored import CompletionStore
 
     keys = [bytes.fromhex(line) for line in (folder / "keys.txt").read_text().split()]
     store = CompletionStore(folder / "completions.sqlite")

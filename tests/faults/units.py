@@ -15,7 +15,7 @@ def counting(path: Path) -> Callable[[], None]:
     """What a child calls to have its units counted: a byte appended as each begins."""
 
     def arm() -> None:
-        from cotune.lightning_modules.generation import Decoder
+        from cotune.inference.local.decoder import Decoder
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

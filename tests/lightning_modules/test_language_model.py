@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
+from cotune.inference.local import LocalEngine
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, embedded
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError
@@ -25,6 +26,11 @@ def loaded(folder: Path, **settings: Any) -> LanguageModel:
     lm = LanguageModel(str(folder), device="cpu", **{"lora": SMALL, **settings})
     lm.load(seed=0)
     return lm
+
+
+def local(lm: LanguageModel) -> LocalEngine:
+    assert isinstance(lm.completing.engine, LocalEngine)
+    return lm.completing.engine
 
 
 def disturb(lm: LanguageModel) -> None:
@@ -108,7 +114,8 @@ def test_generating_leaves_every_module_in_the_mode_it_had(
     frozen.eval()  # one that the user keeps in eval mode
     before = {name: module.training for name, module in lm.model.named_modules()}
     inside: list[bool] = []
-    generate = lm._decoder.generate
+    decoder = local(lm).decoder
+    generate = decoder.generate
 
     def watched(*args: Any) -> Any:
         inside.append(any(module.training for module in lm.model.modules()))
@@ -116,7 +123,7 @@ def test_generating_leaves_every_module_in_the_mode_it_had(
             raise RuntimeError("inside")
         return generate(*args)
 
-    monkeypatch.setattr(lm._decoder, "generate", watched)
+    monkeypatch.setattr(decoder, "generate", watched)
     if fails:
         with pytest.raises(RuntimeError, match="inside"):
             lm.generate(asks("a"), Sampling(max_new_tokens=2))
@@ -352,4 +359,4 @@ def test_of_a_quantised_base_only_the_head_is_copied(wide_model: Path) -> None:
     lm = quantised(wide_model, "nf4")
     disturb(lm)
     lm.generate(asks("a"), Sampling(max_new_tokens=2))
-    assert [name.rpartition(".")[2] for name in lm._merged._copies] == ["lm_head"]
+    assert [name.rpartition(".")[2] for name in local(lm).merged._copies] == ["lm_head"]

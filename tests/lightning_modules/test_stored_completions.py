@@ -24,13 +24,14 @@ class Watched(LanguageModel):
     def load(self, *, seed: int = 0) -> None:
         super().load(seed=seed)
         self.waves: list[int] = []
-        generate = self._decoder.generate
+        engine = self.completing.engine
+        generate = engine.generate
 
-        def watched(prompts: Any, sampling: Sampling) -> Any:
+        def watched(prompts: Any, sampling: Sampling, *, adapter: str) -> Any:
             self.waves.append(len(prompts))
-            return generate(prompts, sampling)
+            return generate(prompts, sampling, adapter=adapter)
 
-        self._decoder.generate = watched  # type: ignore[method-assign]
+        engine.generate = watched  # type: ignore[method-assign]
 
 
 def loaded(model: Path, store: Path | None, *, seed: int = 0, **settings: Any) -> Watched:
@@ -143,7 +144,7 @@ def test_other_weights_under_the_same_path_are_another_base(tiny_model: Path, st
 def test_a_call_broken_off_goes_on_at_the_wave_where_it_stopped(
     tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cotune.lightning_modules.generation.WAVE", 4)
+    monkeypatch.setattr("cotune.inference.engine.WAVE", 4)
     whole = loaded(tiny_model, None)
     expected = whole.generate(asked(10), DRAWN)
     first = loaded(tiny_model, store)
@@ -165,7 +166,7 @@ def test_a_call_broken_off_goes_on_at_the_wave_where_it_stopped(
 def test_a_wave_holds_what_is_missing_of_it_whatever_is_asked_beside(
     tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cotune.lightning_modules.generation.WAVE", 4)
+    monkeypatch.setattr("cotune.inference.engine.WAVE", 4)
     lm = loaded(tiny_model, store)
     lm.generate(asked(2, first=4), GREEDY)
     lm.generate(asked(10), GREEDY)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.inference import Codec
+from cotune.inference.engine import Generated, Prompted
+from cotune.inference.local.decoder import Decoder, GenerationMemoryError
+from cotune.inference.local.prefixes import group_by_prefix, group_cost
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.generation import Decoder, Generated, GenerationMemoryError, Prompted
 from cotune.lightning_modules.lora import attach, lora_layers
-from cotune.lightning_modules.prefixes import group_by_prefix, group_cost
 from cotune.programs import Request, Sampling
 from cotune.programs.layout import Field
 from tiny import tiny_tokenizer

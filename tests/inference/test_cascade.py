@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 from cotune.inference import Codec
-from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, _merged, _Options
-from cotune.lightning_modules.generation import Decoder, Prompted
+from cotune.inference.engine import Prompted
+from cotune.inference.local.cascade import KeyValues, Packed, Shared, _merged, _Options
+from cotune.inference.local.decoder import Decoder
 from cotune.programs import Sampling
 from tiny import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM

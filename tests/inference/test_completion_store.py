@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.lightning_modules.completion_store import CompletionStore, CompletionStoreError, completion_keys
-from cotune.lightning_modules.generation import Generated, Prompted
+from cotune.datamodules.crash_point import crash_point
+from cotune.inference.engine import Generated, Prompted
+from cotune.inference.stored import CompletionStore, CompletionStoreError, completion_keys
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import Filled
 
@@ -43,7 +44,7 @@ FILLED_IN = Generated(
 
 @pytest.fixture
 def store(tmp_path: Path) -> CompletionStore:
-    return CompletionStore(tmp_path / "folder" / "completions.sqlite")
+    return CompletionStore(tmp_path / "folder" / "completions.sqlite", at=crash_point)
 
 
 def again(store: CompletionStore) -> CompletionStore:
@@ -202,7 +203,7 @@ def test_the_sum_of_a_file_is_remembered_until_it_changes(
     first = store.file_sum(path)
     assert first == hashlib.sha256(path.read_bytes()).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setattr("cotune.lightning_modules.completion_store._digest_of", lambda parts: pytest.fail("read again"))
+        patch.setattr("cotune.inference.stored._digest_of", lambda parts: pytest.fail("read again"))
         assert again(store).file_sum(path) == first
     path.write_bytes(b"2")
     assert store.file_sum(path) == hashlib.sha256(b"2").hexdigest()

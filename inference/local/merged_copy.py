@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from cotune.lightning_modules.lora import lora_layers
 from torch import Tensor, nn
 
 _ROWS = 64
@@ -35,17 +34,8 @@ class MergedCopy:
     def swapped(self, model: nn.Module) -> Iterator[None]:
         linears = _linears(model)
         self._refresh(linears)
-        before = [vars(one.module).get("forward") for one in linears]  # training may have one of its own there
-        try:
-            for one in linears:
-                one.module.forward = _product(self._copies[one.name], one.base.bias)
+        with _computing({one.module: _product(self._copies[one.name], one.base.bias) for one in linears}):
             yield
-        finally:
-            for one, forward in zip(linears, before, strict=True):
-                if forward is None:
-                    vars(one.module).pop("forward", None)
-                else:
-                    one.module.forward = forward
 
     def _refresh(self, linears: list[_Linear]) -> None:
         # Validation runs in inference mode, and a copy made there could not be written to outside of it.
@@ -60,6 +50,29 @@ class MergedCopy:
         """Gives the copies' memory back."""
         self._copies.clear()
         self._made_from.clear()
+
+
+@contextmanager
+def base_alone(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter inside: each adapted layer computes what its base layer does."""
+    with _computing({layer: layer.get_base_layer().forward for _, layer in _adapted(model)}):
+        yield
+
+
+@contextmanager
+def _computing(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Modules compute by these functions inside, and as before afterwards."""
+    before = {module: vars(module).get("forward") for module in forwards}  # training may have one of its own there
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, kept in before.items():
+            if kept is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = kept  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -88,13 +101,20 @@ class _Linear:
 
 def _linears(model: nn.Module) -> list[_Linear]:
     """The layers that are worth a copy: adapted ones, and on a CPU all that have a layout to gain."""
-    adapted = dict(lora_layers(model))
+    adapted = dict(_adapted(model))
     found = [_Linear(name, layer, layer.get_base_layer()) for name, layer in adapted.items() if _can_merge(layer)]
     inside = tuple(f"{name}." for name in adapted)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.startswith(inside) and _can_lay_out(module.weight):
             found.append(_Linear(name, module, module))
     return found
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, layer) of every layer that an adapter changes."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _can_merge(layer: Any) -> bool:

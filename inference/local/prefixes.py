@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from cotune.datamodules.collate import shared_prefix
-from cotune.lightning_modules.cascade import KeyValues
+from cotune.inference.local.cascade import KeyValues
 
 BLOCK = 128
 """Tokens of a prefix that are computed together. What is kept is reused in whole blocks, so that a prefix has the same
@@ -43,6 +42,16 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
             node.home.group += node.members
     groups += [node.group for node in nodes if node.group]
     return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share, leaving each at least one of its own.
+
+    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2]])
+    (2, 1)
+    """
+    ordered = [tuple(prompt) for prompt in prompts]  # what the extremes of the order share, all share
+    return min(_common(min(ordered), max(ordered)), min(map(len, ordered)) - 1)
 
 
 def group_cost(shared: int) -> int:

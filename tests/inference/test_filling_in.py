@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from cotune.inference import Codec
+from cotune.inference.engine import Generated, Prompted
+from cotune.inference.local.decoder import Decoder
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.programs import Request, Sampling
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number
 from tiny import tiny_tokenizer

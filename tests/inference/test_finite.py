@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cotune.inference.local.finite import NotFiniteError, check_finite
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.finite import NotFiniteError, check_finite
 from cotune.programs import Request, Sampling
 from torch import nn
 

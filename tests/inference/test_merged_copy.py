@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from adapted import IDS, base_weights, bytes_of, fresh, logits, tuned
+from cotune.inference.local.merged_copy import MergedCopy
 from cotune.lightning_modules.lora import adapter_state, load_adapter_state, lora_layers, reset
-from cotune.lightning_modules.merged_copy import MergedCopy
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

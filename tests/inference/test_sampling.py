@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cotune.lightning_modules.sample import sample
+from cotune.inference.local.sampling import sample
 
 
 def reference(logits: np.ndarray, draw: float, temperature: float, top_p: float) -> int:

@@ -5,24 +5,22 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from cotune.datamodules.collate import shared_prefix
-from cotune.inference import Codec, Filling, Plan
-from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, attending, packed_as
-from cotune.lightning_modules.finite import check_finite
-from cotune.lightning_modules.out_of_memory import is_out_of_memory
-from cotune.lightning_modules.prefixes import BLOCK, PrefixCache, group_by_prefix
-from cotune.lightning_modules.sample import log_probs, sample
-from cotune.programs.layout import FREE, Layout
-from cotune.programs.lm import Filled, Sampling
+from cotune.inference import engine
+from cotune.inference.codec import Codec
+from cotune.inference.engine import Generated, Prompted
+from cotune.inference.fields import Filling, Plan
+from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending, packed_as
+from cotune.inference.local.finite import check_finite
+from cotune.inference.local.out_of_memory import is_out_of_memory
+from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, shared_prefix
+from cotune.inference.local.sampling import log_probs, sample
+from cotune.programs.layout import Layout
+from cotune.programs.lm import Sampling
 from torch import Tensor
-
-WAVE = 128
-"""Most prompts generated as one unit: enough to keep a batch full, few enough to lose little to a kill."""
 
 _PREFILL = {"cpu": 1024, "cuda": 8192}
 """Prompt tokens computed together: enough for full speed of the products; more would only take memory."""
@@ -30,28 +28,6 @@ _PREFILL = {"cpu": 1024, "cuda": 8192}
 
 class GenerationMemoryError(RuntimeError):
     """Memory ran out while nothing but one completion was under way."""
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """A prompt to complete, as ids, and what its completion is made of."""
-
-    ids: Sequence[int]
-    layout: Layout = FREE
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Ids written (end-of-turn token included, a stop string not), their text, and why they end; the rest as in
-    `Completion`."""
-
-    ids: list[int]
-    text: str
-    finished: Literal["eos", "stop", "length", "too_long"]
-    fields: tuple[Filled, ...] = ()
-    forced: tuple[bool, ...] = ()
-    log_probs: tuple[float, ...] = ()
 
 
 class Decoder:
@@ -97,7 +73,7 @@ class Decoder:
         alone, so a run that is continued makes the same waves again.
         """
         order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
-        return [order[start : start + WAVE] for start in range(0, len(order), WAVE)]
+        return [order[start : start + engine.WAVE] for start in range(0, len(order), engine.WAVE)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Generated]:

@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.crash_point import crash_point
-from cotune.lightning_modules.generation import Generated, Prompted
+from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.programs.layout import Layout
-from cotune.programs.lm import Filled
+from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
 
 FORMAT = 2
 """Changes with the meaning of keys or values: a store of another format is set aside."""
@@ -46,14 +45,16 @@ class CompletionStore:
 
     Args:
         path: of the file (SQLite; two more stand beside it while it is open). Not on a network file system.
+        at: called with a name at the points around a commit where tests kill the process.
 
     Attributes:
         damaged: rows that failed their checksum.
         seconds: wall time spent reading and writing.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, at: Callable[[str], None] = lambda name: None) -> None:
         self.path = Path(path).expanduser()
+        self._at = at
         self.damaged, self.seconds = 0, 0.0
         self._connection: sqlite3.Connection | None = None
 
@@ -98,8 +99,8 @@ class CompletionStore:
     def _write(self, values: Mapping[bytes, bytes]) -> None:
         rows = [(key, value, _checksum(key, value)) for key, value in values.items()]
         with self._timed():
-            self._tried(lambda connection: _insert(connection, rows))
-        crash_point("store-after-commit")
+            self._tried(lambda connection: _insert(connection, rows, lambda: self._at("store-before-commit")))
+        self._at("store-after-commit")
 
     def _tried(self, action: _Action) -> list[_Row]:
         """Does something with the file, and once more with a new file if the old one proves damaged."""
@@ -147,6 +148,111 @@ class CompletionStore:
             yield
         finally:
             self.seconds += time.perf_counter() - started
+
+
+class StoredEngine(Engine):
+    """An engine whose completions are kept, so that none is generated twice; equal prompts of a call are one.
+
+    They are generated wave by wave, each kept before the next begins. The waves follow from the prompts alone, so a run
+    that was killed finds each whole or absent, and makes the same batches again.
+
+    Args:
+        engine: what completes the prompts that are not there.
+        identity: adapter -> plain values by which the LM is known; asked only where completions are stored.
+
+    Attributes:
+        store: where completions are kept; None keeps none from one call to the next.
+        before_wave: called before each wave; what it raises stops there.
+        generated: completions that the engine made so far.
+    """
+
+    def __init__(self, engine: Engine, *, identity: Callable[[str], Mapping[str, Any]]) -> None:
+        self.engine, self._identity_of = engine, identity
+        self.store: CompletionStore | None = None
+        self.before_wave: Callable[[], None] = lambda: None
+        self.generated = 0
+
+    def start(self, weights: Weights) -> None:
+        self.engine.start(weights)
+
+    def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
+        return self.engine.waves(prompts)
+
+    def identity(self) -> Mapping[str, Any]:
+        return self.engine.identity()
+
+    def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:
+        lm = {**self._identity_of(adapter), **self.identity()} if self.store else {"adapter": adapter}
+        keys = completion_keys(prompts, {**lm, **_asked(sampling)}, seeded=sampling.temperature > 0)
+        known = self.store.find(keys) if self.store else {}
+        if set(keys) - set(known):
+            for wave in self.waves(prompts):
+                missing = {keys[i]: prompts[i] for i in wave if keys[i] not in known}
+                if missing:
+                    known |= self._generated(missing, sampling, adapter)
+        return [known[key] for key in keys]
+
+    def _generated(self, missing: Mapping[bytes, Prompted], sampling: Sampling, adapter: str) -> dict[bytes, Generated]:
+        self.before_wave()
+        results = self.engine.generate(list(missing.values()), sampling, adapter=adapter)
+        made = dict(zip(missing, results, strict=True))
+        self.generated += len(made)
+        if self.store:
+            self.store.keep(made)
+        return made
+
+
+class StoredLM:
+    """An LM without ids whose completions are kept, by the messages that asked for them.
+
+    Args:
+        lm: what answers requests that are not there.
+        store: where completions are kept.
+        identity: plain values by which the LM is known.
+    """
+
+    def __init__(self, lm: LM, store: CompletionStore, *, identity: Mapping[str, Any]) -> None:
+        self.lm, self.store, self._identity = lm, store, dict(identity)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        keys = [self._key(request, sampling) for request in requests]
+        known = self.store.find(keys)
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        if missing:
+            completions = self.lm.generate(list(missing.values()), sampling)
+            made = {key: _generated_of(done) for key, done in zip(missing, completions, strict=True)}
+            self.store.keep(made)
+            known |= made
+        return [completion_of((), known[key]) for key in keys]
+
+    def _key(self, request: Request, sampling: Sampling) -> bytes:
+        drawn = request.seed if sampling.temperature > 0 else None
+        asked = [[dict(message) for message in request.messages], _plain(request.layout), request.adapter, drawn]
+        whole = json.dumps([FORMAT, "messages", self._identity, _asked(sampling), asked], sort_keys=True)
+        return hashlib.sha256(whole.encode()).digest()
+
+
+def completion_of(prompt_ids: Sequence[int], generated: Generated) -> Completion:
+    """What an engine wrote as what an LM answers."""
+    return Completion(
+        generated.text,
+        tuple(prompt_ids),
+        tuple(generated.ids),
+        generated.finished,
+        generated.fields,
+        generated.forced,
+        generated.log_probs,
+    )
+
+
+def _generated_of(done: Completion) -> Generated:
+    return Generated(list(done.completion_ids), done.text, done.finished, done.fields, done.forced, done.log_probs)
+
+
+def _asked(sampling: Sampling) -> dict[str, Any]:
+    """What of the sampling decides a completion: where nothing is drawn, top-p does not."""
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+    return {**drawn, "max_new_tokens": sampling.max_new_tokens, "log_probs": sampling.log_probs}
 
 
 def completion_keys(prompts: Sequence[Prompted], common: Mapping[str, Any], *, seeded: bool) -> list[bytes]:
@@ -205,11 +311,11 @@ def _select(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[_Row]
     return rows
 
 
-def _insert(connection: sqlite3.Connection, rows: Sequence[_Row]) -> list[_Row]:
+def _insert(connection: sqlite3.Connection, rows: Sequence[_Row], before: Callable[[], None]) -> list[_Row]:
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
-        crash_point("store-before-commit")
+        before()
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

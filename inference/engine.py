@@ -68,7 +68,7 @@ class Engine(ABC):
     needs room for, the second takes the tokens that your LM chooses and says what comes after them.
     """
 
-    def start(self, weights: Weights) -> None:
+    def start(self, weights: Weights) -> None:  # noqa: B027 (one that needs no weights has nothing to do)
         """Told once which weights it is to complete with, when they are loaded."""
 
     @abstractmethod

@@ -99,7 +99,6 @@ class LanguageModel(nn.Module):
             (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
             this says another path, or "off".
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
-        engine: what generates; in this process with the weights themselves (`LocalEngine`) where none is given.
 
     Attributes:
         completing: the engine, and the completions that are kept.
@@ -121,7 +120,6 @@ class LanguageModel(nn.Module):
         merge_while_generating: bool = True,
         completions: str | None = None,
         trust_remote_code: bool = False,
-        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         check_settings(quantization, double_quantization)
@@ -133,7 +131,7 @@ class LanguageModel(nn.Module):
         self.device_name, self.lora = device, lora
         self.trust_remote_code = bool(trust_remote_code)
         self.usage = Usage()
-        engine = engine or LocalEngine(cache_tokens, keep_prompts, merge_while_generating)
+        engine = LocalEngine(cache_tokens, keep_prompts, merge_while_generating)
         self.completing = StoredEngine(engine, identity=self._identity)
         self.keep_completions(completions)
         self.model: Any = None
@@ -220,6 +218,12 @@ class LanguageModel(nn.Module):
         return results
 
     complete = generate
+
+    def use(self, engine: Engine) -> None:
+        """Generates with this engine from now on, in place of a `LocalEngine`."""
+        self.completing.engine = engine
+        if self.model is not None:
+            engine.start(self)
 
     def keep_completions(self, path: str | Path | None) -> None:
         """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from cotune.datamodules import Batch, PairMaker, Vocabulary
+from cotune.inference.engine import Engine
 from cotune.lightning_modules.fused import fuse_adapter
 from cotune.lightning_modules.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.language_model import LanguageModel
@@ -88,6 +89,7 @@ class ProgramModule(LightningModule):
         gradient_checkpointing: compute each layer twice instead of keeping what it computed: less memory, about a
             third more time.
         skip_limits: how many steps that are not finite may be skipped before the run stops.
+        engine: what completes the LM's prompts; the decoder in this process (`LocalEngine`) where none is given.
     """
 
     def __init__(
@@ -103,8 +105,11 @@ class ProgramModule(LightningModule):
         micro_batch_size: int | None = None,
         gradient_checkpointing: bool = False,
         skip_limits: SkipLimits = SkipLimits(),  # noqa: B008 (frozen)
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
+        if engine is not None:
+            lm.use(engine)
         self.program, self.lm, self.sampling = program, lm, sampling
         self.form: Form = form or ReasonThenFill()
         self.optimizer, self.learning_rate = optimizer, learning_rate

@@ -11,11 +11,11 @@ import pytest
 import torch
 from cotune.inference.local import LocalEngine
 from cotune.inference.stored import CompletionStore, StoredLM
-from cotune.lightning_modules import LanguageModel, LoRA
+from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
 from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout
-from fakes import FakeLM
+from fakes import FakeLM, Loop
 from own_engine import PlainEngine
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +41,8 @@ def asked(count: int = 3, **settings: Any) -> list[Request]:
 def test_an_engine_of_ones_own_is_forty_lines_and_writes_the_same(tiny_model: Path) -> None:
     lines = (Path(__file__).parents[1] / "own_engine.py").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40
-    own, local = loaded(tiny_model, engine=PlainEngine()), loaded(tiny_model)
+    own, local = loaded(tiny_model), loaded(tiny_model)
+    own.use(PlainEngine())
     requests = [*asked(layout=FORM), *asked(layout=FREE), *asked(1, layout=(Field("a", stops=("e",)),))]
     found = own.complete(requests, GREEDY)
     expected = local.complete(requests, GREEDY)
@@ -51,8 +52,9 @@ def test_an_engine_of_ones_own_is_forty_lines_and_writes_the_same(tiny_model: Pa
 
 def test_engines_do_not_share_completions(tiny_model: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "completions.sqlite")
-    local, own = loaded(tiny_model, completions=store), loaded(tiny_model, completions=store, engine=PlainEngine())
+    local, own = loaded(tiny_model, completions=store), loaded(tiny_model, completions=store)
     local.complete(asked(), GREEDY)
+    own.use(PlainEngine())
     own.complete(asked(), GREEDY)
     own.complete(asked(), GREEDY)
     assert (own.usage.calls, own.usage.cached) == (6, 3)
@@ -95,6 +97,15 @@ def test_settings_of_the_lm_reach_its_engine(tiny_model: Path) -> None:
     engine = loaded(tiny_model, cache_tokens=77, keep_prompts=True, merge_while_generating=False).completing.engine
     assert isinstance(engine, LocalEngine)
     assert (engine.cache_tokens, engine.keep_prompts, engine.merge_while_generating) == (77, True, False)
+
+
+def test_a_run_selects_its_engine(tiny_model: Path) -> None:
+    lm = LanguageModel(str(tiny_model), device="cpu", lora=LoRA(r=4, alpha=8))
+    engine = PlainEngine()
+    module = ProgramModule(Loop(), lm, engine=engine)
+    module.configure_model()
+    assert lm.completing.engine is engine
+    assert lm.complete(asked(1), GREEDY)[0].completion_ids
 
 
 # The store around an LM without ids

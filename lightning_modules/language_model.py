@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,6 @@ from cotune.lightning_modules.quantization import (
     quantized_as,
 )
 from cotune.programs import Completion, Request, Sampling
-from cotune.programs.layout import FREE, Layout
 from torch import Tensor, nn
 
 ADAPTERS = ("", "default")
@@ -137,8 +136,7 @@ class LanguageModel(nn.Module):
         self.model: Any = None
         self.encode: ChatEncoder
         self.codec: Codec
-        self._adapter_identity = AdapterIdentity()
-        self._base_identity = ""
+        self._identities = AdapterIdentity()
 
     def load(self, *, seed: int = 0) -> None:
         """Reads tokenizer and weights and attaches the adapter, drawn from the seed. Does nothing when loaded.
@@ -200,7 +198,7 @@ class LanguageModel(nn.Module):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         started, before = time.perf_counter(), self.completing.generated
-        prompts = [Prompted(self.encode(r.messages), _layout(r), r.seed) for r in requests]
+        prompts = [Prompted(self.encode(r.messages), r.layout, r.seed) for r in requests]
         results = [Completion("")] * len(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             if adapter not in ADAPTERS:
@@ -256,18 +254,18 @@ class LanguageModel(nn.Module):
         Raises:
             ModelNotFoundError: as `load`.
         """
-        if not self._base_identity:
+        if not self._identities.base:
             if not hasattr(self, "tokenizer"):
                 self.load_tokenizer()
             sum_of = self.store.file_sum if self.store else file_sum
-            self._base_identity = base_identity(self._found, self.config, sum_of=sum_of)
-        return self._base_identity
+            self._identities.base = base_identity(self._found, self.config, sum_of=sum_of)
+        return self._identities.base
 
     def _identity(self, adapter: str) -> dict[str, Any]:
         """What a completion follows from, beside the prompt, the sampling and the engine."""
         return {
             "base": self.base_identity(),
-            "adapter": self._adapter_identity.name(self.model) if adapter else UNTRAINED,
+            "adapter": self._identities.name(self.model) if adapter else UNTRAINED,
             "dtype": str(self.dtype),
             "quantization": [self.quantization, self.double_quantization],
             "device": next(self.model.parameters()).device.type,
@@ -278,7 +276,7 @@ class LanguageModel(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """A copy of the adapter's tensors, on the CPU, by parameter name; not to be written to."""
-        return dict(self._adapter_identity.tensors(self.model, adapter_state))
+        return dict(self._identities.tensors(self.model, adapter_state))
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         load_adapter_state(self.model, state)
@@ -363,13 +361,6 @@ class LanguageModel(nn.Module):
 
         with peft_of_today():
             return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
-
-
-def _layout(request: Request) -> Layout:
-    """What is to be written: a request that says stops alone wants a text up to these."""
-    if request.layout == FREE and request.stops:
-        return (replace(FREE[0], stops=tuple(request.stops)),)
-    return request.layout
 
 
 _KINDS = (

@@ -38,9 +38,14 @@ def base_identity(source: str, config: Any, *, sum_of: Callable[[Path], str] = f
 
 
 class AdapterIdentity:
-    """The adapter's hash, and a copy of its tensors, made anew only when a parameter of it has been written."""
+    """The adapter's hash, and a copy of its tensors, made anew only when a parameter of it has been written.
+
+    Attributes:
+        base: the identity of the base that it is for; "" until that is known.
+    """
 
     def __init__(self) -> None:
+        self.base = ""
         self._state: Hashable = None
         self._name = ""
         self._tensors: Mapping[str, Tensor] | None = None

@@ -49,7 +49,6 @@ class Request:
     """
 
     messages: Sequence[Message]
-    stops: tuple[str, ...] = ()
     seed: int = 0
     layout: Layout = FREE
     adapter: str = "default"

@@ -158,6 +158,11 @@ def all_gradients(lm: LanguageModel) -> bool:
 # Loading
 
 
+def test_it_has_fewer_than_twenty_attributes_of_its_own(tiny_model: Path) -> None:
+    own = vars(loaded(tiny_model)).keys() | {"model"}
+    assert len(own - vars(torch.nn.Module()).keys()) < 20
+
+
 def test_loading_twice_loads_once(tiny_model: Path) -> None:
     lm = loaded(tiny_model)
     model = lm.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import lora_layers
 from cotune.programs import Request, Sampling
+from cotune.programs.layout import Field
 
+UNTIL_E = (Field("text", stops=("e",)),)
 GREEDY = Sampling(max_new_tokens=5)
 DRAWN = Sampling(temperature=1.0, max_new_tokens=5)
 
@@ -75,10 +77,10 @@ def test_a_second_process_generates_nothing_and_counts_what_was_asked(tiny_model
 def test_only_what_decides_a_completion_makes_it_another(tiny_model: Path, store: Path, sampling: Sampling) -> None:
     lm = loaded(tiny_model, store)
     lm.generate(asked(3), sampling)
-    others = [Request(request.messages, request.stops, request.seed + 100) for request in asked(3)]
+    others = [replace(request, seed=request.seed + 100) for request in asked(3)]
     lm.generate(others, sampling)
     assert lm.waves == ([3] if sampling is GREEDY else [3, 3]), "a seed decides only where something is drawn"
-    lm.generate([Request(request.messages, ("e",), request.seed) for request in asked(3)], sampling)
+    lm.generate([replace(request, layout=UNTIL_E) for request in asked(3)], sampling)
     lm.generate(asked(3), Sampling(temperature=sampling.temperature, max_new_tokens=4))
     assert lm.waves[-2:] == [3, 3]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -159,19 +159,20 @@ class Batch:
     def bearing(self, device: torch.device, dtype: torch.dtype) -> Bearing:
         """The tokens that bear weight, as tensors."""
         pairs = list(self.pairs)
-        numbers = {"device": device, "dtype": dtype}
+        places = [(pair, i) for pair in pairs for i in pair.bearing]
         wide = max(len(row) for pair in pairs for row in pair.candidates or ((),))
-        known = (
-            [_known(pair, i, wide) for pair in pairs for i in pair.bearing] if any(p.reference for p in pairs) else []
-        )
+
+        def numbers(of: Callable[[Pair, int], float | list[float]]) -> Tensor:
+            return torch.tensor([of(pair, i) for pair, i in places], device=device, dtype=dtype)
+
         return Bearing(
             rows=torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.bearing], device=device),
-            ids=torch.tensor([_ids(pair, i, wide) for pair in pairs for i in pair.bearing], device=device),
-            ce=torch.tensor([1.0 if p.ce is None else _at(p.ce, i) for p in pairs for i in p.bearing], **numbers),
-            pg=torch.tensor([_at(p.pg, i) for p in pairs for i in p.bearing], **numbers),
-            kl=torch.tensor([_at(p.kl, i) for p in pairs for i in p.bearing], **numbers),
-            sampled=torch.tensor([_at(p.sampled, i) for p in pairs for i in p.bearing], **numbers),
-            reference=torch.tensor(known, **numbers) if known else None,
+            ids=torch.tensor([_ids(pair, i, wide) for pair, i in places], device=device),
+            ce=numbers(lambda pair, i: 1.0 if pair.ce is None else _at(pair.ce, i)),
+            pg=numbers(lambda pair, i: _at(pair.pg, i)),
+            kl=numbers(lambda pair, i: _at(pair.kl, i)),
+            sampled=numbers(lambda pair, i: _at(pair.sampled, i)),
+            reference=numbers(lambda pair, i: _known(pair, i, wide)) if any(p.reference for p in pairs) else None,
             groups=tuple(pair.group for pair in pairs),
             desirable=tuple(pair.desirable for pair in pairs),
         )

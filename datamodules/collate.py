@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,6 +25,7 @@ class Pair:
         candidates: ids whose log-probabilities the objective reads besides the token's own, as many at each token.
         reference: log-probabilities under the reference at each token: of the token itself, then of its candidates.
             Empty where the row has none of its own.
+        sampled: log-probabilities with which the tokens were drawn; 0 for those that were forced. Empty where unknown.
         group: rows of one non-empty group stand in one batch, in their order: preferred and rejected, say.
         desirable: whether the run was a good one, for objectives that learn from either kind.
 
@@ -40,11 +41,12 @@ class Pair:
     kl: Sequence[float] = ()
     candidates: Sequence[Sequence[int]] = ()
     reference: Sequence[Sequence[float]] = ()
+    sampled: Sequence[float] = ()
     group: str = ""
     desirable: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ce", "pg", "kl", "candidates", "reference"):
+        for name in ("ce", "pg", "kl", "candidates", "reference", "sampled"):
             given = len(getattr(self, name) or ())
             if given not in (0, len(self.completion_ids)):
                 raise ValueError(
@@ -87,6 +89,7 @@ class Bearing:
         rows: (n,) the row that each is of.
         ids: (n, K) the token itself, then its candidates; -1 where a row has fewer than others.
         ce, pg, kl: (n,) its weights.
+        sampled: (n,) the log-probability that it was drawn with; 0 where unknown.
         reference: (n, K) log-probabilities of `ids` under the reference; None where none is known.
         groups, desirable: of each row.
     """
@@ -96,6 +99,7 @@ class Bearing:
     ce: Tensor
     pg: Tensor
     kl: Tensor
+    sampled: Tensor
     reference: Tensor | None
     groups: tuple[str, ...]
     desirable: tuple[bool | None, ...]
@@ -155,18 +159,20 @@ class Batch:
     def bearing(self, device: torch.device, dtype: torch.dtype) -> Bearing:
         """The tokens that bear weight, as tensors."""
         pairs = list(self.pairs)
-        numbers = {"device": device, "dtype": dtype}
+        places = [(pair, i) for pair in pairs for i in pair.bearing]
         wide = max(len(row) for pair in pairs for row in pair.candidates or ((),))
-        known = (
-            [_known(pair, i, wide) for pair in pairs for i in pair.bearing] if any(p.reference for p in pairs) else []
-        )
+
+        def numbers(of: Callable[[Pair, int], float | list[float]]) -> Tensor:
+            return torch.tensor([of(pair, i) for pair, i in places], device=device, dtype=dtype)
+
         return Bearing(
             rows=torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.bearing], device=device),
-            ids=torch.tensor([_ids(pair, i, wide) for pair in pairs for i in pair.bearing], device=device),
-            ce=torch.tensor([1.0 if p.ce is None else _at(p.ce, i) for p in pairs for i in p.bearing], **numbers),
-            pg=torch.tensor([_at(p.pg, i) for p in pairs for i in p.bearing], **numbers),
-            kl=torch.tensor([_at(p.kl, i) for p in pairs for i in p.bearing], **numbers),
-            reference=torch.tensor(known, **numbers) if known else None,
+            ids=torch.tensor([_ids(pair, i, wide) for pair, i in places], device=device),
+            ce=numbers(lambda pair, i: 1.0 if pair.ce is None else _at(pair.ce, i)),
+            pg=numbers(lambda pair, i: _at(pair.pg, i)),
+            kl=numbers(lambda pair, i: _at(pair.kl, i)),
+            sampled=numbers(lambda pair, i: _at(pair.sampled, i)),
+            reference=numbers(lambda pair, i: _known(pair, i, wide)) if any(p.reference for p in pairs) else None,
             groups=tuple(pair.group for pair in pairs),
             desirable=tuple(pair.desirable for pair in pairs),
         )

@@ -197,6 +197,7 @@ class Collected:
             prompts=attempt.prompts,
             hinted=attempt.hinted,
             forced=completion.forced,
+            sampled=completion.log_probs,
             closed=_closed(step),
             tokenizer=self.vocabulary.tokenizer,
             base=self.vocabulary.base,
@@ -223,6 +224,7 @@ class Collected:
             completion_ids=tuple(self.vocabulary.encode(text)),
             complete=False,
             forced=(),
+            sampled=(),
             closed=False,
             gold=True,
         )

@@ -33,7 +33,8 @@ class Trace:
         forced: for each of `completion_ids`, whether the engine put it there; empty where none was.
         closed: a text in it was closed at its token limit, not by the LM.
         tokenizer, base: which tokenizer the ids are of (`Vocabulary`), and the LM's name; "" where nobody said.
-        ce, pg, kl, candidates, reference: of each of `completion_ids`, as in `Pair`; as they are, a completion loss.
+        ce, pg, kl, candidates, reference, sampled: of each of `completion_ids`, as in `Pair`. As they are, they make a
+            completion loss.
         group, desirable: as in `Pair`.
     """
 
@@ -60,6 +61,7 @@ class Trace:
     kl: Sequence[float] = ()
     candidates: Sequence[Sequence[int]] = ()
     reference: Sequence[Sequence[float]] = ()
+    sampled: Sequence[float] = ()
     group: str = ""
     desirable: bool | None = None
 
@@ -145,12 +147,12 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
 
 def _trace(row: Mapping[str, Any]) -> Trace:
     """A row as it was saved; lists come back as tuples. What an older format lacks is as `Trace` has it by itself."""
-    texts = {name: json.loads(row[name]) for name in ("inputs", "outputs")}
-    nested = {name: tuple(map(tuple, row[name])) for name in ("candidates", "reference") if row.get(name) is not None}
-    flat = {
-        name: tuple(row[name]) for name in ("completion_ids", "forced", "ce", "pg", "kl") if row.get(name) is not None
-    }
-    return Trace(**{**{name: value for name, value in row.items() if name != "format"}, **texts, **nested, **flat})
+    read: dict[str, Any] = {name: value for name, value in row.items() if name != "format"}
+    read |= {name: json.loads(read[name]) for name in ("inputs", "outputs")}
+    for name in ("completion_ids", "forced", "ce", "pg", "kl", "candidates", "reference", "sampled"):
+        if read.get(name) is not None:
+            read[name] = tuple(tuple(entry) if isinstance(entry, list) else entry for entry in read[name])
+    return Trace(**read)
 
 
 def _stages(signatures: Mapping[str, Any]) -> str:

@@ -80,6 +80,7 @@ class PairMaker:
             kl=trace.kl and [*trace.kl, *(0.0 for _ in end)],
             candidates=trace.candidates and [*trace.candidates, *((-1,) * len(trace.candidates[0]) for _ in end)],
             reference=trace.reference and [*trace.reference, *((0.0,) * len(trace.reference[0]) for _ in end)],
+            sampled=trace.sampled and [*trace.sampled, *(0.0 for _ in end)],
             group=trace.group,
             desirable=trace.desirable,
         )
@@ -108,7 +109,9 @@ class PairMaker:
                 "and a text cannot keep such weights. Collect with this LM, without data.traces."
             )
         text = self.form.write(self.program.stages[trace.stage].signature, trace.outputs)
-        return replace(trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=())
+        return replace(
+            trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=(), sampled=()
+        )
 
 
 def _name(trace: Trace) -> str:

@@ -82,7 +82,8 @@ def _padded_segment(model: Any, segment: Segment) -> Tensor:
     # Picked first, so that no more than these are copied to higher precision.
     bearing = [(r, longest - len(p.completion_ids) + i) for r, p in enumerate(segment.pairs) for i in p.bearing]
     row_n, column_n = torch.tensor(bearing, device=device).reshape(-1, 2).unbind(dim=1)
-    return logits_RCV[row_n, column_n]
+    logits_nV: Tensor = logits_RCV[row_n, column_n]
+    return logits_nV
 
 
 def _exact(logits: Tensor) -> Tensor:

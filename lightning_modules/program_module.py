@@ -285,11 +285,23 @@ class ProgramModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["prompts"] = prompts_to_dict(self.prompts)
+        checkpoint["lm"] = {"base": self.vocabulary.base, "tokenizer": self.vocabulary.tokenizer}
         checkpoint["weight_step"] = [self.weight_step, self.weight_steps]
         checkpoint["skips"] = self.skips.state()
         checkpoint["rows_at_once"] = self._gradients.rows_at_once
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what a checkpoint holds.
+
+        Raises:
+            ValueError: its adapter was trained on another tokenizer's ids.
+        """
+        made = checkpoint.get("lm", {"tokenizer": self.vocabulary.tokenizer})  # not named before format 2 of traces
+        if made["tokenizer"] != self.vocabulary.tokenizer:
+            raise ValueError(
+                f'the checkpoint\'s adapter was trained with "{made["base"]}", whose tokenizer is another than that of '
+                f'"{self.vocabulary.base}". Load it on the LM that it belongs to (model.lm.model).'
+            )
         self.prompts = prompts_from_dict(checkpoint["prompts"])
         self.weight_step, self.weight_steps = checkpoint["weight_step"]
         self.skips.load(checkpoint["skips"])

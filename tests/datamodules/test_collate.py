@@ -67,7 +67,7 @@ def test_a_reference_stands_under_its_candidates() -> None:
     assert tokens.reference.tolist() == [[-4, -5, -6], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("stream", ["ce", "pg", "kl", "candidates", "reference"])
+@pytest.mark.parametrize("stream", ["ce", "pg", "kl", "candidates", "reference", "sampled"])
 def test_a_stream_that_is_not_as_long_as_its_completion_is_refused(stream: str) -> None:
     given = ((1,),) if stream in ("candidates", "reference") else (1.0,)
     with pytest.raises(ValueError, match=f'"e": {stream} has 1 entries for 2 completion tokens'):

@@ -539,6 +539,7 @@ def test_weights_groups_and_marks_come_back_from_disk(tmp_path: Path) -> None:
         kl=(0.25,) * n,
         candidates=((1, 2),) * n,
         reference=((-1.0, -2.0, -3.0),) * n,
+        sampled=(-0.5,) * n,
         group="g",
         desirable=False,
         forced=(True,) + (False,) * (n - 1),

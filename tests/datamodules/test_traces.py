@@ -113,11 +113,11 @@ def test_given_demos_stand_instead_of_the_prompts_own() -> None:
 
 
 def test_an_end_of_turn_that_is_appended_weighs_as_the_token_before_it_and_is_judged_by_nobody() -> None:
-    stopped = replace(trace(21, complete=False), ce=(0, 0.5), pg=(1, 2), kl=(3, 4), group="g", desirable=True)
+    stopped = replace(trace(21, complete=False), ce=(0, 0.5), pg=(1, 2), kl=(3, 4), sampled=(-1, -2), group="g")
     pair = maker().pair(replace(stopped, candidates=((1, 2), (3, 4)), reference=((-1, -2, -3), (-4, -5, -6))))
     assert (pair.ce, pair.pg, pair.kl) == ([0, 0.5, 0.5], [1, 2, 0], [3, 4, 0])
     assert (pair.candidates, pair.reference) == ([(1, 2), (3, 4), (-1, -1)], [(-1, -2, -3), (-4, -5, -6), (0, 0, 0)])
-    assert (pair.group, pair.desirable) == ("g", True)
+    assert (pair.sampled, pair.group) == ([-1, -2, 0], "g")
     whole = maker().pair(replace(trace(21), ce=(0, 0.5, 1), pg=()))
     assert (whole.ce, whole.pg) == ([0, 0.5, 1], ())
 

@@ -14,6 +14,7 @@ from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramM
 from cotune.programs import Demo, Predict, Prompt, Sampling
 from fakes import Loop, doubles
 from lightning.pytorch import Trainer
+from tiny import save_tiny_model
 from torch.utils.data import DataLoader
 
 
@@ -245,3 +246,17 @@ def test_a_module_begins_with_the_programs_own_prompts(tiny_model: Path) -> None
     program = Predict("question -> answer")
     made = ProgramModule(program, LanguageModel(str(tiny_model)))
     assert made.prompts == program.initial_prompts()
+
+
+def test_a_checkpoint_names_its_lm_and_is_refused_by_one_of_another_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    checkpoint: dict[str, Any] = {}
+    made = module(tiny_model)
+    made.configure_model()
+    made.on_save_checkpoint(checkpoint)
+    assert checkpoint["lm"]["base"] == str(tiny_model)
+    made.on_load_checkpoint(checkpoint)
+    other = module(save_tiny_model(tmp_path / "other", backwards=True))
+    other.configure_model()
+    with pytest.raises(ValueError, match=r'trained with ".*tiny", whose tokenizer is another than that of ".*other"'):
+        other.on_load_checkpoint(checkpoint)
+    other.on_load_checkpoint({name: value for name, value in checkpoint.items() if name != "lm"})  # from before

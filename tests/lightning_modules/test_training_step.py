@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_touches_nothing_and_names_the_example(
     assert not all(torch.equal(a, b) for a, b in zip(two, three, strict=True))
     assert all(torch.isfinite(t).all() for t in three)
     assert trainer.callback_metrics["train/skipped_steps"] == 1
-    assert math.isfinite(trainer.callback_metrics["train/loss_epoch"])
+    assert math.isfinite(trainer.callback_metrics["train/loss"])
     what = "gradient" if gradient else "loss"
     assert f"training step 1: the {what} is not finite (examples b1). The step is skipped" in capsys.readouterr().out
 

@@ -183,6 +183,7 @@ class Alternate(Callback):
             self.work.epoch_scored(ours(trainer, pl_module)[0], rounds=self.state.rounds)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.saver.close()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [c for c in callbacks if not isinstance(c, _EpochEnd)]  # type: ignore[attr-defined]
 

@@ -35,6 +35,12 @@ class Saver:
             return Path(self._scratch.name)
         return Path(self._folder or trainer.default_root_dir)
 
+    def close(self) -> None:
+        """Takes a `fast_dev_run`'s folder away."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
     def wait(self) -> None:
         """From now on Lightning's state is not there, until `restored`."""
         self._waits = True

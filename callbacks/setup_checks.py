@@ -54,12 +54,14 @@ def _check_trainer(trainer: Trainer, epochs: int) -> None:
     own = ("callbacks", "precision", "val_check_interval", "limit_train_batches", "limit_val_batches")
     names = (*own, "overfit_batches", "reload_dataloaders_every_n_epochs", "max_steps", "min_steps", "min_epochs")
     values = {name: getattr(trainer, name, None) for name in (*names, "max_epochs")}
-    ours = () if epochs else ("reload_dataloaders_every_n_epochs",)
+    but: tuple[str, ...] = () if epochs else ("reload_dataloaders_every_n_epochs",)
     if trainer.max_epochs in (1000, epochs):  # 1000 is what Lightning makes of none
-        ours = (*ours, "max_epochs")
+        but = (*but, "max_epochs")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        ours = (*ours, "max_epochs", "max_steps", "limit_val_batches")  # Lightning has set them
-    check_trainer_options(values, but=ours)
+        but = (*but, "max_epochs", "max_steps", "limit_val_batches")  # Lightning has set them
+    if trainer.overfit_batches:
+        but = (*but, "limit_train_batches", "limit_val_batches")  # so here
+    check_trainer_options(values, but=but)
 
 
 def labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:

@@ -37,7 +37,7 @@ def test_metrics_csv_has_every_boundary_and_every_batch(tiny_model: Path, tmp_pa
     rows = _rows(tmp_path)
     scores = [float(row["boundary/val_score"]) for row in rows if row["boundary/val_score"]]
     assert scores == [record["val_score"] for record in fit.alternate.history]
-    assert [int(row["step"]) for row in rows if row["train/loss_step"]] == list(range(fit.trainer.global_step))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(fit.trainer.global_step))
 
 
 @pytest.mark.parametrize("batch", [0, 5])

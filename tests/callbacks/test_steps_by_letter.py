@@ -21,9 +21,9 @@ class Rates(Callback):
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}
 
-    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         (alternate,) = (c for c in trainer.callbacks if type(c).__name__ == "Alternate")
-        rate = optimizer.param_groups[0]["lr"]
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
         self.seen[alternate.state.boundaries] = max(self.seen.get(alternate.state.boundaries, 0.0), rate)
 
 

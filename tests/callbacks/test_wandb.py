@@ -99,7 +99,7 @@ def test_the_picture_of_the_scores_has_a_band_for_each_step(recorded: WandbFile)
 
 
 def test_losses_are_drawn_over_optimiser_steps(recorded: WandbFile, history: list[dict[str, Any]]) -> None:
-    points = [point for point in recorded.history if "train/loss_step" in point]
+    points = [point for point in recorded.history if "train/loss" in point]
     assert [point["trainer/global_step"] for point in points] == list(range(len(points)))
     assert points
     assert [point["test/score"] for point in recorded.history if "test/score" in point]

@@ -49,6 +49,7 @@ SETS: dict[str, dict[str, list[str]]] = {
         "memory": ["memory"],
         "scaling": ["scaling"],
         "alternation": ["alternation", "--rounds", "3", "--threads", "2"],
+        "searches": ["searches"],
     },
 }
 """What each set runs: result file -> script and options."""

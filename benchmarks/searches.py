@@ -42,7 +42,7 @@ from benchmarks.report import RESULTS, Report
 from benchmarks.workers import hidden_rules
 
 TRAIN, DEV, MAX_RUNS = 30, 20, 4000
-PLAIN: Mapping[str, Any] = {"feedback": True, "objectives": False}
+PLAIN: Mapping[str, Any] = {"feedback": True, "objectives": False, "stages": 3}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Variant:
     setting: Mapping[str, Any] = field(default_factory=lambda: PLAIN)
 
 
-_NO_FEEDBACK = {"feedback": False, "objectives": False}
-_TWO = {"feedback": True, "objectives": True}
+_NO_FEEDBACK = {**PLAIN, "feedback": False}
+_TWO = {**PLAIN, "objectives": True}
+_ONE_STAGE = {**PLAIN, "stages": 1}
 VARIANTS = (
     Variant("gepa", peer={"proposals": 1, "merge": False}),
     Variant("gepa with merges", peer={"proposals": 1, "merge": True}),
@@ -75,26 +76,33 @@ VARIANTS = (
     Variant("no feedback", setting=_NO_FEEDBACK),
     Variant("gepa, two objectives", peer={"proposals": 1, "merge": False}, setting=_TWO),
     Variant("two objectives", setting=_TWO),
+    Variant("gepa, one stage", peer={"proposals": 1, "merge": False}, setting=_ONE_STAGE),
+    Variant("one stage", setting=_ONE_STAGE),
+    Variant("one stage, 1 proposal", {"proposals": 1}, setting=_ONE_STAGE),
 )
 
 
 class Steps(Program):
-    """The three stages, one after another. The fake LM repeats each stage's instruction, so the metric can see it."""
+    """The stages, one after another. The fake LM repeats each stage's instruction, so the metric can see it."""
 
-    def __init__(self) -> None:
-        for name in hidden_rules.STAGES:
+    def __init__(self, stages: int) -> None:
+        self.names = hidden_rules.STAGES[:stages]
+        for name in self.names:
             instruction = hidden_rules.instruction_of(name)
             setattr(self, name, Stage(Signature.parse("text -> done", instruction=instruction), name))
 
     def run(self, text: str) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
         found = {}
-        for name in hidden_rules.STAGES:
+        for name in self.names:
             found[name] = (yield getattr(self, name)(text=text))["done"]
         return found
 
 
 class Scripted:
     """The LM of both roles: as the program's it repeats the instruction, as the proposer it obeys feedback."""
+
+    def __init__(self, task: hidden_rules.Task) -> None:
+        self.task = task
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         return [Completion(self._proposal(r) if r.messages[0]["role"] == "user" else _echo(r)) for r in requests]
@@ -104,7 +112,7 @@ class Scripted:
         stage = text.split('the stage "')[1].split('"')[0]
         current = text.split("```\n")[1].removesuffix("\n")
         told = "\n".join(line for line in text.splitlines() if line.startswith("Feedback: "))
-        return f"```\n{hidden_rules.propose(stage, current, told, str(request.seed))}\n```"
+        return f"```\n{self.task.propose(stage, current, told, str(request.seed))}\n```"
 
 
 def _echo(request: Request) -> str:
@@ -114,7 +122,7 @@ def _echo(request: Request) -> str:
 
 def search(variant: Variant, seed: int) -> dict[str, Any]:
     """One search of cotune's side; see `gepa_rules.optimize` for the figures."""
-    task = hidden_rules.Task(seed, variant.setting["feedback"])
+    task = hidden_rules.Task(seed, variant.setting["feedback"], variant.setting["stages"])
 
     def metric(example: Example, prediction: Mapping[str, Any]) -> Score:
         instructions = {stage: json.loads(text) for stage, text in prediction.items()}
@@ -122,11 +130,11 @@ def search(variant: Variant, seed: int) -> dict[str, Any]:
         blamed = {stage: feedback} if stage else {}
         return Score(value, feedback, halves if variant.setting["objectives"] else {}, blamed)
 
-    program = Steps()
+    program = Steps(variant.setting["stages"])
     initial = program.initial_prompts()
     found = ReflectiveSearch(max_runs=MAX_RUNS, **variant.options).search(
         SearchTask(
-            Runner(program, Scripted(), Lines(), metric, Sampling()),
+            Runner(program, Scripted(task), Lines(), metric, Sampling()),
             initial=initial,
             incumbent=initial,
             train=[Example.of({"text": f"train {n}"}, {}, id=f"train {n}") for n in range(TRAIN)],
@@ -143,6 +151,7 @@ def search(variant: Variant, seed: int) -> dict[str, Any]:
     # One proposal for each rejected text, and one for each stage that was rewritten in a candidate.
     asked = [c.lineage["round"] for c in (*found.candidates, *found.rejected) for _ in c.lineage.get("rewritten", ())]
     return {
+        "stages": task.stages,
         "solved_at": task.solved_at,
         "runs": task.runs,
         "proposer_calls": sum(1 for number in asked if not whole or number <= rounds),
@@ -161,7 +170,7 @@ def peer_search(worker: Worker, variant: Variant, seed: int) -> dict[str, Any]:
 
 def calls(one: Mapping[str, Any]) -> float:
     """LM calls until all rules were found; those of the whole budget where they were not."""
-    return float(3 * (one["solved_at"] or one["runs"]) + one["proposer_calls"])
+    return float(one["stages"] * (one["solved_at"] or one["runs"]) + one["proposer_calls"])
 
 
 # Instructions and demos of hidden quality
@@ -269,6 +278,8 @@ PAIRS = (
     ("by turns", "gepa, 4 proposals"),
     ("no feedback", "gepa, no feedback"),
     ("two objectives", "gepa, two objectives"),
+    ("one stage", "gepa, one stage"),
+    ("one stage, 1 proposal", "gepa, one stage"),
 )
 """Whose calls and rounds are divided by whose."""
 

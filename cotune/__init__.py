@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         Unreadable,
         exact_match,
     )
-    from cotune.prompting import PromptSearch, RandomDemoSearch
+    from cotune.prompting import JointSearch, PromptSearch, RandomDemoSearch, ReflectiveSearch
     from cotune.tuned import Tuned, load
 
 __version__ = "0.1.0"
@@ -44,6 +44,7 @@ __all__ = [
     "ExportProgram",
     "Form",
     "In",
+    "JointSearch",
     "LanguageModel",
     "Line",
     "LoRA",
@@ -54,6 +55,7 @@ __all__ = [
     "Prompt",
     "PromptSearch",
     "RandomDemoSearch",
+    "ReflectiveSearch",
     "Rollout",
     "Runner",
     "Sampling",
@@ -74,7 +76,7 @@ _HOMES = {
         *("Call", "Demo", "Example", "Form", "In", "Line", "Out", "Predict", "Program", "Prompt"),
         *("Rollout", "Runner", "Sampling", "Score", "Signature", "Stage", "Unreadable", "exact_match"),
     ),
-    "cotune.prompting": ("PromptSearch", "RandomDemoSearch"),
+    "cotune.prompting": ("JointSearch", "PromptSearch", "RandomDemoSearch", "ReflectiveSearch"),
     "cotune.datamodules": ("Bootstrapping", "Sizes", "Table", "TraceDataModule"),
     "cotune.lightning_modules": ("LanguageModel", "LoRA", "ProgramModule"),
     "cotune.callbacks": ("Alternate",),

@@ -151,7 +151,7 @@ class Spent:
         load = getattr(proposer.lm, "load", None)
         if callable(load):
             load()
-        spent = cls(CountingLM(task.runner.lm), CountingLM(proposer.lm or task.runner.lm))
+        spent = cls(CountingLM(task.runner.lm), CountingLM(task.runner.lm if proposer.lm is None else proposer.lm))
         counted = replace(task, runner=replace(task.runner, lm=spent.program))
         return spent, counted, replace(proposer, lm=spent.proposer)
 

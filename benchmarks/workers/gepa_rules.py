@@ -44,13 +44,22 @@ class Adapter:
 
 
 def optimize(
-    *, seed: int, feedback: bool, objectives: bool, proposals: int, merge: bool, train: int, dev: int, max_runs: int
+    *,
+    seed: int,
+    feedback: bool,
+    objectives: bool,
+    stages: int,
+    proposals: int,
+    merge: bool,
+    train: int,
+    dev: int,
+    max_runs: int,
 ) -> dict[str, Any]:
     """One optimisation, ended once prompts with all hidden rules have run."""
     import gepa
     from gepa.strategies.proposal_sampling import IndependentSampling, SingleMutationSampling
 
-    task = hidden_rules.Task(seed, feedback)
+    task = hidden_rules.Task(seed, feedback, stages)
     asked = rounds = 0
 
     def reflect(prompt: Any) -> str:
@@ -59,7 +68,7 @@ def optimize(
         text = prompt if isinstance(prompt, str) else "\n".join(str(message["content"]) for message in prompt)
         current, told, *_ = _FENCE.findall(text)
         stage = next(name for name in hidden_rules.STAGES if current.startswith(hidden_rules.instruction_of(name)))
-        return f"```\n{hidden_rules.propose(stage, current, told, f'{seed} {asked}')}\n```"
+        return f"```\n{task.propose(stage, current, told, f'{seed} {asked}')}\n```"
 
     def solved(state: Any) -> bool:
         nonlocal rounds
@@ -67,7 +76,7 @@ def optimize(
         return bool(task.solved_at)
 
     result = gepa.optimize(
-        seed_candidate={stage: hidden_rules.instruction_of(stage) for stage in hidden_rules.STAGES},
+        seed_candidate={stage: hidden_rules.instruction_of(stage) for stage in hidden_rules.STAGES[:stages]},
         trainset=[f"train {number}" for number in range(train)],
         valset=[f"dev {number}" for number in range(dev)],
         adapter=Adapter(task, objectives),
@@ -83,6 +92,7 @@ def optimize(
     )
     best = result.candidates[result.best_idx]
     return {
+        "stages": stages,
         "solved_at": task.solved_at,
         "runs": task.runs,
         "proposer_calls": asked,

@@ -1,7 +1,7 @@
 """A scripted task for prompt searches: find 8 rules of 40 from noisy scores. Standard library only, for all sides.
 
-A program of three stages is right to the degree that its instructions hold the hidden rules. Each rule belongs to one
-stage and counts only there. Feedback names one rule that is broken. A fake proposer reads it and obeys, mostly.
+A program of up to three stages is right to the degree that its instructions hold the hidden rules. Each rule belongs to
+one stage and counts only there. Feedback names one rule that is broken. A fake proposer reads it and obeys, mostly.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Task:
 
     Attributes:
         feedback: whether runs say which rule is broken.
+        stages: how many the program has.
         runs: of the program so far.
         solved_at: `runs` when prompts with all rules first ran on an example of dev; 0 before.
     """
 
     seed: int
     feedback: bool = True
+    stages: int = len(STAGES)
     runs: int = 0
     solved_at: int = 0
     hidden: tuple[int, ...] = field(init=False)
@@ -43,7 +45,7 @@ class Task:
 
     def obeyed(self, instructions: Mapping[str, str]) -> list[int]:
         """The hidden rules that these instructions hold, each in its own stage."""
-        return [rule for rule in self.hidden if rule in rules_in(instructions[stage_of(rule)])]
+        return [rule for rule in self.hidden if rule in rules_in(instructions[self.stage_of(rule)])]
 
     def run(self, instructions: Mapping[str, str], example: str) -> tuple[float, str, str, dict[str, float]]:
         """One run of the program: score, feedback, the stage that it is about, and two objectives.
@@ -65,11 +67,25 @@ class Task:
         if not broken or not self.feedback:
             return score, "", "", halves
         rule = rng.choice(broken)
-        return score, f'"{stage_of(rule)}" breaks Rule {rule}: {text_of(rule)}', stage_of(rule), halves
+        stage = self.stage_of(rule)
+        return score, f'"{stage}" breaks Rule {rule}: {text_of(rule)}', stage, halves
 
+    def stage_of(self, rule: int) -> str:
+        return STAGES[rule % self.stages]
 
-def stage_of(rule: int) -> str:
-    return STAGES[rule % len(STAGES)]
+    def propose(self, stage: str, current: str, feedback: str, draw: str) -> str:
+        """What the fake proposer writes: the current instruction, with each rule added that the feedback names for this
+        stage, with the chance `OBEYS`; where it names none, with one of the stage's rules at random. `draw` seeds it.
+        """
+        rng = random.Random(f"propose {draw}")
+        named = sorted(rule for rule in rules_in(feedback) - rules_in(current) if self.stage_of(rule) == stage)
+        if named:
+            added = [rule for rule in named if rng.random() < OBEYS]
+        else:
+            others = [r for r in range(RULES) if self.stage_of(r) == stage and r not in rules_in(current)]
+            added = [rng.choice(others)] if others else []
+        told = [f"Rule {rule}: {text_of(rule)}" for rule in added] or [f"Take care ({rng.randrange(10**6)})."]
+        return "\n".join([current, *told])
 
 
 def text_of(rule: int) -> str:
@@ -83,17 +99,3 @@ def rules_in(text: str) -> set[int]:
 def instruction_of(stage: str) -> str:
     """Where a search begins."""
     return f"Do the {stage} step."
-
-
-def propose(stage: str, current: str, feedback: str, draw: str) -> str:
-    """What the fake proposer writes: the current instruction, with each rule added that the feedback names for this
-    stage, with the chance `OBEYS`; where it names none, with one of this stage's rules at random. `draw` seeds it."""
-    rng = random.Random(f"propose {draw}")
-    named = sorted(rule for rule in rules_in(feedback) - rules_in(current) if stage_of(rule) == stage)
-    if named:
-        added = [rule for rule in named if rng.random() < OBEYS]
-    else:
-        others = [rule for rule in range(RULES) if stage_of(rule) == stage and rule not in rules_in(current)]
-        added = [rng.choice(others)] if others else []
-    told = [f"Rule {rule}: {text_of(rule)}" for rule in added] or [f"Take care ({rng.randrange(10**6)})."]
-    return "\n".join([current, *told])

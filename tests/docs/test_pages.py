@@ -133,5 +133,15 @@ def test_the_capitals_and_the_sums_can_be_tuned(reader: Path, tiny_model: Path) 
 def test_the_wordings_can_be_searched(reader: Path, tiny_model: Path) -> None:
     save_files(DOCS / "prompt-search.md", reader)
     (words,) = [words for words in commands(DOCS / "prompt-search.md") if "wordings.yaml" in words]
-    assert main([*words, *on_the_tiny_model(tiny_model, "--name", "--alternate.search.num_candidates")]) == 0
+    options = on_the_tiny_model(tiny_model, "--name", "--data.metric", "--alternate.search.num_candidates")
+    assert main([*words, *options]) == 0
     assert "Name the species" in Path("runs/wordings/boundaries/1.json").read_text()
+
+
+def test_instructions_can_be_rewritten_and_joined_with_demos(reader: Path, tiny_model: Path) -> None:
+    save_files(DOCS / "prompt-search.md", reader)
+    for name in ("told", "joint"):
+        (words,) = [words for words in commands(DOCS / "prompt-search.md") if words[-1] == name]
+        options = on_the_tiny_model(tiny_model, "--name", "--data.metric", "--alternate.search.num_candidates")
+        assert main([*words, *options]) == 0
+        assert Path(f"runs/{name}/boundaries/1.json").is_file()

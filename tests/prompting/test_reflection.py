@@ -38,7 +38,7 @@ def test_failing_runs_come_first_and_errors_before_low_scores() -> None:
 def test_what_came_after_the_stage_is_shown() -> None:
     program = DescribeThenDecide("number -> answer", "Describe.", "Decide.")
     lm = FakeLM(lambda r: "a big one" if instruction(r) == "Describe." else "seven")
-    text = shown(program, "describe", ran(program, lm, doubles(8)))
+    text = shown(program, "describe", ran(program, lm, doubles(8), metric=lambda e, p: 0.0))
     call, later, result = (
         text.index(part) for part in ("  description: a big one", 'Then "decide" wrote', "The program's result")
     )

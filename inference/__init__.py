@@ -1,7 +1,32 @@
-"""Inference: token ids in, token ids out, each completion filling in its layout."""
+"""Inference: completions, from token ids in this process or from endpoints, and the stores that keep them."""
 
-from cotune.inference.codec import Codec, canonical_share
-from cotune.inference.fields import Filling, Plan
-from cotune.inference.grammars import GrammarError
+from __future__ import annotations
 
-__all__ = ["Codec", "Filling", "GrammarError", "Plan", "canonical_share"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cotune.inference.calls import CallStore
+from cotune.inference.endpoint import EndpointError
+from cotune.inference.openai import OpenAILM
+
+if TYPE_CHECKING:
+    from cotune.inference.codec import Codec, canonical_share
+    from cotune.inference.fields import Filling, Plan
+    from cotune.inference.grammars import GrammarError
+
+__all__ = ["CallStore", "Codec", "EndpointError", "Filling", "GrammarError", "OpenAILM", "Plan", "canonical_share"]
+
+_HOME = {
+    "Codec": "codec",
+    "canonical_share": "codec",
+    "Filling": "fields",
+    "Plan": "fields",
+    "GrammarError": "grammars",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use, so that an endpoint does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'cotune.inference' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cotune.inference.{_HOME[name]}"), name)

@@ -1,12 +1,14 @@
 """Programs: what runs. Signatures, prompts, stages, forms, rollouts and metrics; no torch, no Lightning."""
 
+from cotune.programs.budget import Budget, BudgetedLM, BudgetSpentError
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, faults_of
 from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
+from cotune.programs.judge import LMJudge, Noise
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
-from cotune.programs.lm import LM, Completion, Filled, Message, Request, Sampling
-from cotune.programs.metrics import Metric, exact_match, f1, first_line_number, number_match
+from cotune.programs.lm import LM, Completion, Filled, LMUnavailableError, Message, Request, Sampling
+from cotune.programs.metrics import BatchMetric, Metric, exact_match, f1, first_line_number, number_match
 from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
@@ -18,10 +20,15 @@ from cotune.programs.score import Score
 from cotune.programs.signature import In, Out, Signature
 from cotune.programs.template import ChatTemplate, Template, rollouts
 from cotune.programs.types import FieldTypeError, Line, Reasoning
+from cotune.programs.usage import Usage
 
 __all__ = [
     "BM25",
     "LM",
+    "BatchMetric",
+    "Budget",
+    "BudgetSpentError",
+    "BudgetedLM",
     "Call",
     "ChatTemplate",
     "Choices",
@@ -42,6 +49,8 @@ __all__ = [
     "Form",
     "In",
     "Json",
+    "LMJudge",
+    "LMUnavailableError",
     "Layout",
     "Line",
     "Lines",
@@ -49,6 +58,7 @@ __all__ = [
     "Message",
     "Metric",
     "MultiHopQA",
+    "Noise",
     "Number",
     "Out",
     "ParseError",
@@ -74,6 +84,7 @@ __all__ = [
     "Tags",
     "Template",
     "Unreadable",
+    "Usage",
     "content_id",
     "draw_demos",
     "exact_match",

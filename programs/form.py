@@ -108,6 +108,18 @@ class Form(ABC):
                 raise ParseError(f'the completion has no "{name}": {_short(text)}')
         return found
 
+    def repair(self, signature: Signature, fault: str) -> str:
+        """The user's turn that asks again for a completion which could not be read, and shows how it should look.
+
+        Args:
+            fault: what was wrong with it, in words.
+        """
+        shown = "".join(
+            part.text if isinstance(part, Fixed) else f"{part.lead}({_wanted(signature, part)})"
+            for part in self.layout(signature)
+        )
+        return f"That cannot be read: {fault}. Write the reply again in this form and with nothing else:\n\n{shown}"
+
     def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
         """Why these outputs cannot be read back from what `write` makes of them; "" where they can.
 
@@ -308,6 +320,13 @@ def _field(signature: Signature, name: str, *, lead: str = "", stops: Sequence[s
     kind = signature.type_of(name)
     line = ("\n",) if kind is Line else ()
     return Field(name, lead=lead, stops=(*line, *stops), syntax=syntax_of(kind))
+
+
+def _wanted(signature: Signature, field: Field) -> str:
+    """What belongs in a field, as a repair's request shows it."""
+    if isinstance(field.syntax, Schema):
+        return f"JSON of the schema {field.syntax.json}"
+    return (hint(signature, field.name) if field.name in signature.outputs else "") or f"the {field.name}"
 
 
 def _marks(name: str, before: str = "\n") -> tuple[str, ...]:

@@ -79,25 +79,34 @@ class Completion:
 
     Attributes:
         text: the completion without its end-of-turn token, and up to a stop string.
-        prompt_ids: token ids of the prompt, as generated from.
-        completion_ids: token ids written, the end-of-turn token included if it was reached. They decode to `text`.
+        prompt_ids: token ids of the prompt, as generated from; empty from an LM that only gives text.
+        completion_ids: token ids written, the end-of-turn token included if it was reached. They decode to `text`. A
+            completion without them that cannot be read is asked for once more.
         finished: "eos", "stop" (a stop string), "length" (cut at max_new_tokens) or "too_long" (the prompt does not
-            fit the context window with all that its layout needs: nothing was generated).
+            fit the context window with all that its layout needs: nothing was generated) or "refused" (an endpoint
+            will not answer this request, however often it is asked).
         fields: what stands in each field of the layout, in its order; empty from an LM that only gives text.
         forced: for each of `completion_ids`, whether it was put there and not chosen by the LM (fixed texts, and the
             end of the turn behind a field that was complete); empty where none was.
         log_probs: where `Sampling.log_probs` asks for them, for each of `completion_ids` the log-probability with which
             it was chosen, among the tokens that were allowed there and at the sampling's temperature (1 where that is
             0; before top-p). 0 for what was put there.
+        repaired: it answers a second request, because what was written at first could not be read.
     """
 
     text: str
     prompt_ids: tuple[int, ...] = ()
     completion_ids: tuple[int, ...] = ()
-    finished: Literal["eos", "stop", "length", "too_long"] = "eos"
+    finished: Literal["eos", "stop", "length", "too_long", "refused"] = "eos"
     fields: tuple[Filled, ...] = ()
     forced: tuple[bool, ...] = ()
     log_probs: tuple[float, ...] = ()
+    repaired: bool = False
+
+
+class LMUnavailableError(RuntimeError):
+    """No completions can be had any more: the endpoint is gone, or a budget is spent. No rollout is at fault: it ends
+    the run, wherever it is raised, and the message says how to continue."""
 
 
 class LM(Protocol):

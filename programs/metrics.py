@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.faults import shown
+from cotune.programs.faults import Failure, shown
 from cotune.programs.score import Score
 from cotune.programs.types import as_text
 from cotune.programs.values import gold_text, normalise, number_of, same
 
 Metric = Callable[[Example, Mapping[str, Any]], "float | Score"]
 """(example, prediction) -> score in [0, 1]. A function, or an object with __call__ where it needs settings."""
+
+
+class BatchMetric(ABC):
+    """A metric that scores many predictions together. The `Runner` calls `scores` once for all rollouts of a run."""
+
+    @abstractmethod
+    def scores(self, pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> Sequence[Score | Failure]:
+        """A score for each pair of example and prediction, in their order; a `Failure` where there can be none."""
+
+    def __call__(self, example: Example, prediction: Mapping[str, Any]) -> Score:
+        (found,) = self.scores([(example, prediction)])
+        if isinstance(found, Failure):
+            raise ValueError(found.message)
+        return found
 
 
 def exact_match(example: Example, prediction: Mapping[str, Any]) -> Score:

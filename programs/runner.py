@@ -13,8 +13,8 @@ from typing import Any
 from cotune.programs.example import Example
 from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
-from cotune.programs.lm import LM, Completion, Request, Sampling
-from cotune.programs.metrics import Metric
+from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
+from cotune.programs.metrics import BatchMetric, Metric
 from cotune.programs.program import Call, Program
 from cotune.programs.prompt import Prompts
 from cotune.programs.retrieval import RetrieverError
@@ -79,7 +79,7 @@ class Runner:
                 run.request(self.form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
                 for run, given in pending
             ]
-            completions = self.lm.generate(requests, self.sampling)
+            completions = self._completions([signatures[run.call.stage] for run, _ in pending], requests)
             before = len(pending)
             pending = [
                 (run, given)
@@ -87,9 +87,33 @@ class Runner:
                 if run.take(self.form, signatures[run.call.stage], request, completion)
             ]
             _report(progress, before - len(pending))
-        done = [_scored(run, self.metric) for run in runs]
+        done = _all_scored(runs, self.metric, self.program)
         check_errors(done, max_error_rate=self.max_error_rate)
         return done
+
+    def _completions(self, signatures: Sequence[Signature], requests: Sequence[Request]) -> list[Completion]:
+        """The LM's completions. What cannot be read is asked for once more, if the LM is one that only gives text."""
+        completions = list(self.lm.generate(requests, self.sampling))
+        signed = list(zip(signatures, completions, strict=True))
+        faults = {at: fault for at, (signature, one) in enumerate(signed) if (fault := self._fault(signature, one))}
+        again = [
+            _repair(requests[at], completions[at].text, self.form.repair(signatures[at], faults[at])) for at in faults
+        ]
+        answers = self.lm.generate(again, self.sampling) if again else []
+        for at, answer in zip(faults, answers, strict=True):
+            if not self._fault(signatures[at], answer) and answer.finished not in ("too_long", "refused"):
+                completions[at] = replace(answer, repaired=True)
+        return completions
+
+    def _fault(self, signature: Signature, completion: Completion) -> str:
+        """What stops a text without ids from being read, and might not a second time; "" for nothing."""
+        if completion.completion_ids or completion.finished in ("too_long", "refused"):
+            return ""
+        try:
+            _read(self.form, signature, completion)
+        except (ParseError, FieldTypeError) as error:
+            return str(error)
+        return ""
 
 
 def call_seed(seed: int, run: _Run, attempt: int) -> int:
@@ -165,8 +189,9 @@ class _Run:
         try:
             if completion.finished == "too_long":
                 raise ParseError("the prompt is longer than the model's context window")
-            texts = form.read(signature, completion)
-            values = {name: signature.value(name, texts[name]) for name in signature.outputs}
+            if completion.finished == "refused":
+                raise ParseError("the endpoint refused the request")
+            texts, values = _read(form, signature, completion)
             step = replace(step, outputs={name: texts[name] for name in signature.outputs})
         except ParseError as error:
             self._fail("format", f'stage "{self.call.stage}": {error}')
@@ -184,12 +209,41 @@ class _Run:
         else:
             self.prediction = prediction
 
+    def rollout(self, judged: Score | Failure) -> Rollout:
+        """The record of this run, with the metric's score or with what went wrong."""
+        score, error = (Score(0.0), judged) if isinstance(judged, Failure) else (judged, None)
+        return Rollout(
+            self.example,
+            tuple(self.steps),
+            self.prediction,
+            score.value,
+            error,
+            score.feedback,
+            objectives=dict(score.objectives),
+            stages=dict(score.stages),
+        )
+
     def _fail(self, kind: Kind, message: str) -> None:
         self.error = Failure(kind, message)
         if self.generator is not None:
             # Now, and not whenever it is collected. Its clean-up may raise, but the rollout says already why it failed.
             with suppress(Exception):
                 self.generator.close()
+
+
+def _read(form: Form, signature: Signature, completion: Completion) -> tuple[dict[str, str], dict[str, Any]]:
+    """The outputs as texts and as values; raises ParseError or FieldTypeError."""
+    texts = form.read(signature, completion)
+    return texts, {name: signature.value(name, texts[name]) for name in signature.outputs}
+
+
+def _repair(request: Request, text: str, message: str) -> Request:
+    """The request for another try, after a completion of this text."""
+    asked: list[Message] = [{"role": "user", "content": message}]
+    if text.strip():  # endpoints refuse an empty turn
+        return replace(request, messages=[*request.messages, {"role": "assistant", "content": text}, *asked])
+    *before, last = request.messages
+    return replace(request, messages=[*before, {**last, "content": f"{last['content']}\n\n{message}"}])
 
 
 def _unsayable(inputs: Any) -> str:
@@ -219,28 +273,55 @@ def _unwritable(prediction: Mapping[Any, Any]) -> str:
     return ""
 
 
-def _scored(run: _Run, metric: Metric | None) -> Rollout:
-    score, error = Score(0.0), run.error
-    if error is None and metric is not None and run.prediction is not None:
-        try:
-            # Copies: a metric that sorts a list in place must change no record.
-            score = _valid_score(metric(copy.deepcopy(run.example), copy.deepcopy(run.prediction)), run.program)
-        except _BadScoreError as bad:
-            error = Failure("metric", str(bad))
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except (Exception, SystemExit) as caught:  # the user's code, as above
-            error = Failure("metric", f"the metric raised {raised(caught)}")
-    return Rollout(
-        run.example,
-        tuple(run.steps),
-        run.prediction,
-        score.value,
-        error,
-        score.feedback,
-        objectives=dict(score.objectives),
-        stages=dict(score.stages),
-    )
+def _all_scored(runs: Sequence[_Run], metric: Metric | None, program: Program) -> list[Rollout]:
+    pairs = [_pair(run) for run in runs if run.error is None]
+    found = _batch(metric, pairs, program) if isinstance(metric, BatchMetric) and pairs else None
+    if found is None:
+        found = [Score(0.0) if metric is None else _score(metric, pair, program) for pair in pairs]
+    judged = iter(found)
+    return [run.rollout(run.error or next(judged)) for run in runs]
+
+
+_Pair = tuple[Example, Mapping[str, Any]]
+
+
+def _pair(run: _Run) -> _Pair:
+    # Copies: a metric that sorts a list in place must change no record.
+    return copy.deepcopy(run.example), copy.deepcopy(run.prediction or {})
+
+
+def _batch(metric: BatchMetric, pairs: Sequence[_Pair], program: Program) -> list[Score | Failure] | None:
+    """All scores at once; None where that raised: one by one, the fault is the one example's that caused it."""
+    try:
+        found = list(metric.scores(pairs))
+    except (MemoryError, KeyboardInterrupt, LMUnavailableError):
+        raise
+    except (Exception, SystemExit):
+        return None
+    if len(found) != len(pairs):
+        wrong = Failure("metric", f"the metric returned {len(found)} scores for {len(pairs)} predictions")
+        return [wrong] * len(pairs)
+    return [one if isinstance(one, Failure) else _judged(one, program) for one in found]
+
+
+def _score(metric: Metric, pair: _Pair, program: Program) -> Score | Failure:
+    try:
+        given = metric(*pair)
+    except (MemoryError, KeyboardInterrupt, LMUnavailableError):
+        raise
+    except (Exception, SystemExit) as caught:  # the user's code, as above
+        return Failure("metric", f"the metric raised {raised(caught)}")
+    return _judged(given, program)
+
+
+def _judged(given: Any, program: Program) -> Score | Failure:
+    """What a metric gave, looked at."""
+    try:
+        return _valid_score(given, program)
+    except _BadScoreError as bad:
+        return Failure("metric", str(bad))
+    except Exception as caught:  # its parts are the user's too
+        return Failure("metric", f"the metric raised {raised(caught)}")
 
 
 class _BadScoreError(ValueError):

@@ -19,7 +19,7 @@ from cotune.cli import CotuneCLI
 from cotune.parse_errors import OWN_COMMANDS
 
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-RUN_ELSEWHERE = {"your-own-program.md"}
+RUN_ELSEWHERE = {"your-own-program.md", "engines.md"}
 """Pages whose files and commands a test of their own runs as they stand."""
 
 

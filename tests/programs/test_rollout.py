@@ -580,3 +580,20 @@ def test_a_program_may_say_that_an_answer_is_unusable_without_being_at_fault() -
     assert done[1].error is not None
     assert (done[1].error.kind, done[1].error.message) == ("format", "Planner.run: the plan is no JSON")
     assert faults_of(done) == {}
+
+
+# Completions of an LM that only gives text
+
+
+def test_an_lm_with_ids_is_never_asked_again() -> None:
+    lm = FakeLM(lambda request: "")
+    (done,) = run(Loop(times=1), doubles(3), lm, max_error_rate=1.0)
+    assert (lm.calls, done.error and done.error.kind) == (1, "format")
+
+
+def test_texts_that_cannot_be_read_are_asked_for_together_and_once() -> None:
+    lm = FakeLM(lambda request: Completion("6" if "cannot be read" in request.messages[-1]["content"] else ""))
+    done = run(Loop(times=1), doubles(3, 4, 3), lm, max_error_rate=1.0)
+    assert [len(batch) for batch in lm.batches] == [3, 3]
+    assert [rollout.score for rollout in done] == [1, 0, 1]
+    assert all(rollout.steps[0].completion.repaired for rollout in done)

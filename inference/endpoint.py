@@ -1,0 +1,398 @@
+"""Endpoint: chat completions over HTTP, many at once, asked again until they are answered or cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import queue
+import random
+import re
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from cotune.programs.lm import LMUnavailableError
+
+HOSTED = "https://api.openai.com/v1"
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
+"""Seconds before the second try; they double from try to try, up to the longest."""
+_LONGEST_ORDER = 600.0
+"""Seconds that a Retry-After may order. A longer one means that this run has no use of the endpoint today."""
+
+_MOST_REFUSED = 8
+"""Requests refused before any was answered: more would be refused too."""
+
+_AGAIN = (408, 409, 425, 429)
+_TOO_LONG = re.compile(
+    r"context.?(length|window|size)|maximum.{0,20}(context|length|tokens)|too (long|many tokens)", re.I
+)
+_SPENT = re.compile(r"insufficient.quota|billing|exceeded your current quota|credit", re.I)
+_OPTIONAL = ("response_format", "seed", "stop", "top_p", "temperature", "max_tokens", "max_completion_tokens")
+"""What a request can do without, and an endpoint may not know."""
+
+
+class EndpointError(LMUnavailableError):
+    """The endpoint does not answer, or will not: what, where and what to do. Answers that were stored are kept."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an endpoint answered. Tokens and dollars are None where it did not say."""
+
+    text: str
+    finish: str
+    model: str
+    tokens_in: int | None
+    tokens_out: int | None
+    dollars: float | None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that will not be answered, however often it is sent, while others are."""
+
+    why: str
+    too_long: bool = False
+
+
+class Endpoint:
+    """A connection to the chat completions of one server. Its thread and client start at the first request.
+
+    Args:
+        url: of the API, up to and with its version ("http://127.0.0.1:8000/v1").
+        model: named in messages only; requests name it themselves.
+        key_variable: the environment variable that holds the key. Local servers need none.
+        concurrency: requests under way at once.
+        timeout: seconds for one try.
+        tries: of one request, before the endpoint counts as gone.
+        first_wait: seconds before the second try.
+
+    Attributes:
+        retries: requests that were sent again, so far.
+        without: parameters that the endpoint has turned out not to take; they are left out.
+
+    Raises:
+        ImportError: the openai client is not installed.
+        ValueError: an option is out of its range, or the URL holds a secret.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_variable: str = "OPENAI_API_KEY",
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        tries: int = 6,
+        first_wait: float = _FIRST_WAIT,
+    ) -> None:
+        _check_url(url)
+        if not key_variable.isidentifier():
+            raise ValueError(
+                "key_variable is not the name of an environment variable; a key itself is never an option."
+            )
+        for name, value in (("concurrency", concurrency), ("tries", tries), ("timeout", timeout)):
+            if not value > 0 or (name != "timeout" and value != int(value)):
+                raise ValueError(f"{name} {value} of the endpoint must be above 0.")
+        _client_library()
+        self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
+        self.concurrency, self.timeout, self.tries, self.first_wait = concurrency, timeout, tries, first_wait
+        self.retries = 0
+        self.without: set[str] = set()
+        self._live: _Live | None = None
+        self._answered, self._refused, self._not_before, self._gone = 0, 0, 0.0, False
+        self._jitter = random.Random()  # seeded by the system: processes that were turned away together come back apart
+
+    def answers(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, Answer | Refusal]]]:
+        """The answers with their places among the requests, as they come: each time, all that have come since.
+
+        Raises:
+            EndpointError: after all that was under way has ended, and what was answered has been given.
+        """
+        arrived: queue.SimpleQueue[tuple[int, Answer | Refusal] | None] = queue.SimpleQueue()
+        live = self._connected()
+        work = asyncio.run_coroutine_threadsafe(self._all(live, bodies, arrived.put), live.loop)
+        work.add_done_callback(lambda _: arrived.put(None))
+        try:
+            ended = False
+            while not ended:
+                come = [arrived.get()]
+                while not arrived.empty():
+                    come.append(arrived.get())
+                ended = None in come
+                yield [one for one in come if one is not None]
+            work.result()
+        finally:
+            work.cancel()
+
+    def clean(self, text: str) -> str:
+        """The text in one line, without the key, and no longer than a message should be."""
+        key = os.environ.get(self.key_variable, "")
+        text = " ".join((text.replace(key, "***") if key else text).split())
+        return text if len(text) <= 300 else text[:299] + "…"
+
+    def close(self) -> None:
+        """Ends the connection; the next request makes a new one."""
+        if self._live is not None:
+            self._live.end()
+            self._live = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None}  # a copy connects itself
+
+    def _connected(self) -> _Live:
+        if self._live is None:
+            key = os.environ.get(self.key_variable, "")
+            if not key and self.url == HOSTED:
+                raise EndpointError(
+                    f"{self.url} needs a key: set the environment variable {self.key_variable} to it, or give the "
+                    "endpoint of a server that needs none."
+                )
+            self._live = _Live(self.url, key or "none", self.timeout, self.concurrency)
+            weakref.finalize(self, self._live.end)
+        return self._live
+
+    async def _all(
+        self, live: _Live, bodies: Sequence[Mapping[str, Any]], report: Callable[[tuple[int, Answer | Refusal]], None]
+    ) -> None:
+        """Asks everything. After a failure that concerns all, nothing new is begun, and what is under way may end."""
+        self._gone, failures = False, []
+
+        async def one(place: int) -> None:
+            async with live.places:
+                if not self._gone:
+                    try:
+                        report((place, await self._ask(live, bodies[place])))
+                    except EndpointError as error:
+                        self._gone = True
+                        failures.append(error)
+
+        await asyncio.gather(*(one(place) for place in range(len(bodies))))
+        if failures:
+            raise failures[0]
+
+    async def _ask(self, live: _Live, body: Mapping[str, Any]) -> Answer | Refusal:
+        """One request, tried until it is answered, refused, or the endpoint is given up."""
+        answered, tries, plain = self._answered, 0, False
+        while True:
+            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            sent = self._sent(body, plain)
+            try:
+                answer = await asyncio.wait_for(live.send(sent), self.timeout)
+            except asyncio.TimeoutError:
+                fault = _TryError(f"no answer within {self.timeout:g} s")
+            except _TryError as error:
+                fault = error
+            else:
+                self._answered += 1
+                if plain:
+                    self._leave_out("response_format")
+                return answer
+            if fault.status in (400, 413, 422):
+                too_long = bool(_TOO_LONG.search(fault.text))
+                if blamed := next((name for name in _OPTIONAL if name in sent and fault.blames(name)), ""):
+                    self._leave_out(blamed)
+                elif "response_format" in sent and not too_long:
+                    plain = True  # servers refuse a schema in many words
+                else:
+                    return self._refusal(fault, too_long)
+                continue
+            tries += 1
+            self._check(fault, tries)
+            if tries >= self.tries or self._gone:
+                # Others were answered meanwhile: it is this request that the server cannot do.
+                if self._answered > answered and fault.status != 429:
+                    return Refusal(self.clean(f"{fault} ({tries} tries)"))
+                raise self._error(f"{fault}, after {tries} tries", "is it running, and is the address right?")
+            self.retries += 1
+            await self._wait(fault, tries)
+
+    def _refusal(self, fault: _TryError, too_long: bool) -> Refusal:
+        self._refused += not too_long
+        if self._refused >= _MOST_REFUSED and not self._answered:
+            raise self._error(f"it refuses every request, {fault}", "what this server takes, and the LM's options.")
+        return Refusal(self.clean(str(fault)), too_long)
+
+    def _sent(self, body: Mapping[str, Any], plain: bool) -> dict[str, Any]:
+        """The request without what the endpoint does not take, and without a response format if it is to be plain."""
+        without = self.without | ({"response_format"} if plain else set())
+        sent = {name: value for name, value in body.items() if name not in without}
+        if "max_tokens" in body and "max_tokens" in without and "max_completion_tokens" not in without:
+            sent["max_completion_tokens"] = body["max_tokens"]
+        return sent
+
+    def _check(self, fault: _TryError, tries: int) -> None:
+        """Raises for what no further try will change."""
+        if fault.status == 401 or (fault.status == 403 and not self._answered):
+            where = "is it the right one" if os.environ.get(self.key_variable) else "it is not set"
+            raise self._error(
+                str(fault), f"the key is read from the environment variable {self.key_variable}: {where}?"
+            )
+        if fault.status == 402 or (fault.status == 429 and _SPENT.search(fault.text)):
+            raise self._error(
+                str(fault), "the account is out of credit; when it has some, start the same command again."
+            )
+        if fault.status == 404:
+            raise self._error(
+                str(fault), "does the address end with the API's version (/v1), and is that a model there?"
+            )
+        if fault.wait > _LONGEST_ORDER:
+            raise self._error(f"{fault}; it asks to wait {fault.wait:.0f} s", "start the same command again later.")
+        if fault.status and fault.status not in _AGAIN and fault.status < 500:
+            raise self._error(str(fault), "is it an endpoint with chat completions?")
+
+    async def _wait(self, fault: _TryError, tries: int) -> None:
+        """Waits before the next try, longer each time; what the server orders holds for all requests."""
+        if fault.wait:
+            self._not_before = max(self._not_before, time.monotonic() + fault.wait)
+        wait = min(self.first_wait * 2 ** (tries - 1), _LONGEST_WAIT)
+        await asyncio.sleep(fault.wait + wait * self._jitter.uniform(0.5, 1.0))
+
+    def _leave_out(self, name: str) -> None:
+        if name not in self.without:
+            self.without.add(name)
+            instead = "max_completion_tokens is sent instead" if name == "max_tokens" else "it is left out"
+            print(f'{self.url}: "{self.model}" does not take {name}; {instead}.')
+
+    def _error(self, what: str, way_out: str) -> EndpointError:
+        return EndpointError(
+            self.clean(f'{self.url} does not answer for model "{self.model}": {what}.')
+            + f" What to look at: {way_out} What was answered before is in the store, if there is one."
+        )
+
+
+class _TryError(Exception):
+    """One try that failed: the HTTP status (0 for none), what the server said, and the seconds it orders to wait."""
+
+    def __init__(self, what: str, status: int = 0, text: str = "", wait: float = 0.0, parameter: str = "") -> None:
+        super().__init__(what)
+        self.status, self.text, self.wait, self.parameter = status, text, wait, parameter
+
+    def blames(self, name: str) -> bool:
+        """Whether the server says that it is this parameter that it does not take."""
+        if self.parameter:
+            return self.parameter.split(".")[0] == name
+        return not _TOO_LONG.search(self.text) and re.search(rf"(?<!\w){name}(?!\w)", self.text) is not None
+
+
+class _Live:
+    """The client and the thread whose event loop it runs in."""
+
+    def __init__(self, url: str, key: str, timeout: float, concurrency: int) -> None:
+        self.openai = _client_library()
+        self.loop = asyncio.new_event_loop()
+        self.client = self.openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=0)
+        self.places = asyncio.Semaphore(concurrency)
+        self._thread = threading.Thread(target=_run, args=(self.loop,), name="endpoint", daemon=True)
+        self._thread.start()
+
+    async def send(self, body: Mapping[str, Any]) -> Answer:
+        """One try; raises _TryError."""
+        rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
+        try:
+            raw = await self.client.chat.completions.with_raw_response.create(
+                model=body["model"], messages=body["messages"], extra_body=rest
+            )
+        except self.openai.APIStatusError as error:
+            raise _status_fault(error) from None
+        except self.openai.APIConnectionError as error:
+            raise _TryError(_cause(error)) from None
+        return _answer(raw.content)
+
+    def end(self) -> None:
+        if self.loop.is_running():
+            with_close = asyncio.run_coroutine_threadsafe(self.client.close(), self.loop)
+            with_close.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+            self._thread.join(timeout=5)
+        if not self.loop.is_running() and not self.loop.is_closed():
+            self.loop.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
+
+
+def _answer(content: bytes) -> Answer:
+    """Reads a response's body; a body that holds no completion is a fault like a broken connection."""
+    try:
+        said = json.loads(content)
+        choice = said["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or ""
+        if not isinstance(text, str):
+            raise TypeError("its content is no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        shown = content[:120].decode(errors="replace")
+        raise _TryError(f"an answer that holds no completion ({type(error).__name__}): {shown}", text=shown) from None
+    usage = said.get("usage") if isinstance(said.get("usage"), dict) else {}
+    cost = usage.get("cost")
+    dollars = float(cost) if isinstance(cost, (int, float)) and cost >= 0 else None
+    return Answer(
+        text,
+        finish=str(choice.get("finish_reason")),
+        model=str(said.get("model") or ""),
+        tokens_in=_count(usage.get("prompt_tokens")),
+        tokens_out=_count(usage.get("completion_tokens")),
+        dollars=dollars,
+    )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _status_fault(error: Any) -> _TryError:
+    body = error.body if isinstance(error.body, dict) else {}
+    said = str(body.get("message") or error.message)
+    text = f"{said} {body.get('code') or ''} {body.get('type') or ''}"
+    parameter = str(body.get("param") or "")
+    return _TryError(
+        f"status {error.status_code}, {said}", error.status_code, text, _ordered(error.response), parameter
+    )
+
+
+def _ordered(response: Any) -> float:
+    """The seconds of a Retry-After header, which may be a number or a date; 0 without one."""
+    given = str(response.headers.get("retry-after") or "")
+    try:
+        return max(0.0, float(given))
+    except ValueError:
+        date = email.utils.parsedate_tz(given)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+
+
+def _cause(error: BaseException) -> str:
+    """Why a connection failed: the innermost exception says it best."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    if isinstance(error, ConnectionRefusedError):
+        return "the connection is refused"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            f"the endpoint's URL at {parts.hostname} holds a user, a password or a query; a key belongs into an "
+            "environment variable (key_variable)."
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f'endpoint "{url}" is no http or https URL; e.g. "http://127.0.0.1:8000/v1".')
+
+
+def _client_library() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError('OpenAILM needs the openai client: pip install "cotune[openai]".') from error
+    return openai

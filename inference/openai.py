@@ -1,0 +1,236 @@
+"""OpenAILM: any endpoint with chat completions as an LM, hosted or local. It loads no weights and no tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from cotune.inference.calls import CallStore, Paid, call_keys
+from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
+from cotune.inference.response_format import read_reply, response_format
+from cotune.programs.layout import Field
+from cotune.programs.lm import Completion, Request, Sampling
+from cotune.programs.usage import Usage
+
+_MOST_STOPS = 4
+"""Stop strings that hosted endpoints take. The text is cut at any others here."""
+_THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)
+
+
+class OpenAILM:
+    """An LM behind an endpoint with chat completions: hosted, vLLM, SGLang, llama.cpp, Ollama, a proxy.
+
+    Requests are under way side by side, and are sent again when the server is busy, slow or gone for a moment. Every
+    answer is stored as it comes. Completions have no ids: prompts can be tuned for such an LM, weights cannot.
+
+    Args:
+        model: its name at the endpoint.
+        endpoint: URL of the API, up to and with its version.
+        completions: file of the store of answers, so that none is paid for twice; null or "off" keeps none.
+        key_variable: name of the environment variable that holds the key. The key itself is never an option.
+        concurrency: requests under way at once.
+        timeout: seconds that one try may take.
+        tries: of one request.
+        response_format: "auto" asks for JSON of a schema where a stage has several outputs or typed ones; if the
+            endpoint does not take that, and with "off", the text is read by the form, and asked for once more if it
+            cannot be.
+        prices: model -> dollars for a million tokens read and for a million written. An answer that says its cost is
+            believed.
+        extra: further parameters of each request, such as {"reasoning_effort": "low"}.
+
+    Attributes:
+        usage: what the completions have cost so far.
+        answered_by: answers by the model that gave them, those from the store included.
+
+    Raises:
+        ImportError: the openai client is not installed.
+        ValueError: an option is out of its range, or the URL holds a secret.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        endpoint: str = HOSTED,
+        completions: str | None = None,
+        key_variable: str = "OPENAI_API_KEY",
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        tries: int = 6,
+        response_format: Literal["auto", "off"] = "auto",
+        prices: Mapping[str, Sequence[float]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        if response_format not in ("auto", "off"):
+            raise ValueError(f'response_format "{response_format}" is neither auto nor off.')
+        self.price = _price(model, prices)
+        self.model, self.response_format, self.extra = model, response_format, dict(extra or {})
+        self._endpoint = Endpoint(
+            endpoint, model, key_variable=key_variable, concurrency=concurrency, timeout=timeout, tries=tries
+        )
+        self._store = CallStore(completions) if completions and completions != "off" else None
+        self.usage = Usage()
+        self.answered_by: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"OpenAILM({self.model!r}, {self._endpoint.url!r})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this LM from others, as plain values: the endpoint, the model, and how it is asked."""
+        return {
+            "endpoint": self._endpoint.url,
+            "model": self.model,
+            "response_format": self.response_format,
+            "extra": self.extra,
+        }
+
+    def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
+        """What the store has of these completions. Nothing is asked and nothing counted."""
+        keys = call_keys(requests, sampling, self.identity)
+        found = self._store.find(keys) if self._store else {}
+        return [found[key].completion if key in found else None for key in keys]
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion for each request, in their order; equal requests are asked once.
+
+        A request that the endpoint refuses gives a completion "too_long" or "refused", while others are answered.
+
+        Raises:
+            EndpointError: the endpoint does not answer, or refuses all. What it answered before is stored.
+        """
+        keys = call_keys(requests, sampling, self.identity)
+        paid = self._store.find(keys) if self._store else {}
+        self.usage += Usage(stored=len(paid))
+        for one in paid.values():
+            self._note_model(one.model)
+        found = {key: one.completion for key, one in paid.items()}
+        asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
+        found |= self._ask(asked, sampling)
+        return [found[key] for key in keys]
+
+    complete = generate
+
+    def close(self) -> None:
+        """Ends the connection and closes the store; the next request opens both again."""
+        self._endpoint.close()
+        if self._store:
+            self._store.close()
+
+    def _ask(self, asked: Mapping[bytes, Request], sampling: Sampling) -> dict[bytes, Completion]:
+        """Has requests answered, and stores the answers as they come."""
+        keys, retries = list(asked), self._endpoint.retries
+        found: dict[bytes, Completion] = {}
+        refused: list[str] = []
+        bodies = [self._body(request, sampling) for request in asked.values()]
+        try:
+            for come in self._endpoint.answers(bodies) if bodies else ():
+                paid: dict[bytes, Paid] = {}
+                for at, said in come:
+                    key = keys[at]
+                    if isinstance(said, Answer):
+                        paid[key] = self._paid(asked[key], said)
+                        found[key] = paid[key].completion
+                    else:
+                        found[key] = Completion("", finished="too_long" if said.too_long else "refused")
+                        refused += [] if said.too_long else [said.why]
+                if self._store:
+                    self._store.keep(paid)
+        finally:
+            self.usage += Usage(retries=self._endpoint.retries - retries)
+        self._check_refused(refused, len(found))
+        return found
+
+    def _check_refused(self, refused: Sequence[str], total: int) -> None:
+        if not refused:
+            return
+        if len(refused) == total and not self.usage.calls:
+            raise EndpointError(
+                f'{self._endpoint.url} refuses every request to model "{self.model}": {refused[0]}. What to look at: '
+                "the options of the LM (model, extra), and what this server takes."
+            )
+        if not self.usage.refused:
+            print(f"{self._endpoint.url} refuses a request, which gets no answer: {refused[0]}")
+        self.usage += Usage(refused=len(refused))
+
+    def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
+        """What is sent. A response format needs no stops: JSON says where it ends."""
+        form = response_format(request.layout) if self.response_format == "auto" else None
+        stops = [] if form else _stops(request)[:_MOST_STOPS]
+        return {
+            "model": self.model,
+            "messages": [dict(message) for message in request.messages],
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "seed": request.seed % 2**31,  # some servers take no more
+            **({"top_p": sampling.top_p} if sampling.top_p < 1 else {}),
+            **({"stop": stops} if stops else {}),
+            **({"response_format": form} if form else {}),
+            **self.extra,
+        }
+
+    def _paid(self, request: Request, answer: Answer) -> Paid:
+        """Reads and charges an answer."""
+        completion = _completion(request, answer, formatted=self.response_format == "auto")
+        guessed = answer.tokens_in is None or answer.tokens_out is None
+        tokens_in = answer.tokens_in or (_guess(*(m["content"] for m in request.messages)) if guessed else 0)
+        tokens_out = answer.tokens_out or (_guess(answer.text) if guessed else 0)
+        dollars = answer.dollars
+        if dollars is None:
+            dollars = (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
+        if guessed and not self.usage.estimated:
+            print(f"{self._endpoint.url} does not say how many tokens it used; they are guessed from the texts.")
+        self._note_model(answer.model)
+        self.usage += Usage(1, 0, tokens_in, tokens_out, dollars, estimated=int(guessed))
+        return Paid(completion, answer.model, tokens_in, tokens_out, dollars)
+
+    def _note_model(self, answering: str) -> None:
+        """Counts the model that answered, and says so once if it is another than was asked."""
+        if answering not in self.answered_by and not _same_model(self.model, answering):
+            print(f'{self._endpoint.url}: "{self.model}" was asked and "{answering}" answers: scores are of that one.')
+        self.answered_by[answering] += 1
+
+
+def _completion(request: Request, answer: Answer, *, formatted: bool) -> Completion:
+    cut: Literal["length", "eos"] = "length" if answer.finish == "length" else "eos"
+    text = _THOUGHT.sub("", answer.text, count=1) if _THOUGHT.match(answer.text) else answer.text
+    if answer.finish == "content_filter" and not text.strip():
+        return Completion("", finished="refused")
+    read = read_reply(request.layout, text) if formatted and response_format(request.layout) else None
+    if read is not None:
+        return Completion(read[0], finished=cut, fields=read[1])
+    places = [at for stop in _stops(request) if stop and (at := text.find(stop)) >= 0]
+    return Completion(text[: min(places)], finished="stop") if places else Completion(text, finished=cut)
+
+
+def _stops(request: Request) -> list[str]:
+    """What ends the completion: the stops of a field that nothing follows."""
+    last = request.layout[-1]
+    return list(last.stops) if isinstance(last, Field) else []
+
+
+def _same_model(asked: str, answering: str) -> bool:
+    """Whether a name is the asked model's, or that of its dated version.
+
+    >>> _same_model("m-4o", "m-4o-2024-07-18"), _same_model("org/m", "m:latest"), _same_model("m-4", "m-4-turbo")
+    (True, True, False)
+    """
+    short, said = asked.rsplit("/", 1)[-1], answering.rsplit("/", 1)[-1]
+    return not answering or re.fullmatch(rf"{re.escape(short)}([-@:](\d[\d-]{{3,}}|latest))?", said) is not None
+
+
+def _guess(*texts: str) -> int:
+    """About how many tokens the texts are: four bytes are one in English."""
+    return max(1, sum(len(text.encode(errors="replace")) for text in texts) // 4)
+
+
+def _price(model: str, prices: Mapping[str, Sequence[float]] | None) -> tuple[float, float]:
+    if not prices:
+        return 0.0, 0.0
+    if model not in prices:
+        raise ValueError(f'prices have no "{model}"; they have {", ".join(prices)}.')
+    price = list(prices[model])
+    if len(price) != 2 or not all(number >= 0 for number in price):
+        raise ValueError(f'the price {price} of "{model}" is not two numbers: dollars for a million tokens in and out.')
+    return price[0], price[1]

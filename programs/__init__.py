@@ -18,7 +18,6 @@ from cotune.programs.rollout import Rollout, Step, mean_score
 from cotune.programs.runner import Runner
 from cotune.programs.score import Score
 from cotune.programs.signature import In, Out, Signature
-from cotune.programs.template import ChatTemplate, Template, rollouts
 from cotune.programs.types import FieldTypeError, Line, Reasoning
 from cotune.programs.usage import Usage
 
@@ -30,7 +29,6 @@ __all__ = [
     "BudgetSpentError",
     "BudgetedLM",
     "Call",
-    "ChatTemplate",
     "Choices",
     "Completion",
     "Demo",
@@ -82,7 +80,6 @@ __all__ = [
     "Stage",
     "Step",
     "Tags",
-    "Template",
     "Unreadable",
     "Usage",
     "content_id",
@@ -99,5 +96,4 @@ __all__ = [
     "prompts_id",
     "prompts_to_dict",
     "retrieve",
-    "rollouts",
 ]

@@ -72,8 +72,6 @@ class Form(ABC):
                 written.append(part.lead + outputs.get(part.name, self.missing).strip())
         return "".join(written).lstrip("\n")
 
-    complete = write  # its name until the callers have moved
-
     def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
         """Each output's text: by position where the engine filled the layout in, else found in the text.
 

@@ -61,7 +61,7 @@ def test_every_file_is_named_before_it_is_used() -> None:
 # A random model is never right and often says nothing, so any answer counts; and it has to end its turn now and then.
 LENIENT = """
 from cotune import LanguageModel, Signature
-from cotune.programs import ChatTemplate
+from cotune.programs import ReasonThenFill
 
 
 class Brief(LanguageModel):
@@ -70,7 +70,7 @@ class Brief(LanguageModel):
         return [*super().end_ids, *range(3, len(self.tokenizer), 8)]
 
 
-class Forgiving(ChatTemplate):
+class Forgiving(ReasonThenFill):
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
         return {name: text or "nothing" for name in signature.outputs}
 
@@ -83,7 +83,7 @@ def metric(example, prediction):
 def test_the_page_works_on_a_tiny_model(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "lenient.py").write_text(LENIENT)
     options = ["--model.lm", "lenient.Brief", "--model.lm.model", str(tiny_model), "--data.metric", "lenient.metric"]
-    options += ["--model.template", "lenient.Forgiving"]
+    options += ["--model.form", "lenient.Forgiving"]
     check(tmp_path, follow(tmp_path, {"cotune fit": [*options, "--model.sampling.max_new_tokens", "40"]}))
 
 

@@ -22,8 +22,8 @@ from cotune.datamodules import Sizes
 from cotune.datamodules.encode import ChatEncoder
 from cotune.datamodules.rows import DataError, examples_from_rows, read_rows
 from cotune.datamodules.splits import split
-from cotune.programs import ChatTemplate, Demo, Example, ParseError, Predict, Prompt, Sampling, Signature, rollouts
-from fakes import FakeLM
+from cotune.programs import Demo, Example, ParseError, Predict, Prompt, ReasonThenFill, Signature
+from fakes import FakeLM, runner
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
@@ -129,15 +129,8 @@ def _split_and_run(examples: Sequence[Example]) -> None:
         _one_line(error)
         return
     program = Predict("context, question -> answer")
-    done = rollouts(
-        program,
-        drawn.train + drawn.dev,
-        lm=FakeLM(lambda request: "x"),
-        prompts=program.initial_prompts(),
-        template=ChatTemplate(),
-        metric=None,
-        sampling=Sampling(),
-    )
+    made = runner(FakeLM(lambda request: "x"), program, metric=None)
+    done = made.run(drawn.train + drawn.dev, program.initial_prompts())
     for rollout in done:
         json.dumps(dict(rollout.prediction or {}), ensure_ascii=False).encode()
 
@@ -150,7 +143,7 @@ def completions(made: tuple[Sequence[str], str]) -> None:
     fields, text = made
     signature = Signature(("question",), tuple(fields))
     try:
-        found = ChatTemplate().parse(signature, text)
+        found = ReasonThenFill().parse(signature, text)
     except ParseError as error:
         _one_line(error)
         return
@@ -177,8 +170,8 @@ def templates(made: tuple[str, str, str, str]) -> None:
     question, context, demo, instruction = made
     signature = Signature(("context", "question"), ("reasoning", "answer"), instruction)
     shown = Demo({"context": demo, "question": demo}, {"reasoning": demo, "answer": demo}, "x")
-    template, encode = ChatTemplate(), _encoder()
-    messages = template.render(signature, Prompt(instruction, (shown,)), {"context": context, "question": question})
+    form, encode = ReasonThenFill(), _encoder()
+    messages = form.render(signature, Prompt(instruction, (shown,)), {"context": context, "question": question})
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert context in messages[-1]["content"]
     assert question in messages[-1]["content"]
@@ -188,7 +181,7 @@ def templates(made: tuple[str, str, str, str]) -> None:
     assert _special(ids) == _special(plain)
     assert encode.tokenizer_text(ids).count(question) >= 1
     told = {"reasoning": "because", "answer": "yes"}
-    assert template.parse(signature, template.complete(signature, told)) == told
+    assert form.parse(signature, form.write(signature, told)) == told
 
 
 class _Encoder(ChatEncoder):
@@ -227,16 +220,8 @@ def users_code(made: tuple[Any, Any, Any]) -> None:
             yield yielded if not isinstance(yielded, dict) else Call("ask", yielded)
             return returned
 
-    (done,) = rollouts(
-        Made(),
-        [Example.of({"question": "?"}, {"answer": "!"})],
-        lm=FakeLM(lambda request: "x"),
-        prompts=Made().initial_prompts(),
-        template=ChatTemplate(),
-        metric=lambda example, prediction: score,
-        sampling=Sampling(),
-        max_error_rate=1.0,
-    )
+    made = runner(FakeLM(lambda request: "x"), Made(), metric=lambda example, prediction: score, max_error_rate=1.0)
+    (done,) = made.run([Example.of({"question": "?"}, {"answer": "!"})], Made().initial_prompts())
     assert 0 <= done.score <= 1
     if done.error is not None:
         _one_line(done.error)

@@ -149,7 +149,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
-        (["--model.template", "tiny_fit.Fit"], '"tiny_fit.Fit" is no Template: its methods must have the names'),
+        (["--model.form", "tiny_fit.Fit"], '"tiny_fit.Fit" is no Form'),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )

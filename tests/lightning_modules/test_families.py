@@ -12,14 +12,11 @@ from cotune.datamodules import ChatEncoder, Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.gradients import BatchGradients
 from cotune.lightning_modules.objectives import Rejection
-from cotune.programs import Demo, Prompt, Request, Sampling, Signature
-from cotune.programs.template import ChatTemplate
+from cotune.programs import Demo, Lines, Prompt, Request, Sampling, Signature
 from families import FAMILIES
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs" / "models").glob("*.yaml"))
-MESSAGES = ChatTemplate().render(
-    Signature.parse("a -> b"), Prompt("Add.", (Demo({"a": "1+1"}, {"b": "2"}),)), {"a": "2+2"}
-)
+MESSAGES = Lines().render(Signature.parse("a -> b"), Prompt("Add.", (Demo({"a": "1+1"}, {"b": "2"}),)), {"a": "2+2"})
 SYSTEM = MESSAGES[0]["content"]
 
 READS = {

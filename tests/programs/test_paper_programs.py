@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import pytest
 from cotune.programs import (
-    ChatTemplate,
     DescribeThenDecide,
     Example,
     MultiHopQA,
@@ -14,23 +13,12 @@ from cotune.programs import (
     Program,
     Request,
     Rollout,
-    Sampling,
-    exact_match,
-    rollouts,
 )
-from fakes import FakeLM, instruction
+from fakes import FakeLM, instruction, runner
 
 
 def run_one(program: Program, example: Example, lm: FakeLM) -> Rollout:
-    (done,) = rollouts(
-        program,
-        [example],
-        lm=lm,
-        prompts=program.initial_prompts(),
-        template=ChatTemplate(),
-        metric=exact_match,
-        sampling=Sampling(),
-    )
+    (done,) = runner(lm, program).run([example], program.initial_prompts())
     assert done.error is None, done.error
     return done
 

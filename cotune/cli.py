@@ -31,11 +31,12 @@ from cotune.callbacks.redact import redacted
 from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from cotune.callbacks.trainer_options import check_trainer_options
+from cotune.config_files import check_config_files
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.help_page import arrange
 from cotune.lightning_modules import ProgramModule
-from cotune.option_errors import OptionError, refused_options
+from cotune.option_errors import OptionError, own_modules, refused_options
 from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
@@ -125,9 +126,10 @@ class CotuneCLI(LightningCLI):
         self._before: RunIdentity | None = None
         words = sys.argv[1:] if args is None else args
         first = words[0] if isinstance(words, list) and words else ""
+        check_config_files(words if isinstance(words, list) else [])
         self._asked = first if first in _LIGHTNINGS else ""
         try:
-            with self.signals:
+            with self.signals, own_modules():
                 self._run(args)
         finally:
             self._let_go()

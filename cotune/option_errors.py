@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -26,6 +29,53 @@ def refused_options() -> Iterator[None]:
         if type(error).__module__.startswith("cotune."):
             raise
         raise OptionError(said(error)) from error
+
+
+@contextmanager
+def own_modules() -> Iterator[None]:
+    """What a module of the user's raises while it is imported, a syntax error or any other, as an OptionError with its
+    file and line."""
+    try:
+        yield
+    except Exception as error:
+        if place := _in_own_module(error):
+            raise OptionError(f"{place}: {_first_line(error)}. COTUNE_DEBUG=1 shows where.") from error
+        raise
+
+
+def _in_own_module(error: BaseException | None) -> str:
+    """File and line in the user's module that an import failed at; "" where it did not fail in one."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        importing = any("importlib" in frame.filename for frame in frames)
+        if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
+            return f"{_near(error.filename)}, line {error.lineno}"
+        own = [frame for frame in frames if _is_users(frame.filename)]
+        if importing and own and own[0].name == "<module>" and not isinstance(error, SyntaxError):
+            return f"{_near(own[-1].filename)}, line {own[-1].lineno}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither cotune's, nor a library's or Python's own."""
+    path = Path(file)
+    ours = Path(__file__).resolve().parent.parent
+    libraries = (Path(sys.base_prefix), Path(sys.prefix), ours / "src", *(ours / room for room in _ROOMS))
+    return path.is_file() and "site-packages" not in path.parts and not any(path.is_relative_to(p) for p in libraries)
+
+
+_ROOMS = ("cotune", "programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
+
+
+def _near(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{'' if isinstance(error, SyntaxError) else type(error).__name__ + ': '}{' '.join(text.split())}"
 
 
 def said(error: Exception) -> str:

@@ -9,8 +9,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc import locate
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,7 +37,7 @@ from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.help_page import arrange
 from cotune.lightning_modules import ProgramModule
-from cotune.option_errors import OptionError, own_modules, refused_options
+from cotune.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
@@ -185,6 +186,7 @@ class CotuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit":
             self._check_trainer(config)
+        check_option_groups(config)
         self.run_folder = RunFolder(config.runs_dir, config.name)
         if self.subcommand == "fit":
             self._take_folder(config)
@@ -328,6 +330,14 @@ class CotuneCLI(LightningCLI):
         assert made is not None
         made.ended().write(folder)
         closing_table(folder)
+
+
+def check_option_groups(config: Any) -> None:
+    """Refuses single values where the module, its LM or the data take groups of options."""
+    check_groups(ProgramModule, config.model, "model")
+    for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
+        if part is not None and part.get("init_args") is not None:
+            check_groups(cast(type, locate(part.class_path)), part.init_args, name)
 
 
 def _show_steps(callbacks: list[Callback]) -> None:

@@ -1,4 +1,4 @@
-"""Config files: what is wrong with the YAML itself, by file, line and value, before a parser reads something else in it."""
+"""Config files: what is wrong with the YAML itself, by file, line and value, before a parser makes a guess of it."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ class SayPlan(Callback, BoundaryListener):
             say(line)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alternate is not None and self._alternate.epoch == 0 and isinstance(pl_module, ProgramModule):
+        if self._alternate is not None and isinstance(pl_module, ProgramModule) and pl_module.weight_step == 0:
             warmup, steps = pl_module.learning_rate.warmup, pl_module.weight_steps
-            if warmup >= steps and pl_module.weight_step == 0:
+            if warmup >= steps:
                 with training_bar_paused(trainer):
                     say(
                         f"warm-up takes {warmup} of {steps} optimiser steps, so the full learning rate is hardly "

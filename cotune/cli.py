@@ -65,7 +65,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _LIGHTNINGS = ("fit", "validate", "test")
-_ROOMS = ("programs", "prompting", "datamodules", "lightning_modules", "callbacks")
+_ROOMS = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
 
 
 class Parser(LightningArgumentParser):

@@ -9,12 +9,19 @@ from typing import Any
 from cotune.datamodules import Bootstrapping, Report, Trace
 from cotune.programs import Example, Rollout
 from cotune.programs.faults import KINDS
+from cotune.programs.set_metrics import measured
 from cotune.programs.values import gold_text
 
 _MOST_LABELS = 100
 
 
-def diagnose(done: Sequence[Rollout], before: Mapping[str, float] | None, *, threshold: float) -> dict[str, Any]:
+def diagnose(
+    done: Sequence[Rollout],
+    before: Mapping[str, float] | None,
+    *,
+    threshold: float,
+    set_metrics: Sequence[str] = (),
+) -> dict[str, Any]:
     """The rollouts of a boundary, taken apart; plain types. An example passes from a score of `threshold` on.
 
     Args:
@@ -23,6 +30,7 @@ def diagnose(done: Sequence[Rollout], before: Mapping[str, float] | None, *, thr
     Returns:
         `passed` and `wrong`: how many examples; the rest failed. `unreadable`: stage -> how many examples' runs ended
         there, because the completion did not parse. `by_label`: label -> [passed, examples], where labels repeat.
+        `set_metrics`: name -> [value, low, high], where any are asked for.
         `won` and `lost`: ids of examples that pass now and did not before, and the other way round.
     """
     passed = {r.example.id for r in done if r.error is None and r.score >= threshold}
@@ -34,6 +42,8 @@ def diagnose(done: Sequence[Rollout], before: Mapping[str, float] | None, *, thr
         "unreadable": dict(sorted(unreadable.items())),
         "by_label": by_label([r.example for r in done], passed),
     }
+    if set_metrics:
+        found["set_metrics"] = measured(set_metrics, [(r.example, r.prediction) for r in done])
     if before is not None:
         known = [r.example.id for r in done if r.example.id in before]
         found["won"] = [id_ for id_ in known if id_ in passed and before[id_] < threshold]

@@ -18,6 +18,7 @@ from cotune.callbacks.redact import redacted_text
 from cotune.datamodules.durable import clock, read_durably, write_durably, write_whole
 from cotune.programs import faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
+from cotune.programs.set_metrics import measured
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["RecordRun", "summary", "write_whole"]
@@ -69,7 +70,11 @@ class RecordRun(Callback, BoundaryListener):
             # Not the logged metric: loggers hold float32, and 23 of 50 would read 0.46000000834465027.
             score = mean_score(pl_module.evaluated)  # type: ignore[arg-type]
             faults = faults_to_dict(faults_of(pl_module.evaluated))  # type: ignore[arg-type]
-            self._write(trainer, pl_module, {**known, "test_score": score, "test_faults": faults})
+            tested = {"test_score": score, "test_faults": faults}
+            if names := trainer.datamodule.set_metrics:  # type: ignore[attr-defined]
+                pairs = [(rollout.example, rollout.prediction) for rollout in pl_module.evaluated]  # type: ignore[union-attr]
+                tested["test_set_metrics"] = measured(names, pairs)
+            self._write(trainer, pl_module, {**known, **tested})
 
     def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
         write_durably(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -235,7 +235,8 @@ class StepWork:
     def _traces(self, module: ProgramModule, data: TraceDataModule, folder: Path, rounds: int) -> list[Trace]:
         reused = data.reuse_traces(module.program)
         if reused is not None:
-            self._report = Report(examples=len({trace.example for trace in reused}))
+            count = len({trace.example for trace in reused})
+            self._report = Report(examples=count, solved_at_attempt=[count])
             return reused
         train = data.splits.train
         with StepProgress(self.title("traces")) as progress, isolate_rng():
@@ -328,7 +329,7 @@ class StepWork:
             scores=scores or {"current": score},
             rollouts=rollouts,
             cost=cost,
-            diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold),
+            diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold, set_metrics=data.set_metrics),
             found=found,
             notes=found.notes if found else (),
             **more,

@@ -9,8 +9,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc import locate
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,11 +32,12 @@ from cotune.callbacks.redact import redacted
 from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from cotune.callbacks.trainer_options import check_trainer_options
+from cotune.config_files import check_config_files
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.help_page import arrange
 from cotune.lightning_modules import ProgramModule
-from cotune.option_errors import OptionError, refused_options
+from cotune.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.parse_errors import explain
 from cotune.run_folder import RunFolder, RunFolderError
 from cotune.run_identity import (
@@ -63,7 +65,7 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _LIGHTNINGS = ("fit", "validate", "test")
-_ROOMS = ("programs", "prompting", "datamodules", "lightning_modules", "callbacks")
+_ROOMS = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
 
 
 class Parser(LightningArgumentParser):
@@ -125,9 +127,10 @@ class CotuneCLI(LightningCLI):
         self._before: RunIdentity | None = None
         words = sys.argv[1:] if args is None else args
         first = words[0] if isinstance(words, list) and words else ""
+        check_config_files(words if isinstance(words, list) else [])
         self._asked = first if first in _LIGHTNINGS else ""
         try:
-            with self.signals:
+            with self.signals, own_modules():
                 self._run(args)
         finally:
             self._let_go()
@@ -183,6 +186,7 @@ class CotuneCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "fit":
             self._check_trainer(config)
+        check_option_groups(config)
         self.run_folder = RunFolder(config.runs_dir, config.name)
         if self.subcommand == "fit":
             self._take_folder(config)
@@ -326,6 +330,14 @@ class CotuneCLI(LightningCLI):
         assert made is not None
         made.ended().write(folder)
         closing_table(folder)
+
+
+def check_option_groups(config: Any) -> None:
+    """Refuses single values where the module, its LM or the data take groups of options."""
+    check_groups(ProgramModule, config.model, "model")
+    for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
+        if part is not None and part.get("init_args") is not None:
+            check_groups(cast(type, locate(part.class_path)), part.init_args, name)
 
 
 def _show_steps(callbacks: list[Callback]) -> None:

@@ -45,6 +45,8 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     console.print(
         f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
+    for line in set_metric_lines(summary, records):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in fault_lines(summary):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if damage:
@@ -70,6 +72,23 @@ def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
     return records, f"{damage} Shown are {len(records)} of {len(lines)} records; any of them may be wrong."
 
 
+def set_metric_lines(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each metric of a whole set: on val of the program that was kept, and on test, with their intervals."""
+    kept = next((record for record in records if record["prefix"] == summary["best"]), {})
+    val = (kept.get("diagnosis") or {}).get("set_metrics", {})
+    parts = {"val": val, "test": summary.get("test_set_metrics") or {}}
+    names = dict.fromkeys(name for found in parts.values() for name in found)
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{part} {found[name][0]:.3f} ({found[name][1]:.3f} to {found[name][2]:.3f})"
+            for part, found in parts.items()
+            if name in found
+        )
+        for name in names
+    ]
+
+
 def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each weight step, how many examples had a passing trace, by label and by stage."""
     lines = []
@@ -79,7 +98,9 @@ def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         stages = [f"{stage} {count}" for stage, count in found.get("by_stage", {}).items()]
         parts = [*labels, *(stages if len(stages) > 1 else [])]
         if found and "solved" in found:
-            head = f"Traces for {record['prefix']}: {found['solved']} of {found['examples']} examples"
+            reused = found.get("runs", 1) == 0
+            count = f"reused, of {found['examples']}" if reused else f"{found['solved']} of {found['examples']}"
+            head = f"Traces for {record['prefix']}: {count} examples"
             gold = f", {found['gold']} more with their gold answer" if found.get("gold") else ""
             lines.append((f"{head} ({'; '.join(parts)})" if parts else head) + gold)
     return lines

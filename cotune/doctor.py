@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -83,23 +84,45 @@ def python_findings() -> Iterator[Finding]:
     """Python and the packages that cotune asks for, against the ranges it asks for."""
     from packaging.requirements import Requirement
 
-    wanted = metadata.metadata("cotune")["Requires-Python"]
+    wanted, tested = metadata.metadata("cotune")["Requires-Python"], tested_versions()
     yield Finding("python", "Python", "ok", f"{platform.python_version()} ({wanted}), {sys.executable}")
     for line in metadata.requires("cotune") or []:
         needed = Requirement(line)
         if "extra ==" in line or (needed.marker is not None and not needed.marker.evaluate()):
             continue
-        yield _package(needed.name, needed.specifier)
+        yield _package(needed.name, needed.specifier, tested.get(needed.name.lower().replace("_", "-"), ""))
 
 
-def _package(name: str, allowed: Any) -> Finding:
+def tested_versions() -> dict[str, str]:
+    """The newest versions that cotune has been tested with, by package; {} where the list is not installed with it."""
+    listed = Path(__file__).with_name("constraints.txt")
+    if not listed.is_file():
+        return {}
+    pairs = (
+        line.split("#")[0].split(";")[0].strip().partition("==")
+        for line in listed.read_text(encoding="utf-8").splitlines()
+    )
+    return {name.lower().replace("_", "-"): version for name, equals, version in pairs if equals}
+
+
+def _package(name: str, allowed: Any, tested: str = "") -> Finding:
     try:
         found = metadata.version(name)
     except metadata.PackageNotFoundError:
         return Finding("python", name, "problem", f"missing ({allowed})", f"pip install '{name}{allowed}'")
+    if tested and _newer(found, tested):
+        fix = f"should it fail, pip install '{name}=={tested}', and please report it"
+        return Finding("python", name, "note", f"{found}, newer than {tested}, the newest that is tested", fix)
     if allowed.contains(found, prereleases=True):
         return Finding("python", name, "ok", f"{found} ({allowed})" if str(allowed) else found)
     return Finding("python", name, "problem", f"{found}, supported is {allowed}", f"pip install '{name}{allowed}'")
+
+
+def _newer(found: str, tested: str) -> bool:
+    """Whether a version is newer in what is not only a patch."""
+    from packaging.version import Version
+
+    return Version(found).release[:2] > Version(tested).release[:2]
 
 
 def cpu_findings() -> Iterator[Finding]:
@@ -200,13 +223,24 @@ def disk_findings(runs_dir: Path) -> Iterator[Finding]:
 
 def _space(name: str, folder: Path) -> Finding:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    fix = "COTUNE_CACHE=FOLDER" if name == "cache" else "--runs_dir FOLDER"
+    if why := _not_writable(there):
+        return Finding("disk", name, "problem", f"{folder} cannot be written to: {why}", fix)
     free = shutil.disk_usage(there).free / 1e9
-    if not os.access(there, os.W_OK):
-        fix = "COTUNE_CACHE=FOLDER" if name == "cache" else "--runs_dir FOLDER"
-        return Finding("disk", name, "problem", f"{folder} cannot be written to", fix)
     low = free < _NEEDED_GB
-    fix = f"free some space: a model and a run take about {_NEEDED_GB:.0f} GB" if low else ""
-    return Finding("disk", name, "note" if low else "ok", f"{free:.1f} GB free in {folder}", fix)
+    more = f"free some space, or {fix}: a model and a run take about {_NEEDED_GB:.0f} GB" if low else ""
+    return Finding("disk", name, "note" if low else "ok", f"{free:.1f} GB free in {folder}", more)
+
+
+def _not_writable(folder: Path) -> str:
+    """Why no file can be made in a folder; "" where one can. Tried: permissions do not tell of read-only disks."""
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{error.strerror or error} ({folder})"
 
 
 def _wandb() -> Finding:

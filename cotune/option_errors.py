@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from cotune.parse_errors import no_group
 
 
 class OptionError(ValueError):
@@ -26,6 +34,71 @@ def refused_options() -> Iterator[None]:
         if type(error).__module__.startswith("cotune."):
             raise
         raise OptionError(said(error)) from error
+
+
+def check_groups(cls: type, given: Mapping[str, Any], prefix: str) -> None:
+    """Refuses a single value where a class takes a group of options; the parser lets one in a file pass.
+
+    Args:
+        given: the options of `cls`, as parsed.
+
+    Raises:
+        OptionError: names the option, its value and the group's options.
+    """
+    parameters = [p for base in reversed(cls.__mro__) for p in signature(base.__init__).parameters.values()]  # type: ignore[misc]
+    groups = {p.name: type(p.default) for p in parameters if is_dataclass(p.default)}
+    for name, kind in groups.items():
+        value = given.get(name)
+        if isinstance(value, (bool, int, float, str, list)):
+            names = [f"{prefix}.{name}.{field.name}" for field in fields(kind)]
+            raise OptionError(no_group(f"{prefix}.{name}", value, names))
+
+
+@contextmanager
+def own_modules() -> Iterator[None]:
+    """What a module of the user's raises while it is imported, a syntax error or any other, as an OptionError with its
+    file and line."""
+    try:
+        yield
+    except Exception as error:
+        if place := _in_own_module(error):
+            raise OptionError(f"{place}: {_first_line(error)}. COTUNE_DEBUG=1 shows where.") from error
+        raise
+
+
+def _in_own_module(error: BaseException | None) -> str:
+    """File and line in the user's module that an import failed at; "" where it did not fail in one."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        started = str(getattr(sys.modules.get("__main__"), "__file__", ""))
+        if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
+            return f"{_near(error.filename)}, line {error.lineno}"
+        own = [frame for frame in frames if _is_users(frame.filename) and frame.filename != started]
+        if any(frame.name == "<module>" for frame in own) and not isinstance(error, SyntaxError):
+            return f"{_near(own[-1].filename)}, line {own[-1].lineno}"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither cotune's, nor a library's or Python's own."""
+    path = Path(file)
+    ours = Path(__file__).resolve().parent.parent
+    libraries = (Path(sys.base_prefix), Path(sys.prefix), ours / "src", *(ours / room for room in _ROOMS))
+    return path.is_file() and "site-packages" not in path.parts and not any(path.is_relative_to(p) for p in libraries)
+
+
+_ROOMS = ("cotune", "programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
+
+
+def _near(file: str) -> str:
+    path = Path(file)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else file
+
+
+def _first_line(error: BaseException) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{'' if isinstance(error, SyntaxError) else type(error).__name__ + ': '}{' '.join(text.split())}"
 
 
 def said(error: Exception) -> str:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -24,10 +24,36 @@ def explain(message: str, options: Options) -> str:
     >>> explain("unrecognized arguments: --alternate.shedule p", {"alternate.schedule": str})
     'unknown option --alternate.shedule. Did you mean --alternate.schedule?'
     """
-    for rule in (_no_config, _unknown_argument, _unknown_key, _no_class, _wrong_value, _missing, _unknown_command):
+    for rule in _RULES:
         if said := rule(message.strip(), options):
             return said
     return " ".join(message.split())
+
+
+def no_group(key: str, value: object, options: Iterable[str]) -> str:
+    """What to say where a single value stands for a group of options.
+
+    Args:
+        options: full names of the group's options.
+
+    >>> no_group("model.learning_rate", 5e-4, ["model.learning_rate.warmup"])
+    'model.learning_rate 0.0005: it is a group of options (warmup). The rate itself is --model.optimizer.lr.'
+    """
+    names = [n for n in dict.fromkeys(name.rpartition(".")[2] for name in options) if n != "help"]
+    rate = " The rate itself is --model.optimizer.lr." if key.endswith("learning_rate") else ""
+    first = f"; give them one by one, as --{key}.{names[0]} VALUE" if names and not rate else ""
+    return f"{key} {value}: it is a group of options ({', '.join(names)}){first}.{rate}"
+
+
+def _one_for_a_group(message: str, options: Options) -> str:
+    found = re.search(r"Unable to load config [\"'](.*?)[\"']", message)
+    key = _key(message)
+    if not found or not key or key == "config":
+        return ""
+    key = f"{_OWNERS[key]}.{key}" if key in _OWNERS else key
+    last = key.rpartition(".")[2]
+    inner = [name for name in option_names(options) if f".{last}." in f".{name}"]
+    return no_group(key, found[1], inner)
 
 
 def _no_config(message: str, options: Options) -> str:
@@ -61,6 +87,9 @@ def _unknown_key(message: str, options: Options) -> str:
 
 def _no_class(message: str, options: Options) -> str:
     key = _key(message)
+    if other := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        known = _known(key, options)
+        return f'{key}: "{other[1]}" is no {other[2]}; known are {known}, and one of your own is a subclass of it.'
     given = re.search(
         r"Expected a dot import path string: (\S+)|given class_path '([^']+)'|(is abstract|Not a valid subclass)",
         message,
@@ -70,13 +99,28 @@ def _no_class(message: str, options: Options) -> str:
     if given[3]:
         return f"{key}: name the class in class_path, one of {_known(key, options)}, or a class of your own."
     value = given[1] or given[2]
+    if any(kind in (int, float) for kind in get_args(options.get(key))):
+        return f'{key} "{value}" is not allowed; allowed is a number.'
+    if key.rpartition(".")[2] == "metric":
+        return _no_metric(key, value)
     names = [cls.__name__ for cls in subclasses_of(options.get(key))]
     last = value.rpartition(".")[2]
-    detail = re.search(r"(No module named '[^']+')", message)
-    because = f" ({detail[1]})" if detail else ""
+    detail = re.search(r"Problem with given class_path '[^']+':\s+(?!module '[^']*' has no attribute)(.*)", message)
+    detail = detail or re.search(r"(No module named '[^']+')", message)
+    because = f" ({detail[1].strip()})" if detail else ""
     return (
         f'{key}: there is no class "{value}"{because}; known are {_known(key, options)}, and a class of your own is '
         f"written module.Class.{_hint(last, names, '')}"
+    )
+
+
+def _no_metric(key: str, value: str) -> str:
+    from cotune.programs.metrics import COMPARE_FIELDS
+
+    known = [f"cotune.programs.{getattr(metric, '__name__', '')}" for metric in COMPARE_FIELDS]
+    return (
+        f'{key}: there is no function "{value}"; there are {", ".join(known)}, and one of your own is written '
+        f"module.function.{_hint(value, known, '')}"
     )
 
 
@@ -84,6 +128,10 @@ def _wrong_value(message: str, options: Options) -> str:
     key = _key(message)
     if not key:
         return ""
+    nested = re.search(r"Given value: NestedArg\(key='([^']+)', val='?(.*?)'?\)", message)
+    reasons = [reason for reason in re.findall(r"(?m)^\s*- (.*)$", message) if not reason.startswith("Expected a")]
+    if nested and reasons:  # what the module raised when it was imported
+        return f'{key}.{nested[1]} "{nested[2]}": {reasons[0]}.'
     if function := re.search(r"expects a function or a callable class: (.*)\. Got value: (.*)", message):
         return f'{key} "{function[2]}": {function[1]}. A function is written module.function; its file stands here.'
     if protocol := re.search(r"does not implement protocol (\w+)", message):
@@ -114,6 +162,27 @@ def _unknown_command(message: str, options: Options) -> str:
         return ""
     known = [*re.findall(r"'(\w+)'", found[2]), *OWN_COMMANDS]
     return f'unknown command "{found[1]}"; commands are {", ".join(known)}.' + _hint(found[1], known, "")
+
+
+_RULES = (
+    *(_no_config, _unknown_argument, _unknown_key, _one_for_a_group, _no_class, _wrong_value, _missing),
+    _unknown_command,
+)
+
+_OWNERS = {"sizes": "data", "bootstrapping": "data", "lora": "model.lm", "skip_limits": "model"}
+"""Groups whose parser does not know what it is part of -> that part."""
+
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "alternate.epochs"),
+    **dict.fromkeys(("batch", "bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
+    **dict.fromkeys(("max_tokens", "max_length", "max_new_token"), "model.sampling.max_new_tokens"),
+    **dict.fromkeys(("model_name", "model_name_or_path", "model.name", "base_model"), "model.lm.model"),
+    **dict.fromkeys(("output_dir", "out", "output"), "runs_dir"),
+    **dict.fromkeys(("seed", "random_seed"), "seed_everything"),
+    **dict.fromkeys(("threshold", "attempts"), "data.bootstrapping."),
+}
+"""What options are called elsewhere -> here; a name that ends in a dot has the word behind it."""
 
 
 def option_names(options: Options) -> list[str]:
@@ -176,6 +245,9 @@ def _plain(kind: str) -> str:
 
 def _hint(wrong: str, names: Sequence[str], dashes: str) -> str:
     """ " Did you mean …?", by the whole name or else by its last part; "" when nothing is near."""
+    elsewhere = _ELSEWHERE.get(wrong) or _ELSEWHERE.get(wrong.rpartition(".")[2]) if dashes or "." in wrong else None
+    if elsewhere and wrong not in names:
+        return f" Did you mean {dashes}{elsewhere}{wrong.rpartition('.')[2] if elsewhere.endswith('.') else ''}?"
     last = {name.rpartition(".")[2]: name for name in reversed(names)}
     near = difflib.get_close_matches(wrong, names, 1, 0.8) or [
         last[match] for match in difflib.get_close_matches(wrong.rpartition(".")[2], list(last), 1, 0.7)

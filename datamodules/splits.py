@@ -248,7 +248,7 @@ def _repeats(pools: Mapping[str, Sequence[Example]]) -> list[tuple[_Place, _Plac
     """Each example that has the inputs of another, and that other one: of test before val before the rest, and of the
     smallest id there."""
     groups: dict[str, list[_Place]] = {}
-    for name in reversed(pools):  # the rest come first in it
+    for name in reversed(list(pools)):  # the rest come first in it
         for at in sorted(range(len(pools[name])), key=lambda i: (pools[name][i].id, i)):
             if key := inputs_key(pools[name][at]):
                 groups.setdefault(key, []).append((name, at))

@@ -26,6 +26,7 @@ from cotune.programs import (
     exact_match,
     hide_own_demos,
 )
+from cotune.programs.set_metrics import set_metric
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -254,6 +255,8 @@ class TraceDataModule(LightningDataModule, ABC):
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
         duplicates: what becomes of rows whose inputs another row has, in its own set or another ("leakage"): "refuse",
             "drop" all but one, or "keep" them; how many there are is said.
+        set_metrics: numbers of a whole set that stand beside the mean score on val and test, with their interval:
+            "macro_f1", "auc", or functions of your own. No choice is made by them.
     """
 
     def __init__(
@@ -267,6 +270,7 @@ class TraceDataModule(LightningDataModule, ABC):
         batch_size: int = 8,
         val_batch_size: int = 256,
         duplicates: Duplicates = "refuse",
+        set_metrics: list[str] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or val_batch_size < 1:
@@ -274,6 +278,7 @@ class TraceDataModule(LightningDataModule, ABC):
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
+        self.set_metrics = [name for name in set_metrics or [] if set_metric(name)]
         self.epoch = 0
         self._splits: Splits | None = None
         self._weight_step = 0

@@ -15,6 +15,13 @@ Outputs = Mapping[str, Any]
 """What a stage call gives back: output field -> value, text where the signature names no other type."""
 
 
+_NAMED = "A stage is named by the attribute of the program that it is assigned to, one each: self.hop_1 = Stage(...)."
+
+
+class StageError(TypeError):
+    """Stages of a program stand where they have no name, or a second one."""
+
+
 @dataclass(frozen=True)
 class Call:
     """A wish of a program: run this stage on these inputs. `yield` it, and the typed outputs come back."""
@@ -59,8 +66,10 @@ class Stage:
         """A call of this stage. Values become text: see `Signature.shown`.
 
         Raises:
-            TypeError: a field is missing or unknown.
+            TypeError: a field is missing or unknown, or the stage has no name.
         """
+        if not self.name:
+            raise StageError(f"the stage {self.signature} has no name. {_NAMED}")
         expected = self.signature.inputs
         missing = [name for name in expected if name not in inputs]
         unknown = [name for name in inputs if name not in expected]
@@ -99,22 +108,33 @@ class Program(ABC):
         """Stages by name, those of base classes first.
 
         Raises:
-            TypeError: the program has no stage, or a stage stands under a second name.
+            StageError: the program has no stage, a stage stands under a second name, or stands where it has none.
         """
         found: dict[str, Stage] = {}
         for attributes in [vars(cls) for cls in reversed(type(self).__mro__)] + [vars(self)]:
             for attribute, value in attributes.items():
                 if isinstance(value, Stage):
                     if value.name != attribute:
-                        raise TypeError(f'stage "{value.name}" stands under a second name, "{attribute}".')
+                        raise StageError(f'stage "{value.name}" stands under a second name, "{attribute}".')
                     found[attribute] = value
+                elif where := _hidden(value):
+                    raise StageError(f"{type(self).__name__}.{attribute}: stages in {where} have no name. {_NAMED}")
         if not found:
-            raise TypeError(f"{type(self).__name__} has no stages; assign a Stage to an attribute of it.")
+            raise StageError(f"{type(self).__name__} has no stages; assign a Stage to an attribute of it.")
         return found
 
     def initial_prompts(self) -> dict[str, Prompt]:
         """The zero-shot prompts that every schedule starts from: each signature's own instruction, no demos."""
         return {name: Prompt(stage.signature.instruction) for name, stage in self.stages.items()}
+
+
+def _hidden(value: Any) -> str:
+    """What an attribute is that holds stages where a program does not look for them; "" for any other."""
+    if isinstance(value, Program):
+        return "another program"
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    nameless = (isinstance(item, Program) or (isinstance(item, Stage) and not item.name) for item in items)
+    return f"a {type(value).__name__}" if any(nameless) else ""
 
 
 __all__ = ["Call", "Outputs", "Program", "Stage", "as_text"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from cotune.callbacks.progress import say
 from cotune.callbacks.say_plan import spoken
 from cotune.datamodules.durable import write_whole
+from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.run_folder import RunFolder
 from cotune.run_identity import differences, read_identity
 from cotune.table.cost import Cost, Pace, cost_of, measured, totals, warm_up
@@ -117,6 +118,10 @@ class TableCommand:
             return {}
         found: dict[Cell, Pace] = {}
         for cell in dict.fromkeys(run.cell for run in runs):
+            name = parts[cell].module.lm.name
+            if self.options.dry_run and not (name == EMBEDDED or Path(name).expanduser().exists()):
+                say(f"  {cell}: counts only, since a dry run fetches no weights ({name})")
+                continue
             say(f"  measuring the pace of {cell}")
             words = self.config.words(cell.task, cell.lm, cell.preset)
             found[cell] = warm_up(words, _shared_threads(self.options.jobs))

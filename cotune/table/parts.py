@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from cotune.callbacks import Alternate
-from cotune.cli import CotuneCLI
+from cotune.cli import CotuneCLI, check_option_groups
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
 from cotune.run_identity import counted_options
@@ -55,7 +55,7 @@ class _Unrun(CotuneCLI):
         self.config = parser.parse_args(cast(Sequence[str], args))
 
     def before_instantiate_classes(self) -> None:
-        pass
+        check_option_groups(self.config)
 
     def after_instantiate_classes(self) -> None:
         pass

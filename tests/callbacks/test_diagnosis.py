@@ -9,7 +9,7 @@ from cotune.callbacks.diagnosis import advice_without_traces, by_label, diagnose
 from cotune.datamodules import Bootstrapping, Report, Trace
 from cotune.programs import Completion, Example, Failure, Rollout, Step
 
-from cotune.closing_table import coverage_lines
+from cotune.closing_table import coverage_lines, set_metric_lines
 
 
 def rollout(name: str, score: float, *, label: str = "x", unreadable_at: str = "") -> Rollout:
@@ -89,3 +89,18 @@ def test_more_attempts_are_advised_only_where_they_could_help(
 def test_a_label_of_several_answers_goes_by_the_first() -> None:
     found = by_label([Example.of({}, {"answer": ["red", "crimson"]}, id=str(n)) for n in range(4)], {"0"})
     assert found == {"red": [1, 4]}
+
+
+def test_reused_traces_are_said_to_be_so() -> None:
+    record = {"prefix": "w", "traces": {"solved": 12, "examples": 12, "runs": 0}}
+    assert coverage_lines([record]) == ["Traces for w: reused, of 12 examples"]
+
+
+def test_set_metrics_stand_in_the_diagnosis_and_in_the_closing_table_with_their_intervals() -> None:
+    done = [Rollout(Example(f"{n}", {}, {"answer": "ab"[n % 2]}), (), {"answer": "a"}, 0.5) for n in range(20)]
+    found = diagnose(done, None, threshold=1, set_metrics=["macro_f1"])["set_metrics"]
+    assert found["macro_f1"][0] == pytest.approx(1 / 3)
+    summary = {"best": "p", "test_set_metrics": {"macro_f1": [0.5, 0.4, 0.6]}}
+    lines = set_metric_lines(summary, [{"prefix": "p", "diagnosis": {"set_metrics": found}}])
+    assert lines[0].startswith("macro_f1: val 0.333 (")
+    assert lines[0].endswith("test 0.500 (0.400 to 0.600)")

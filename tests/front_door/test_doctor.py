@@ -102,10 +102,30 @@ def test_a_login_in_netrc_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert named(account_findings(), "W&B").status == "ok"
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    found = named(disk_findings(tmp_path / "runs" / "deep"), "runs")
+def test_a_folder_that_cannot_be_written_to_is_a_problem_whatever_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    found = named(disk_findings(tmp_path / "file" / "deep"), "runs")
     assert (found.status, found.fix) == ("problem", "--runs_dir FOLDER")
+    assert "cannot be written to" in found.value
+
+    def full(**_: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    found = named(disk_findings(tmp_path / "runs" / "deep"), "cache")
+    assert (found.status, found.fix) == ("problem", "COTUNE_CACHE=FOLDER")
+    assert "Read-only file system" in found.value
+
+
+def test_a_version_newer_than_tested_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.tested_versions()["peft"]
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "99.0.1" if name == "torch" else real(name))
+    found = named(python_findings(), "torch")
+    assert found.status == "note"
+    assert found.value.startswith("99.0.1, newer than ")
 
 
 def test_a_product_is_measured_and_a_type_that_does_not_run_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,14 +65,14 @@ def _computing(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[
     before = {module: vars(module).get("forward") for module in forwards}  # training may have one of its own there
     try:
         for module, forward in forwards.items():
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
         yield
     finally:
         for module, kept in before.items():
             if kept is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = kept  # type: ignore[method-assign]
+                module.forward = kept
 
 
 @dataclass(frozen=True)

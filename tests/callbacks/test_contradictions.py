@@ -66,9 +66,7 @@ def test_a_label_that_the_metric_scores_as_wrong_is_refused_with_the_example_and
     def strict(example: Example, prediction: Mapping[str, Any]) -> Score:
         return Score(float(prediction["answer"] == "red"), "it is not red")
 
-    with pytest.raises(
-        ContradictionError, match=r"e1: the metric strict .*\(answer 'blue'\) 0 \(it is not red\)"
-    ):
+    with pytest.raises(ContradictionError, match=r"e1: the metric strict .*\(answer 'blue'\) 0 \(it is not red\)"):
         check_gold(strict, labelled("red", "blue", "red"), threshold=1.0)
     assert check_gold(strict, labelled("red"), threshold=1.0) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -107,7 +108,7 @@ class Alternate(Callback):
             test_prefixes=test_prefixes,
             seed=seed,
         )
-        self.steps = weight_steps(steps, epochs=epochs)
+        self.steps: Mapping[str, WeightStep] = weight_steps(steps, epochs=epochs)
         self.schedule = parse_schedule(schedule, self.steps)
         if lm_calls is not None and self.schedule[-1] != PROMPTS:
             raise ValueError(f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".')

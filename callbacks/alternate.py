@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from cotune.callbacks.alternation import (
@@ -20,6 +21,7 @@ from cotune.callbacks.alternation import (
     State,
     Train,
 )
+from cotune.callbacks.epoch_end import EpochEnd
 from cotune.callbacks.progress import training_bar_paused
 from cotune.callbacks.save_policy import SavePolicy
 from cotune.callbacks.saver import Saver
@@ -29,20 +31,7 @@ from cotune.callbacks.step_work import Options, StepWork
 from cotune.datamodules.crash_point import crash_point
 from cotune.prompting import PromptSearch, RandomDemoSearch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-
-
-class Stopping(Protocol):
-    """Who knows whether the process has been asked to end."""
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it has."""
-        ...
-
-    def check(self) -> None:
-        """Raises if it has."""
-        ...
+from lightning.pytorch.callbacks import EarlyStopping
 
 
 class Alternate(Callback):
@@ -84,7 +73,6 @@ class Alternate(Callback):
 
     Attributes:
         steps: letter -> settings of its weight step, whole.
-        stopping: asked between two optimiser steps; when it wants the process to end, the state is saved first.
         state: where in the schedule the run is.
         work: what is known of the steps behind, and does those ahead.
     """
@@ -120,7 +108,7 @@ class Alternate(Callback):
             test_prefixes=test_prefixes,
             seed=seed,
         )
-        self.steps = weight_steps(steps, epochs=epochs)
+        self.steps: Mapping[str, WeightStep] = weight_steps(steps, epochs=epochs)
         self.schedule = parse_schedule(schedule, self.steps)
         if lm_calls is not None and self.schedule[-1] != PROMPTS:
             raise ValueError(f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".')
@@ -128,7 +116,6 @@ class Alternate(Callback):
         self.state = State()
         self.work = StepWork(self.schedule, self.steps, search or RandomDemoSearch(), options)
         self.saver = Saver(SavePolicy(save_every), folder)
-        self.stopping: Stopping | None = None
         self._early: list[tuple[EarlyStopping, dict[str, Any]]] = []  # each as it was before any epoch
 
     # What Lightning calls
@@ -143,7 +130,7 @@ class Alternate(Callback):
             self._rehearse(trainer)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._early = [(c, copy.deepcopy(c.state_dict())) for c in callbacks if isinstance(c, EarlyStopping)]
-        callbacks.append(_EpochEnd(self))
+        callbacks.append(EpochEnd(self._epoch_ended))
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,8 +162,7 @@ class Alternate(Callback):
         # Saved behind an epoch's last batch, a run would go on with the next epoch, past this one's validation and end.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not self._stops(trainer):
-            self.saver.save_if_due(trainer)
+        self.saver.step_ended(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -185,7 +171,7 @@ class Alternate(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.saver.close()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [c for c in callbacks if not isinstance(c, _EpochEnd)]  # type: ignore[attr-defined]
+        trainer.callbacks = [c for c in callbacks if not isinstance(c, EpochEnd)]  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.alternation.saved(self.state), **self.work.state_dict()}
@@ -235,7 +221,8 @@ class Alternate(Callback):
 
     # From one step to the next
 
-    def epoch_ended(self, trainer: Trainer) -> None:
+    @torch.no_grad()
+    def _epoch_ended(self, trainer: Trainer) -> None:
         """A training epoch is over, and every other callback has had its say about it."""
         module, data = ours(trainer)
         stop, trainer.should_stop = trainer.should_stop, False
@@ -244,8 +231,7 @@ class Alternate(Callback):
         self.work.epoch_ended(module, rounds=self.state.rounds)
         wanted = self.alternation.wanted(self.state)
         if isinstance(wanted, Train):
-            if not self._stops(trainer):
-                self.saver.save_unless_too_soon(trainer, stored=module.lm.store is not None)
+            self.saver.epoch_ended(trainer, stored=module.lm.store is not None)
             return
         if isinstance(wanted, Score):
             for callback, before in self._early:
@@ -254,13 +240,6 @@ class Alternate(Callback):
         with training_bar_paused(trainer):
             self._go_on(trainer)
         self._end_if_finished(trainer)
-
-    def _stops(self, trainer: Trainer) -> bool:
-        """Saves and raises if the process has been asked to end; else False."""
-        if self.stopping is not None and self.stopping.wanted:
-            self.saver.save(trainer)
-            self.stopping.check()
-        return False
 
     def _rehearse(self, trainer: Trainer) -> None:
         """Makes a `fast_dev_run` of it: the whole schedule, a batch of each set, an epoch a weight step."""
@@ -306,14 +285,3 @@ def ended(trainer: Trainer) -> bool:
     """Whether a fit has come to the end of its schedule; one without a schedule has."""
     found = [c for c in trainer.callbacks if isinstance(c, Alternate)]  # type: ignore[attr-defined]
     return all(callback.finished for callback in found)
-
-
-class _EpochEnd(Checkpoint):
-    """Tells Alternate of an epoch's end behind all others: Lightning calls callbacks of this class last, in order."""
-
-    def __init__(self, alternate: Alternate) -> None:
-        self._alternate = alternate
-
-    @torch.no_grad()
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._alternate.epoch_ended(trainer)

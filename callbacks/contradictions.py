@@ -33,7 +33,11 @@ class FindContradictions(Callback, BoundaryListener):
     known for sure a line says so.
     """
 
+    def __init__(self) -> None:
+        self._fits = False
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._fits = self._fits or stage == "fit"
         data = getattr(trainer, "datamodule", None)
         if isinstance(pl_module, ProgramModule) and isinstance(data, TraceDataModule):
             examples = _used(data, stage)
@@ -51,7 +55,7 @@ class FindContradictions(Callback, BoundaryListener):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Behind a fit the first predictions have been looked at, and a test score of 0 may be what it is.
-        if isinstance(pl_module, ProgramModule) and not trainer.fit_loop.epoch_progress.current.ready:
+        if isinstance(pl_module, ProgramModule) and not self._fits:
             self._look(trainer, pl_module, pl_module.evaluated, first=True)
 
     def _look(self, trainer: Trainer, module: ProgramModule, done: Sequence[Rollout], *, first: bool) -> None:

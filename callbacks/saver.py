@@ -5,10 +5,24 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Protocol
 
 from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.save_policy import SavePolicy
 from lightning.pytorch import Trainer
+
+
+class Stopping(Protocol):
+    """Who knows whether the process has been asked to end."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it has."""
+        ...
+
+    def check(self) -> None:
+        """Raises if it has."""
+        ...
 
 
 class Saver:
@@ -20,10 +34,14 @@ class Saver:
 
     Args:
         folder: of the checkpoints; null takes `checkpoints` in the trainer's default_root_dir.
+
+    Attributes:
+        stopping: asked between two optimiser steps; when it wants the process to end, the state is saved first.
     """
 
     def __init__(self, policy: SavePolicy, folder: str | None) -> None:
         self.policy, self._folder = policy, folder
+        self.stopping: Stopping | None = None
         self._checkpoints: Checkpoints | None = None
         self._waits = self._owed = False
         self._scratch: TemporaryDirectory[str] | None = None
@@ -67,12 +85,23 @@ class Saver:
         self._checkpoints.save(trainer)
         self.policy.saved(trainer.global_step, time.perf_counter() - started)
 
-    def save_if_due(self, trainer: Trainer) -> None:
-        """Saves if so many steps, or so much time, have passed."""
+    def step_ended(self, trainer: Trainer) -> None:
+        """Saves if so many steps, or so much time, have passed, or the process is to end: then that is raised."""
+        self._stop_if_asked(trainer)
         if self.policy.due(trainer.global_step):
             self.save(trainer)
+
+    def epoch_ended(self, trainer: Trainer, *, stored: bool) -> None:
+        """As `step_ended`, and as `save_unless_too_soon`."""
+        self._stop_if_asked(trainer)
+        self.save_unless_too_soon(trainer, stored=stored)
 
     def save_unless_too_soon(self, trainer: Trainer, *, stored: bool) -> None:
         """Saves where a search, a collection or a score has ended; see `SavePolicy.due_at_boundary`."""
         if self.policy.due_at_boundary(trainer.global_step, stored=stored):
             self.save(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        if self.stopping is not None and self.stopping.wanted:
+            self.save(trainer)
+            self.stopping.check()

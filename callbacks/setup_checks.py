@@ -59,7 +59,7 @@ def _check_trainer(trainer: Trainer, epochs: int) -> None:
         but = (*but, "max_epochs")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         but = (*but, "max_epochs", "max_steps", "limit_val_batches")  # Lightning has set them
-    if trainer.overfit_batches:
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
         but = (*but, "limit_train_batches", "limit_val_batches")  # so here
     check_trainer_options(values, but=but)
 

@@ -112,7 +112,7 @@ class StopOnSignal(Callback):
         pl_module.lm.before_wave = self.signals.check  # type: ignore[union-attr]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Alternate):
-                callback.stopping = self.signals
+                callback.saver.stopping = self.signals
                 self.signals.seconds_before = callback.work.seconds_before
         self.signals.patient = True
 

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, cast
 
 import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import Checkpoints

@@ -245,8 +245,9 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     wanted = {"train/loss_step", "train/loss", "train/lr", "val/score"}
     with path.open(encoding="utf-8", newline="") as file:
         rows = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(file)]
-    kept = [row for row in rows if wanted & set(row)]
-    return [{name: float(value) for name, value in row.items() if _is_number(value)} for row in kept]
+    # A resumed run may have logged a step a second time: then that counts.
+    kept = {(row.get("step"), *sorted(wanted & set(row))): row for row in rows if wanted & set(row)}
+    return [{name: float(value) for name, value in row.items() if _is_number(value)} for row in kept.values()]
 
 
 def _is_number(text: str) -> bool:

@@ -344,3 +344,13 @@ def test_a_chart_stays_inside_its_frame(tmp_path: Path) -> None:
 )
 def test_doctests_are_true(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"cotune.report.{name}")).failed == 0
+
+
+def test_a_step_that_was_logged_twice_counts_as_it_was_last(tmp_path: Path) -> None:
+    from cotune.report.run_record import _read_metrics
+
+    rows = ["step,train/loss,val/score", "0,0.5,", "1,0.4,", "1,,0.25", "1,0.3,", "1,,0.75", "2,0.2,"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    found = _read_metrics(tmp_path / "metrics.csv")
+    assert [row["train/loss"] for row in found if "train/loss" in row] == [0.5, 0.3, 0.2]
+    assert [row["val/score"] for row in found if "val/score" in row] == [0.75]

@@ -17,8 +17,7 @@ _FENCED = re.compile(r"^[ \t]*(`{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.MULTILI
 _OPENED = re.compile(r"^[ \t]*`{3,}[^\n`]*\n", re.MULTILINE)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _PREAMBLE = re.compile(
-    r"\A(?:(?:sure|certainly|of course|okay|ok|here|below|the|this|my|new|an?|improved|revised|updated|better)\b[^\n]*"
-    r"|instructions?):[ \t]*\n+",
+    r"\A(?:(?:sure|certainly|of course|okay|ok|here)\b[^\n]*|[^\n.]{0,40}\b(?:instructions?|prompt))\**:\**[ \t]*\n+",
     re.IGNORECASE,
 )
 _ASKS_BACK = re.compile(

@@ -23,6 +23,8 @@ def flaw(text: str, proposer: Proposer | None = None, *, finished: str = "eos", 
         "Sure! Here is a better instruction:\n\n```text\nTriple it.\n```\nLet me know what you think?",
         "Here's the new instruction:\nTriple it.",
         "Instruction:\nTriple it.",
+        "**New instruction:**\nTriple it.",
+        "The revised prompt:\n\nTriple it.",
         '"Triple it."',
         "<think>\nCould you double it? No.\n```\nno\n```\n</think>\nTriple it.",
         "```\nTriple it.",
@@ -36,8 +38,8 @@ def test_the_instruction_is_found_in_what_was_written(written: str) -> None:
     assert (found.text, found.flaw) == ("Triple it.", "")
 
 
-def test_an_instruction_that_begins_with_a_heading_keeps_it() -> None:
-    text = "Rules for the numbers:\n- double them"
+@pytest.mark.parametrize("text", ["Rules for the numbers:\n- double them", "The answer is one of:\n- yes\n- no"])
+def test_an_instruction_that_begins_with_a_heading_keeps_it(text: str) -> None:
     assert Proposer().read(Completion(text), NOW, ()).text == text
 
 

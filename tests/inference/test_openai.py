@@ -172,6 +172,21 @@ def test_a_storm_of_429_is_waited_out_as_long_as_the_server_says(server: Endpoin
     assert lm.usage.retries <= 8
 
 
+def test_a_wait_that_one_request_is_ordered_holds_for_all(server: EndpointServer, lm_at: Any) -> None:
+    came: dict[str, list[float]] = {}
+
+    def answer(body: Body) -> str | Reply:
+        times = came.setdefault(body["messages"][-1]["content"], [])
+        times.append(time.monotonic())
+        if body["messages"][-1]["content"] == "a" and len(times) == 1:
+            return Reply(status=429, error={"message": "slow down"}, headers={"retry-after": "1"})
+        return Reply(shouted(body), wait=0.3)
+
+    server.answer = answer
+    lm_at(server, concurrency=2).generate(asking("a", "b", "c"), Sampling())
+    assert came["c"][0] >= came["a"][0] + 0.95  # b was answered long before
+
+
 def test_a_wait_until_a_date_is_understood(server: EndpointServer, lm_at: Any) -> None:
     date = formatdate(time.time() + 2, usegmt=True)
     server.answer = failing(Reply(status=503, error={"message": "later"}, headers={"retry-after": date}))

@@ -145,11 +145,12 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--model.lm.quantization", "nf5"], "'nf5' is not allowed; allowed is nf4 or fp4 or int8 or null."),
         (
             ["--alternate.search", "RandomDemoSerch"],
-            'alternate.search: there is no class "RandomDemoSerch"; known are RandomDemoSearch',
+            'alternate.search: there is no class "RandomDemoSerch"; known are JointSearch, RandomDemoSearch',
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
-        (["--model.form", "tiny_fit.Fit"], '"tiny_fit.Fit" is no Form'),
+        (["--model.form", "tiny_fit.Fit"], 'model.form'),
+        (["--model.template", "Lines"], "unknown option --model.template. Its name is --model.form now."),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )

@@ -125,14 +125,14 @@ class StoredLM:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         keys = [self._key(request, sampling) for request in requests]
-        known = self.store.find(keys)
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+        found = {key: completion_of((), known) for key, known in self.store.find(keys).items()}
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         if missing:
-            completions = self.lm.generate(list(missing.values()), sampling)
-            made = {key: _generated_of(done) for key, done in zip(missing, completions, strict=True)}
-            self.store.keep(made)
-            known |= made
-        return [completion_of((), known[key]) for key in keys]
+            made = dict(zip(missing, self.lm.generate(list(missing.values()), sampling), strict=True))
+            answered = {key: done for key, done in made.items() if done.finished != "refused"}  # it may be, another day
+            self.store.keep({key: _generated_of(done) for key, done in answered.items()})
+            found |= made
+        return [found[key] for key in keys]
 
     def _key(self, request: Request, sampling: Sampling) -> bytes:
         drawn = request.seed if sampling.temperature > 0 else None
@@ -155,6 +155,7 @@ def completion_of(prompt_ids: Sequence[int], generated: Generated) -> Completion
 
 
 def _generated_of(done: Completion) -> Generated:
+    assert done.finished != "refused"  # nothing was written
     return Generated(list(done.completion_ids), done.text, done.finished, done.fields, done.forced, done.log_probs)
 
 

@@ -133,3 +133,11 @@ def test_an_lm_without_ids_is_asked_once_for_each_request(tmp_path: Path) -> Non
     assert inner.calls == 7, "a seed decides only where something is drawn"
     StoredLM(inner, store, identity={"model": "other"}).generate(asked(1), GREEDY)
     assert inner.calls == 8
+
+
+def test_a_refused_request_is_not_kept(tmp_path: Path) -> None:
+    answers = iter([Completion("", finished="refused"), Completion("now", finished="eos")])
+    inner = FakeLM(lambda request: next(answers))
+    lm = StoredLM(inner, CompletionStore(tmp_path / "completions.sqlite"), identity={"model": "some"})
+    assert [lm.generate(asked(1), GREEDY)[0].text for _ in range(3)] == ["", "now", "now"]
+    assert inner.calls == 2

@@ -83,8 +83,8 @@ def test_completions_stand_in_the_order_of_the_requests(server: EndpointServer, 
 
 def test_sampling_seed_and_stops_are_sent(server: EndpointServer, lm_at: Any) -> None:
     lm = lm_at(server, extra={"reasoning_effort": "low"})
-    layout = (Field("answer", stops=("\nquestion:",)),)
-    lm.generate(asking("a", seed=2**40 + 7, stops=("###",), layout=layout), Sampling(0.7, 0.9, 20))
+    layout = (Field("answer", stops=("###", "\nquestion:")),)
+    lm.generate(asking("a", seed=2**40 + 7, layout=layout), Sampling(0.7, 0.9, 20))
     (body,) = server.bodies
     assert body.pop("messages") == [{"role": "user", "content": "a"}]
     assert body == {
@@ -420,7 +420,7 @@ def test_a_request_that_differs_in_anything_is_asked_again(server: EndpointServe
     store = str(tmp_path / "completions.sqlite")
     base = asking("a", seed=1)
     others = [asking("b", seed=1), asking("a", seed=2), asking("a", seed=1, layout=(Field("x"),))]
-    others.append(asking("a", seed=1, stops=("s",)))
+    others.append(asking("a", seed=1, layout=(Field("x", stops=("s",)),)))
     lm = lm_at(server, completions=store)
     lm.generate(base, Sampling())
     for request in others:

@@ -124,7 +124,7 @@ class JointSearch(PromptSearch):
     def _demo_sets(self, task: SearchTask, stages: Sequence[str], made: Bootstrapped) -> list[tuple[str, DemoSet]]:
         """The sets by name, of the stages that may change; those that are empty for all are left out."""
         labelled = labelled_demos(task.runner.program, task.train)
-        sets = []
+        sets: list[tuple[str, DemoSet]] = []
         for why, demos in self.demos.demo_sets(made.solved, labelled, task.seed)[: self.num_demo_sets]:
             of_stages = {stage: demos[stage] for stage in stages if demos.get(stage)}
             if of_stages:

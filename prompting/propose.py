@@ -175,7 +175,7 @@ def instruction_in(text: str) -> str:
     'Name the species.'
     """
     text = _THOUGHT.sub("", text).strip()
-    found = [block[1].strip() for block in _FENCED.findall(text)]
+    found: list[str] = [block[1].strip() for block in _FENCED.findall(text)]
     if found:
         return max(found, key=len)
     opened = _OPENED.search(text)

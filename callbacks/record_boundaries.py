@@ -73,6 +73,7 @@ def boundary_record(boundary: Boundary) -> dict[str, Any]:
     }
     if boundary.found is not None:
         record["candidates"] = [candidate.to_dict() for candidate in boundary.found.candidates]
+        record["rejected"] = [one.to_dict() for one in boundary.found.rejected]
     return record
 
 

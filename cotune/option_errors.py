@@ -46,7 +46,7 @@ def check_groups(cls: type, given: Mapping[str, Any], prefix: str) -> None:
         OptionError: names the option, its value and the group's options.
     """
     parameters = [p for base in reversed(cls.__mro__) for p in signature(base.__init__).parameters.values()]  # type: ignore[misc]
-    groups = {p.name: type(p.default) for p in parameters if is_dataclass(p.default)}
+    groups: dict[str, Any] = {p.name: type(p.default) for p in parameters if is_dataclass(p.default)}
     for name, kind in groups.items():
         value = given.get(name)
         if isinstance(value, (bool, int, float, str, list)):

@@ -278,7 +278,9 @@ class TraceDataModule(LightningDataModule, ABC):
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
-        self.set_metrics = [name for name in set_metrics or [] if set_metric(name)]
+        self.set_metrics = list(set_metrics or [])
+        for name in self.set_metrics:
+            set_metric(name)  # refuses a name that there is no metric of
         self.epoch = 0
         self._splits: Splits | None = None
         self._weight_step = 0

@@ -133,7 +133,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     on_disk = {named(path) for path in MODULES}
     expected = {name if name.startswith("cotune/") else f"cotune/{name}" for name in on_disk}
     templates = {named(path) for path in (ROOT / "cotune/report/templates").iterdir()}
-    assert held == expected | templates | {"cotune/py.typed"}
+    assert held == expected | templates | {"cotune/py.typed", "cotune/constraints.txt"}
 
 
 def imported(path: Path) -> Iterator[str]:

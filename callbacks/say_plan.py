@@ -98,8 +98,9 @@ def seconds_a_call(history: Sequence[Mapping[str, Any]]) -> float:
 
 
 def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alternate) -> list[str]:
-    """The first lines of a run."""
+    """The first lines of a run; loads its LM, to say of it what is and not what was asked for."""
     program, lm = module.program, module.lm
+    lm.load(seed=module.seed)
     stages = ", ".join(program.stages)
     held = f"{lm.quantization}, " if lm.quantization else ""
     dtype = str(lm.dtype).removeprefix("torch.")
@@ -109,7 +110,8 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
     metric = getattr(data.metric, "__name__", type(data.metric).__name__)
     return [
         f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
-        f"  LM        {lm.name}, {held}{dtype}; LoRA r {lm.lora.r} on {_targets(lm.lora)}",
+        f"  LM        {lm.name}, {held}{dtype}; {lm.attached}",
+        *(f"            {line}" for line in lm.remarks),
         f"  data      {sizes} examples; metric {metric}",
         f"  schedule  {' -> '.join(alternate.steps)}" + _step_sizes(alternate, data),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
@@ -154,11 +156,6 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
         epochs = f"{alternate.epochs} epoch{'s' if alternate.epochs > 1 else ''}"
         parts.append(f"w: {epochs} on {traces}")
     return f" ({'; '.join(parts)})"
-
-
-def _targets(lora: Any) -> str:
-    targets: str | Sequence[str] = lora.targets
-    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _range(low: float, high: float) -> str:

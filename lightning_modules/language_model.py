@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,11 +13,24 @@ import torch
 from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
 from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
+from cotune.lightning_modules.foreign import (
+    KINDS,
+    ModelNotFoundError,
+    check_adapter,
+    check_config,
+    check_folder,
+    check_tokenizer,
+    check_weights,
+    load_adapter,
+    reading,
+)
 from cotune.lightning_modules.generation import Decoder, Generated, Prompted
 from cotune.lightning_modules.lora import (
+    Attached,
     LoRA,
     adapter_state,
     attach,
+    attached,
     fingerprint,
     load_adapter_state,
     peft_of_today,
@@ -42,10 +54,6 @@ from torch import Tensor, nn
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
-
-
-class ModelNotFoundError(ValueError):
-    """No model can be loaded under the given name."""
 
 
 @dataclass
@@ -146,8 +154,7 @@ class LanguageModel(nn.Module):
             return
         if not hasattr(self, "tokenizer"):
             self.load_tokenizer()
-        with _explained(self.name):
-            base = self._base(self._found)
+        base = self._base(self._found)
         self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
@@ -164,16 +171,33 @@ class LanguageModel(nn.Module):
         # Looked for once: it may convert a GGUF file, or at least read all of it to know it.
         source = self._found = self._source()
         trust = {"trust_remote_code": self.trust_remote_code}
-        with _explained(self.name):
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+        with reading("model", self.name):
+            if Path(source).is_dir():
+                check_folder(self.name, Path(source))
             self.config = AutoConfig.from_pretrained(source, **trust)
-        self.generation_config = _generation_config(source, self.config)
-        self.encode = ChatEncoder(self.tokenizer)
+            check_config(self.name, self.config, trust=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+            check_tokenizer(self.name, tokenizer, self.config)
+            self.generation_config = _generation_config(source, self.config)
+        self.encode = ChatEncoder(tokenizer)
+        self.tokenizer = tokenizer
 
     @property
     def source(self) -> str:
         """What the weights are read from, a folder or a Hub id; known once the tokenizer is loaded."""
         return self._found
+
+    @property
+    def attached(self) -> Attached:
+        """The adapter that the loaded model has, whatever was asked for."""
+        return attached(self.model)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is worth knowing of the loaded model before a run: where the adapter comes from, what is slow and why."""
+        return [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
 
     @property
     def pad_id(self) -> int:
@@ -186,10 +210,12 @@ class LanguageModel(nn.Module):
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end the assistant's turn. The first is the one that training teaches."""
+        """Ids that end the assistant's turn. The first is the one that training teaches: the chat template's own."""
         configured = self.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
-        return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *ids) if i is not None))
+        return list(
+            dict.fromkeys(i for i in (self.encode.turn_end, self.tokenizer.eos_token_id, *ids) if i is not None)
+        )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
@@ -202,10 +228,12 @@ class LanguageModel(nn.Module):
         self.usage.too_long += sum(r.finished == "too_long" for r in results)
         self.usage.cached += len(prompts) - generated
         self.usage.seconds += time.perf_counter() - started
-        return [
-            Completion(result.text, tuple(prompt.ids), tuple(result.ids), result.finished)
-            for prompt, result in zip(prompts, results, strict=True)
-        ]
+        return [self._completion(prompt, result) for prompt, result in zip(prompts, results, strict=True)]
+
+    def _completion(self, prompt: Prompted, result: Generated) -> Completion:
+        """What was written, its thinking apart from the answer; the ids hold both."""
+        thinking, answer = self.encode.thinking.split(result.text, ended=result.finished != "length")
+        return Completion(answer, tuple(prompt.ids), tuple(result.ids), result.finished, thinking=thinking)
 
     def keep_completions(self, path: str | Path | None) -> None:
         """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
@@ -295,32 +323,29 @@ class LanguageModel(nn.Module):
             return str(embedded_model())
         path = Path(self.name).expanduser()
         if path.is_dir() and not self.gguf_file:
-            if not (path / "config.json").is_file():
-                raise ModelNotFoundError(
-                    f'model "{self.name}": the folder holds no config.json; name a GGUF file in it by `gguf_file`. '
-                    f"{_KINDS}"
-                )
             return str(path)
         if path.suffix == ".gguf" and path.is_file():
             return str(self._converted(path.parent, path.name))
         if path.is_dir():
             return str(self._converted(path, self.gguf_file or ""))
         if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
-            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}')
+            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {KINDS}')
         if self.gguf_file:
             from huggingface_hub import hf_hub_download
 
-            with _explained(self.name):
+            with reading("model", self.name):
                 file = Path(hf_hub_download(self.name, self.gguf_file))
             return str(self._converted(file.parent, file.name))
         return self.name
 
     def _converted(self, folder: Path, file: str) -> Path:
-        from cotune.lightning_modules.embedded import convert_gguf
+        from cotune.lightning_modules.embedded import EmbeddedModelError, convert_gguf
 
         try:
             return convert_gguf(folder, file)
-        except (ValueError, KeyError, NotImplementedError, struct.error) as error:  # how its readers refuse a file
+        except (EmbeddedModelError, FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:  # its readers refuse a file in any way that Python has
             raise ModelNotFoundError(
                 f'model "{self.name}": {folder / file} is no GGUF file that transformers can read ({error}). Take the '
                 "model's safetensors, with model.lm.quantization nf4 if it is large."
@@ -339,10 +364,12 @@ class LanguageModel(nn.Module):
         quantized = bool(self.quantization or quantized_as(self.config))
         if quantized:  # the format is made, or unpacked, where the weights arrive
             options["device_map"] = {"": device}
-        base = AutoModelForCausalLM.from_pretrained(source, **options)
+        with reading("model", self.name):
+            base, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+            check_weights(self.name, base, info)
+            if not quantized:
+                base.to(device)
         check_trainable(self.name, base)
-        if not quantized:
-            base.to(device)
         prepare_layers(base, dtype=self.dtype)
         base.requires_grad_(False)
         return base
@@ -350,17 +377,13 @@ class LanguageModel(nn.Module):
     def _with_adapter(self, base: Any, seed: int) -> Any:
         if self.adapter is None:
             return attach(base, self.lora, seed=seed)
-        if not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise ModelNotFoundError(f'adapter "{self.adapter}" is not a folder that holds an adapter_config.json.')
-        from peft import PeftModel
-
         with peft_of_today():
-            return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
+            return load_adapter(base, self.adapter)
 
     def _make_decoder(self) -> Decoder:
         return Decoder(
             self.model,
-            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            decode=self.encode.decode,
             end_ids=self.end_ids,
             window=self.window,
             cache_tokens=self.cache_tokens,
@@ -372,12 +395,6 @@ class LanguageModel(nn.Module):
         return self._merged.swapped(self.model) if self.merge_while_generating else nullcontext()
 
 
-_KINDS = (
-    'Give "embedded" (SmolLM2-135M-Instruct, needs no network), a local folder with config.json and weights, '
-    "a .gguf file, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
-)
-
-
 def _generation_config(source: str, config: Any) -> Any:
     """What a model says of its end tokens, as loading it would find it: in its own file, or else in its config."""
     from transformers import GenerationConfig
@@ -386,18 +403,6 @@ def _generation_config(source: str, config: Any) -> Any:
         return GenerationConfig.from_pretrained(source)
     except OSError:
         return GenerationConfig.from_model_config(config)
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Library errors about a missing model as one message that says what can be given instead."""
-    try:
-        yield
-    except OSError as error:  # transformers and the Hub client raise subclasses of it, offline or not
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        folder = Path(name).expanduser().is_dir()
-        why = "is a folder that lacks something" if folder else "is no local folder, and the Hub gave none by that name"
-        raise ModelNotFoundError(f'model "{name}" {why} ({first}). {_KINDS}') from error
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Completion:
         fields: what stands in each field of the layout, in its order; empty from an LM that only gives text.
         forced: for each of `completion_ids`, whether it was put there and not chosen by the LM (fixed texts, and the
             end of the turn behind a field that was complete); empty where none was.
+        thinking: what a reasoning model wrote before its answer; no part of `text`, but of `completion_ids`.
     """
 
     text: str
@@ -90,6 +91,7 @@ class Completion:
     finished: Literal["eos", "stop", "length", "too_long"] = "eos"
     fields: tuple[Filled, ...] = ()
     forced: tuple[bool, ...] = ()
+    thinking: str = ""
 
 
 class LM(Protocol):

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch
 from cotune.datamodules.collate import shared_prefix
 from cotune.lightning_modules.cascade import KeyValues, Packed, Shared, attending, packed_as
+from cotune.lightning_modules.findings import Findings, findings
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
+from cotune.lightning_modules.plain import complete
 from cotune.lightning_modules.prefixes import BLOCK, PrefixCache, group_by_prefix
 from cotune.lightning_modules.sample import sample
 from cotune.programs.lm import Sampling
@@ -63,6 +65,8 @@ class Decoder:
             keeps none.
         keep_rows: keep the rows' own keys and values as well, so that a prompt asked again is not computed again. The
             last bits of its logits then depend on what ran before.
+        known: what the model is fit for; found out where it is not given. Prompts that cannot be decoded together are
+            completed one at a time.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class Decoder:
         cache_tokens: int,
         weights: Callable[[], Hashable] | None = None,
         keep_rows: bool = False,
+        known: Findings | None = None,
     ) -> None:
         self.model, self.decode = model, decode
+        self.known = known
         self.end_ids = frozenset(end_ids)
         self.window, self.cache_tokens = window, cache_tokens
         self.weights, self.keep_rows = weights, keep_rows
@@ -103,10 +109,14 @@ class Decoder:
         self._forget_if_written()
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = self._rows(prompts, sampling)
+        way = (self.known or findings(self.model)).decodes
+        together = [row for row in rows if way.fits(len(row.prompt.ids) + row.limit)]
         with attending(self.model):
-            for batch in _of_like_size(rows):
+            for batch in _of_like_size(together):
                 self._run(batch)
         for row in rows:
+            if row.ended is None:
+                self._run_alone(row)
             assert row.ended is not None
             results[row.index] = row.ended
         return results
@@ -155,6 +165,15 @@ class Decoder:
             warnings.warn(
                 f"out of memory with {slots} completions at a time: going on with {max(slots // 2, 1)}.", stacklevel=2
             )
+
+    def _run_alone(self, row: _Row) -> None:
+        """Completes a row by the model's own `generate`."""
+        try:
+            complete(self.model, row, lambda logits_1V: row.take(_choose([row], logits_1V)[0]))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise GenerationMemoryError(_one_row(row)) from error
 
     def prefix(self, ids: tuple[int, ...]) -> Shared:
         """Keys and values of a prefix, computed block by block unless they were kept."""

@@ -13,6 +13,7 @@ import torch
 from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
 from cotune.lightning_modules.completion_store import CompletionStore, completion_keys
+from cotune.lightning_modules.findings import Findings, find, findings, remember
 from cotune.lightning_modules.foreign import (
     KINDS,
     ModelNotFoundError,
@@ -154,7 +155,9 @@ class LanguageModel(nn.Module):
             return
         if not hasattr(self, "tokenizer"):
             self.load_tokenizer()
+        known = self._tried()
         base = self._base(self._found)
+        remember(base, known)
         self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
@@ -197,7 +200,8 @@ class LanguageModel(nn.Module):
     @property
     def remarks(self) -> list[str]:
         """What is worth knowing of the loaded model before a run: where the adapter comes from, what is slow and why."""
-        return [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
+        begins = [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
+        return begins + findings(self.model).remarks
 
     @property
     def pad_id(self) -> int:
@@ -350,6 +354,22 @@ class LanguageModel(nn.Module):
                 f'model "{self.name}": {folder / file} is no GGUF file that transformers can read ({error}). Take the '
                 "model's safetensors, with model.lm.quantization nf4 if it is large."
             ) from error
+
+    def _tried(self) -> Findings:
+        """What models of this config are fit for, found out on a small one before the weights are read.
+
+        Raises:
+            ModelNotFoundError: they are fit for nothing.
+        """
+        from transformers import AutoModelForCausalLM
+
+        def build(config: Any) -> Any:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+
+        found = find(self.config, build)
+        if found.wrong:
+            raise ModelNotFoundError(f'model "{self.name}" cannot be tuned: {found.wrong}. {KINDS}')
+        return found
 
     def _base(self, source: str) -> Any:
         from transformers import AutoModelForCausalLM

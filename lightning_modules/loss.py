@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import IGNORED, Batch, Segment
+from cotune.lightning_modules import plain
 from cotune.lightning_modules.fused import has_plain_head, head_losses
 from cotune.lightning_modules.packing import abilities, backbone, forward, pack
 from torch import Tensor
@@ -27,22 +28,26 @@ def row_losses(model: Any, batch: Batch) -> Tensor:
 
     A segment's prefix runs once and serves all its rows, gradient included: the same numbers as row by row, for less.
     Rows are packed into one sequence without padding where the model allows it (`packing`). Elsewhere they are padded
-    behind a cache of their prefix; with gradient checkpointing, which drops caches, each row runs whole.
+    behind a cache of their prefix; with gradient checkpointing, which drops caches, each row runs whole. Where that
+    would not be right either, each row runs alone (`findings` says what a model is fit for).
     """
     can = abilities(model, batch.longest)
     if can.packed:
-        return _packed(model, batch, plain_head=can.plain_head and has_plain_head(model))
+        return packed_losses(model, batch, plain_head=can.plain_head and has_plain_head(model))
+    if not can.padded:
+        return plain.losses(model, batch)
     if _checkpointing(model):
         warnings.warn(
             "gradient checkpointing drops caches, and this model cannot be trained on packed rows: every row computes "
             "its whole prompt. Equal, but slow where prompts share much.",
             stacklevel=2,
         )
-        return torch.cat([_padded(model, segment.spread()) for segment in batch.segments])
-    return torch.cat([_padded(model, segment) for segment in batch.segments])
+        batch = Batch(tuple(segment.spread() for segment in batch.segments))
+    return padded_losses(model, batch)
 
 
-def _packed(model: Any, batch: Batch, *, plain_head: bool) -> Tensor:
+def packed_losses(model: Any, batch: Batch, *, plain_head: bool) -> Tensor:
+    """(R,) the losses of rows packed into one sequence."""
     packed = pack(batch)
     if plain_head:
         hidden_ND = forward(backbone(model), packed).last_hidden_state[0]
@@ -53,26 +58,39 @@ def _packed(model: Any, batch: Batch, *, plain_head: bool) -> Tensor:
     return losses_n.new_zeros(batch.rows).index_add(0, packed.rows, losses_n)
 
 
+def padded_losses(model: Any, batch: Batch) -> Tensor:
+    """(R,) the losses of each segment's rows, padded behind their prefix's cache."""
+    return torch.cat([_padded(model, segment) for segment in batch.segments])
+
+
 def _padded(model: Any, segment: Segment) -> Tensor:
-    """(R,) the losses of one segment's rows behind their prefix's cache."""
-    rows, labels_RC = segment.ids.shape[0], segment.labels
+    rows, width = segment.ids.shape
     cache, shared = None, segment.prefix.shape[0]
     if shared:
         cache = model(input_ids=segment.prefix[None], past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         cache = cache.past_key_values
         cache.batch_repeat_interleave(rows)
-    mask_RT = torch.cat([segment.mask.new_ones(rows, shared), segment.mask], dim=1)
-    logits_RCV = model(
-        input_ids=segment.ids,
-        attention_mask=mask_RT,
-        position_ids=(mask_RT.cumsum(dim=1) - 1).clamp(min=0)[:, shared:],
+    # Padding goes to the right: between prefix and own tokens it would count as distance where windows slide.
+    lengths_R1 = segment.mask.sum(dim=1, keepdim=True)
+    columns_C = torch.arange(width, device=segment.ids.device)
+    own_RC = segment.ids.gather(1, (columns_C + width - lengths_R1).clamp(max=width - 1))
+    mask_RC = (columns_C < lengths_R1).to(segment.mask.dtype)
+    row_n, label_n = (segment.labels != IGNORED).nonzero(as_tuple=True)
+    # A label at column c of C belongs to the token that is C - c from its row's end; the one before it predicts it.
+    place_n = lengths_R1[row_n, 0] - (segment.labels.shape[1] - label_n) - 1
+    kept_K, kept_n = place_n.unique(return_inverse=True)
+    logits_RKV = model(
+        input_ids=own_RC,
+        attention_mask=torch.cat([segment.mask.new_ones(rows, shared), mask_RC], dim=1),
+        position_ids=(columns_C + shared).expand(rows, -1),
         past_key_values=cache,
         use_cache=cache is not None,
-        logits_to_keep=labels_RC.shape[1] + 1,
-    ).logits[:, :-1]
-    bearing_RC = labels_RC != IGNORED  # picked first, so that no more than these are copied to higher precision
-    losses_n = F.cross_entropy(_exact(logits_RCV[bearing_RC]), labels_RC[bearing_RC], reduction="none")
-    return losses_n.new_zeros(rows).index_add(0, bearing_RC.nonzero()[:, 0], losses_n)
+        logits_to_keep=kept_K,
+    ).logits
+    losses_n = F.cross_entropy(
+        _exact(logits_RKV[row_n, kept_n]), segment.labels[row_n, label_n], reduction="none"
+    )
+    return losses_n.new_zeros(rows).index_add(0, row_n, losses_n)
 
 
 def _exact(logits: Tensor) -> Tensor:

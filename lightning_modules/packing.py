@@ -15,13 +15,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import IGNORED, Batch, Segment
+from cotune.lightning_modules.findings import findings
 from cotune.lightning_modules.out_of_memory import is_out_of_memory
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -126,10 +127,12 @@ class Abilities:
     Attributes:
         packed: its layers compute packed rows right.
         plain_head: its logits are its output embeddings times its last hidden states, and nothing more.
+        padded: where they are not packed, rows can be padded behind what they share.
     """
 
     packed: bool
     plain_head: bool
+    padded: bool = True
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -154,17 +157,15 @@ def checkpoint_layers(model: Any) -> None:
 def abilities(model: Any, longest: int) -> Abilities:
     """Whether this model can be trained on packed rows of up to `longest` tokens, and how its head may be computed.
 
-    Found out by trying, once a model: a few tokens packed and plain must give the same logits. Sliding windows that
-    would cut into a row, and dropout on attention weights, are not packed.
+    What the layers do with windows, dropout and the like was tried on a small copy (`findings`); here the model itself
+    is, once: a few tokens packed and plain must give the same logits.
     """
-    config = model.config.get_text_config()
-    if model.training and getattr(config, "attention_dropout", 0.0):
-        return Abilities(False, False)
-    if longest > (_window(config) or longest):
-        return Abilities(False, False)
+    found = findings(model)
+    if not found.packs.fits(longest) or (model.training and found.drops):
+        return Abilities(False, False, found.pads.fits(longest))
     if model not in _known:
         _known[model] = _tried(model)
-    return _known[model]
+    return replace(_known[model], padded=found.pads.fits(longest))
 
 
 _known: WeakKeyDictionary[Any, Abilities] = WeakKeyDictionary()
@@ -194,12 +195,6 @@ def _packed_segment(segment: Segment, family: Family, row: int) -> tuple[Tensor,
         segment.labels[bearing],
         row + row_n,
     )
-
-
-def _window(config: Any) -> int | None:
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    return getattr(config, "sliding_window", None)
 
 
 def _tried(model: Any) -> Abilities:

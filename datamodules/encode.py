@@ -225,7 +225,7 @@ class ChatEncoder:
         for chat in (_PROBES[1:3], _PROBES[1:]):
             try:
                 text = self._text(chat, prompt=False)
-            except Exception:  # noqa: S112 (a template that takes no chat which an assistant ends)
+            except Exception:
                 continue
             found = self._tokens.match(text.partition(_PROBES[2]["content"])[2].lstrip())
             if found:
@@ -269,7 +269,7 @@ def _template(tokenizer: Any) -> str:
             f'the chat template of "{name}" is no valid Jinja (line {error.lineno}: {error.message}). Mend '
             "chat_template.jinja (or tokenizer_config.json) beside the tokenizer, or copy that of the base model."
         ) from error
-    except Exception:  # noqa: S110 (whether it takes other chats is tried later)
+    except Exception:
         pass
     return str(source)
 

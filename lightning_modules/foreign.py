@@ -145,8 +145,8 @@ def check_adapter(name: str) -> None:
     odd = [option for option in ("alora_invocation_tokens", "layer_replication") if settings.get(option)]
     if odd:
         raise ModelNotFoundError(
-            f'adapter "{name}" uses {odd[0]}, with which it computes otherwise than cotune generates. Merge it into its '
-            "base by PEFT's merge_and_unload, and name the merged model by model.lm.model."
+            f'adapter "{name}" uses {odd[0]}, with which it computes otherwise than cotune generates. Merge it into '
+            "its base by PEFT's merge_and_unload, and name the merged model by model.lm.model."
         )
 
 
@@ -276,12 +276,12 @@ def _explained(what: str, name: str, error: Exception) -> str:
         )
     if "does not recognize this architecture" in str(error) or "model_type" in str(error):
         return f'{what} "{name}": {_unknown(name)}'
+    if "ignore_mismatched_sizes" in str(error):
+        return f'{what} "{name}" does not fit: its weights have other shapes than its config.json says. {_ANOTHER}'
     if "size mismatch" in str(error):
         return (
-            f'{what} "{name}" does not fit: its weights have other shapes than '
-            f"{'its config.json says' if what == 'model' else 'this base has'} "
-            f"({_line_with(error, 'size mismatch')[:160]}). "
-            + (_ANOTHER if what == "model" else "Name the base that it was trained on by model.lm.model.")
+            f'{what} "{name}" does not fit: its weights have other shapes than this base has '
+            f"({_line_with(error, 'size mismatch')[:160]}). Name the base that it was trained on by model.lm.model."
         )
     return f'{what} "{name}" cannot be loaded: {type(error).__name__}: {first[:300]}. {_ANOTHER}'
 

@@ -199,7 +199,7 @@ class LanguageModel(nn.Module):
 
     @property
     def remarks(self) -> list[str]:
-        """What is worth knowing of the loaded model before a run: where the adapter comes from, what is slow and why."""
+        """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
         begins = [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
         return begins + findings(self.model).remarks
 

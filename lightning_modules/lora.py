@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-
 Part = Literal["experts", "head", "vision"]
 """What "all-linear" leaves out: experts held as one parameter, the output head, and all outside of the text model."""
 
@@ -137,6 +136,10 @@ def _span(values: set[Any]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+_FUSED = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+"""Models whose kernels read the weight of a layer ("out_proj") past it, and past an adapter of it."""
+
+
 class _Parts:
     """A base's linear layers, by what they are of."""
 
@@ -152,8 +155,9 @@ class _Parts:
         self.linear: list[str] = []  # of the text model
         self.head: list[str] = []
         self.outside: list[str] = []
-        self.odd: list[str] = []  # linear layers that give something else than their product, as some routers do
+        self.odd: list[str] = []  # linear layers that an adapter cannot change: some routers give more than a product
         self.experts: list[str] = []
+        fused = getattr(base.config, "model_type", "") in _FUSED
         whole = tuple(f"{name}." for name, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
         for name, module in base.named_modules():
             layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -163,7 +167,7 @@ class _Parts:
                 self.head.append(name)
             elif id(module) not in inside:
                 self.outside += [name] if isinstance(layer, nn.Linear | Conv1D) else []
-            elif isinstance(layer, nn.Linear) and _is_odd(layer):
+            elif isinstance(layer, nn.Linear) and (_is_odd(layer) or (fused and name.endswith(".out_proj"))):
                 self.odd.append(name)
             elif isinstance(layer, nn.Linear | Conv1D):
                 self.linear.append(name)

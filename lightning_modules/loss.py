@@ -87,9 +87,7 @@ def _padded(model: Any, segment: Segment) -> Tensor:
         use_cache=cache is not None,
         logits_to_keep=kept_K,
     ).logits
-    losses_n = F.cross_entropy(
-        _exact(logits_RKV[row_n, kept_n]), segment.labels[row_n, label_n], reduction="none"
-    )
+    losses_n = F.cross_entropy(_exact(logits_RKV[row_n, kept_n]), segment.labels[row_n, label_n], reduction="none")
     return losses_n.new_zeros(rows).index_add(0, row_n, losses_n)
 
 

@@ -266,7 +266,7 @@ def _called_by_a_layer(
         read = _FusedOnCPU.apply(query, key, value, tuple(families), scale)  # type: ignore[no-untyped-call]
     else:
         read = _plain(query, key, value, families, scale)
-    return read.transpose(1, 2), None
+    return read.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _called_by_a_layer)

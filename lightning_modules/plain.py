@@ -121,7 +121,7 @@ def _generation_config(base: Any, settings: Any) -> Iterator[None]:
 @contextmanager
 def _alone(base: Any) -> Iterator[None]:
     """Rotary embeddings that grow with the longest text so far begin anew, and leave nothing behind."""
-    growing = [m for m in base.modules() if hasattr(m, "max_seq_len_cached") and hasattr(m, "original_inv_freq")]
+    growing = [module for module in base.modules() if hasattr(module, "max_seq_len_cached")]
     for module in growing:
         _begin_anew(module)
     try:
@@ -132,6 +132,11 @@ def _alone(base: Any) -> Iterator[None]:
 
 
 def _begin_anew(module: Any) -> None:
-    if module.max_seq_len_cached != module.original_max_seq_len:
-        module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
-        module.max_seq_len_cached = module.original_max_seq_len
+    names = [*vars(module), *(name for name, _ in module.named_buffers(recurse=False))]
+    for name in [name for name in names if name.endswith("original_inv_freq")]:
+        kind = name.removesuffix("original_inv_freq")  # layers of several kinds have factors of their own
+        grown, first = f"{kind}max_seq_len_cached", module.original_max_seq_len
+        if getattr(module, grown, first) != first:
+            device = getattr(module, f"{kind}inv_freq").device
+            setattr(module, f"{kind}inv_freq", getattr(module, name).clone().to(device))
+            setattr(module, grown, first)

@@ -26,7 +26,7 @@ _FIRST = 24
 _STEP = 64
 _CLOSE = 2e-3
 """Relative difference of losses and gradients, in float32, up to which they are equal."""
-_MOST = 60_000_000
+_MOST = 100_000_000
 """Parameters of a copy that is still made in a second or two."""
 
 _ALL = 1 << 10
@@ -66,8 +66,13 @@ def probe(config: Any, build: Build) -> Findings:
         unknown = Way(f"it could not be tried: {_short(error)}")
         return Findings(unknown, unknown, unknown)
     with _rested(model):
-        if wrong := _wrong(model):
-            return Findings(wrong=wrong)
+        try:
+            sees_ahead = _sees_ahead(model)
+        except Exception as error:
+            unknown = Way(f"it could not be tried: {_short(error)}")
+            return Findings(unknown, unknown, unknown)
+        if sees_ahead:
+            return Findings(wrong="what it says at a place depends on what comes after it, so it is no causal LM")
         levels = [_FIRST + _STEP * i for i in range(len(lengths))]
         found = Findings(
             decodes=_way(lambda length, short: _decoding(model, length, short), lengths, levels),
@@ -204,6 +209,8 @@ def _fewer_heads(config: Any) -> None:
         config.num_key_value_heads = 4 if shared == 1 else 1 if config.num_key_value_heads == 1 else 2
     config.num_attention_heads = 4
     config.hidden_size = 4 * (width // heads)
+    if hasattr(config, "mamba_n_heads") and hasattr(config, "mamba_d_head"):
+        config.mamba_n_heads = getattr(config, "mamba_expand", 2) * config.hidden_size // config.mamba_d_head
     if getattr(config, "word_embed_proj_dim", None) == width:
         config.word_embed_proj_dim = config.hidden_size
 
@@ -249,20 +256,13 @@ def _rested(model: Any) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def _wrong(model: Any) -> str:
-    """Whether plain transformers itself fails on it, or a place sees what comes after it."""
+def _sees_ahead(model: Any) -> bool:
+    """Whether a place sees what comes after it. Raises whatever plain transformers raises."""
     ids = _ids(16, 0)
-    try:
-        with torch.no_grad():
-            whole, begun = plain.last_logits(model, ids, 15)[:10], plain.last_logits(model, ids[:12], 11)[:10]
-            _completed(model, [ids], together=None)
-    except Exception as error:
-        return f"transformers itself fails on it: {_short(error)}"
-    if not bool(torch.isfinite(whole).all()):
-        return ""
-    if _apart(whole, begun) > _CLOSE:
-        return "what it says at a place depends on what comes after it, so it is no causal LM"
-    return ""
+    with torch.no_grad():
+        whole, begun = plain.last_logits(model, ids, 15)[:10], plain.last_logits(model, ids[:12], 11)[:10]
+        _completed(model, [ids], together=None)
+    return bool(torch.isfinite(whole).all()) and _apart(whole, begun) > _CLOSE
 
 
 def _way(check: Callable[[int, bool], str], lengths: Sequence[int], levels: Sequence[int]) -> Way:
@@ -278,7 +278,10 @@ def _way(check: Callable[[int, bool], str], lengths: Sequence[int], levels: Sequ
 def _decoding(model: Any, length: int, below: bool) -> str:
     shared = _ids(length // 3 if below else length - 6, 1)
     rest = (2, length // 4) if below else (1, 9, 22)
-    prompts = [shared + _ids(n, 10 + n) for n in rest] + [_ids(length // 3, 2), *([] if below else [_ids(length + 12, 3)])]
+    prompts = [shared + _ids(n, 10 + n) for n in rest] + [
+        _ids(length // 3, 2),
+        *([] if below else [_ids(length + 12, 3)]),
+    ]
     try:
         fast = _completed(model, prompts, together=Findings())
     except Exception as error:

@@ -189,8 +189,11 @@ def _is_odd(layer: nn.Linear) -> bool:
     """Whether a layer with a forward pass of its model's own gives something else than a linear layer does."""
     if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers"):
         return False
-    with torch.no_grad():
-        given = layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    try:
+        with torch.no_grad():
+            given = layer(torch.zeros(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    except RuntimeError:  # it takes its inputs in groups, or the like
+        return True
     return not isinstance(given, Tensor) or given.shape != (1, layer.out_features)
 
 

@@ -104,9 +104,14 @@ _tried: dict[str, Findings] = {}
 
 
 def _probed(config: Any, build: Build, path: Path | None) -> Findings:
+    import torch
     from cotune.lightning_modules.probe import probe
 
-    found = probe(config, build)
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):  # whoever asks may be generating, and gradients are tried too
+        found = probe(config, build)
     if path is not None:
         with contextlib.suppress(OSError):  # what is not kept is tried again
             path.parent.mkdir(parents=True, exist_ok=True)

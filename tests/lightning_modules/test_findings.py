@@ -35,7 +35,9 @@ LONGROPE = {
 }
 CONFIGS: dict[str, Any] = {
     "a sliding window": MistralConfig(**SIZES, sliding_window=32),
-    "long rotary factors": Phi3Config(**SIZES, max_position_embeddings=512, rope_parameters=LONGROPE),
+    "long rotary factors": Phi3Config(
+        **SIZES, max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=LONGROPE
+    ),
     "growing rotary factors": LlamaConfig(
         **SIZES, max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     ),
@@ -84,6 +86,7 @@ def test_completions_are_those_of_the_models_own_generate(name: str) -> None:
     done = decoder.generate([Prompted(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=10))
     for prompt, one in zip(PROMPTS, done, strict=True):
         given = torch.tensor([prompt])
+        model.generation_config.eos_token_id = None
         with plain._alone(model):
             out = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=10, do_sample=False)
         assert one.ids == out[0, len(prompt) :].tolist()

@@ -110,7 +110,7 @@ def _probed(config: Any, build: Build, path: Path | None) -> Findings:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-    ):  # whoever asks may be generating, and gradients are tried too
+    ):  # the asker may be generating; gradients are tried, too
         found = probe(config, build)
     if path is not None:
         with contextlib.suppress(OSError):  # what is not kept is tried again

@@ -17,7 +17,7 @@ from cotune.lightning_modules.quantization import QuantizationError
 from cotune.programs import Request, Sampling
 from losses import completion_loss
 from tiny import save_tiny_model, save_wide_model, tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 SMALL = LoRA(r=4, alpha=8)
 
@@ -211,7 +211,8 @@ def test_a_hub_that_gives_nothing_is_explained(monkeypatch: pytest.MonkeyPatch, 
     def unreachable(*args: Any, **options: Any) -> Any:
         raise OSError(said)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
+    for kind in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
     with pytest.raises(ModelNotFoundError) as error:
         LanguageModel("someone/some-model").load()
     message = str(error.value)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cotune.programs.layout import Field, Layout
-from cotune.programs.lm import Completion
+from cotune.programs.lm import Completion, Filled
 
 Tags = tuple[str, str]
 """What opens thinking, and what closes it."""
@@ -88,15 +88,15 @@ def told_apart(done: Completion, layout: Layout, thinking: Thinking) -> Completi
     A model may think at the beginning of any field that takes any text; what the prompt leaves open is the first one's.
     """
     parts = [part for part in layout if isinstance(part, Field)]
-    fields, thoughts, text, place = [], list[str](), done.text, 0
-    for i, (part, field) in enumerate(zip(parts, done.fields)):  # noqa: B905 (a completion can end before all fields)
+    fields, thoughts, text, place = list[Filled](), list[str](), done.text, 0
+    for part, field in zip(parts, done.fields, strict=False):  # a completion can end before its last field
         thought, answer = "", field.text
         if part.syntax is None:
-            way = thinking if i == 0 else replace(thinking, opened=None)
+            way = replace(thinking, opened=None) if fields else thinking
             thought, answer = way.split(field.text, ended=field.ended != "length")
-        place = text.index(field.text, place)
-        text = text[:place] + answer + text[place + len(field.text) :]
+        place = max(text.find(field.text, place), place)
+        text = text[:place] + text[place:].replace(field.text, answer, 1)
         place += len(answer)
         thoughts += [thought] if thought else []
         fields.append(replace(field, text=answer))
-    return replace(done, text=text, fields=tuple(fields), thinking="\n\n".join(thoughts)) if thoughts else done
+    return replace(done, text=text, fields=tuple(fields), thinking="\n\n".join(thoughts))

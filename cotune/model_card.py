@@ -261,7 +261,8 @@ def vllm_refusals(adapter: Mapping[str, Any]) -> list[str]:
 
 
 def _highest_rank(adapter: Mapping[str, Any]) -> int:
-    return max(adapter.get("r", 0), *(adapter.get("rank_pattern") or {"": 0}).values())
+    ranks: list[int] = [adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 def read_summary_beside(export: Path) -> dict[str, Any]:

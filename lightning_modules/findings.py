@@ -124,8 +124,8 @@ def _probed(config: Any, build: Build, path: Path | None) -> Findings:
 
 def _read(path: Path) -> Findings | None:
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        ways = {name: Way(**kept.pop(name)) for name in ("decodes", "packs", "pads")}
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        ways: dict[str, Any] = {name: Way(**kept.pop(name)) for name in ("decodes", "packs", "pads")}
         return Findings(**ways, **kept)
     except (OSError, ValueError, TypeError, KeyError):
         return None

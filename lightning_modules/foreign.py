@@ -159,9 +159,10 @@ def reading(what: str, name: str, *, ours: tuple[type[Exception], ...] = ()) -> 
         name: as the user gave it.
         ours: errors that say it well already.
     """
+    said_well: tuple[type[Exception], ...] = (ModelNotFoundError, *ours)
     try:
         yield
-    except (ModelNotFoundError, *ours):
+    except said_well:
         raise
     except Exception as error:
         if is_out_of_memory(error):

@@ -177,12 +177,12 @@ class _Parts:
 
     def share(self, part: Literal["experts", "vision"]) -> float:
         """How much of all weights is of this part."""
-        named = dict(self._base.named_parameters())
-        total = sum(p.numel() for p in named.values()) or 1
+        named: dict[str, int] = {name: p.numel() for name, p in self._base.named_parameters()}
+        total = sum(named.values()) or 1
         if part == "experts":
-            return sum(named[name].numel() for name in self.experts if name in named) / total
+            return sum(named[name] for name in self.experts if name in named) / total
         outside = tuple(f"{name}." for name in self.outside)
-        return sum(p.numel() for name, p in named.items() if outside and name.startswith(outside)) / total
+        return sum(size for name, size in named.items() if outside and name.startswith(outside)) / total
 
 
 def _is_odd(layer: nn.Linear) -> bool:

@@ -79,7 +79,7 @@ def _padded_segment(model: Any, segment: Segment) -> Tensor:
         for i in pair.bearing
     ]
     row_n, place_n = torch.tensor(bearing, device=device).reshape(-1, 2).unbind(dim=1)
-    kept_K, kept_n = place_n.unique(return_inverse=True)
+    kept_K, kept_n = torch.unique(place_n, return_inverse=True)
     logits_RKV = model(
         input_ids=torch.tensor([row + [0] * (wide - len(row)) for row in rows], device=device),
         attention_mask=torch.tensor(mask, device=device),

@@ -27,13 +27,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 import transformers
 from cotune.datamodules.collate import Pair, collate
+from cotune.inference import Codec, Prompted
+from cotune.inference.local.decoder import Decoder
+from cotune.inference.local.merged_copy import MergedCopy
 from cotune.lightning_modules import LoRA, ModelNotFoundError
 from cotune.lightning_modules.findings import findings
 from cotune.lightning_modules.foreign import check_config
-from cotune.lightning_modules.generation import Decoder, Prompted
 from cotune.lightning_modules.lora import attach
-from cotune.lightning_modules.loss import row_losses
-from cotune.lightning_modules.merged_copy import MergedCopy
+from cotune.lightning_modules.loss import log_probs
 from cotune.lightning_modules.probe import features, small_copy
 from cotune.programs import Sampling
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -116,7 +117,9 @@ def _told(way: Any) -> str:
 
 
 def _generation(model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    decoder = Decoder(model, decode=str, end_ids=[-1], window=1 << 20, cache_tokens=8192)
+    codec = Codec(None, end_ids=[1 << 30], encode=lambda text: [], decode=str)  # no token ends a text
+    fits = findings(model).decodes.fits
+    decoder = Decoder(model, codec=codec, window=1 << 20, cache_tokens=8192, together=fits)
     with MergedCopy().swapped(model):
         ours = [
             r.ids for r in decoder.generate([Prompted(ids) for ids in prompts], Sampling(max_new_tokens=NEW_TOKENS))
@@ -147,7 +150,9 @@ def fresh_rotary(base: Any) -> None:
 
 def _training(model: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
     pairs = [Pair(ids, _ids(5, 10 + i)) for i, ids in enumerate(prompts)]
-    ours = row_losses(model, collate([pairs[:3], pairs[3:]], pad_id=0)).detach()
+    batch = collate([pairs[:3], pairs[3:]])
+    tokens = batch.bearing(model.device, torch.float32)
+    ours = tokens.by_row(-log_probs(model, batch, tokens.ids)[0][:, 0])
     theirs = torch.stack([_plain_loss(model, pair) for pair in pairs])
     apart = float(((ours - theirs).abs() / theirs.abs().clamp(min=1e-6)).max())
     return [f"losses differ by up to {apart:.1%}"] if apart > 1e-3 else []

@@ -103,6 +103,7 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
                 "inputs": dict(step.inputs),
                 "messages": [dict(message) for message in step.messages],
                 "completion": step.completion.text,
+                **({"thinking": step.completion.thinking} if step.completion.thinking else {}),
                 "finished": step.completion.finished,
                 "prompt_tokens": len(step.completion.prompt_ids),
                 "completion_tokens": len(step.completion.completion_ids),

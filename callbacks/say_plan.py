@@ -109,8 +109,9 @@ def seconds_a_call(history: Sequence[Mapping[str, Any]]) -> float:
 
 
 def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alternate) -> list[str]:
-    """The first lines of a run."""
+    """The first lines of a run; loads its LM, to say of it what is and not what was asked for."""
     program, lm = module.program, module.lm
+    lm.load(seed=module.seed)
     stages = ", ".join(program.stages)
     held = f"{lm.quantization}, " if lm.quantization else ""
     dtype = str(lm.dtype).removeprefix("torch.")
@@ -120,7 +121,8 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
     metric = getattr(data.metric, "__name__", type(data.metric).__name__)
     return [
         f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
-        f"  LM        {lm.name}, {held}{dtype}; LoRA r {lm.lora.r} on {_targets(lm.lora)}",
+        f"  LM        {lm.name}, {held}{dtype}; {lm.attached}",
+        *(f"            {line}" for line in lm.remarks),
         f"  data      {sizes} examples; metric {metric}",
         *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
@@ -175,11 +177,6 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
         count = settings.epochs_or_rounds
         parts.append(f"{letter}: {count} {what}{'s' if count > 1 else ''} on {traces}")
     return f" ({'; '.join(parts)})"
-
-
-def _targets(lora: Any) -> str:
-    targets: str | Sequence[str] = lora.targets
-    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def _range(low: float, high: float) -> str:

@@ -156,8 +156,12 @@ class Card:
             return ""
         kind = "rank-stabilised, " if a.get("use_rslora") else ""
         named = [a["target_modules"]] if isinstance(a["target_modules"], str) else a["target_modules"]
-        targets = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in named))  # some runs name every layer
-        return f"{kind}r {a['r']}, alpha {a['lora_alpha']}, on {targets}"
+        named = [*named, *(a.get("target_parameters") or [])]
+        targets = ", ".join(sorted({name.rpartition(".")[2] for name in named}))  # some runs name every layer
+        ranks = sorted({a["r"], *(a.get("rank_pattern") or {}).values()})
+        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        whole = f"; trained whole: {', '.join(a['modules_to_save'])}" if a.get("modules_to_save") else ""
+        return f"{kind}r {rank}, alpha {a['lora_alpha']}, on {targets}{whole}"
 
     def _prompts(self) -> str:
         lines = []
@@ -234,7 +238,7 @@ def serve_commands(folder: str, base: str, card: Card) -> list[str]:
     """How vLLM serves what is in the folder."""
     commands = []
     if card.adapter and not vllm_refusals(card.adapter):
-        rank = next(r for r in _VLLM_RANKS if r >= card.adapter["r"])
+        rank = next(r for r in _VLLM_RANKS if r >= _highest_rank(card.adapter))
         name = _slug(card.name)
         commands.append(
             f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}/adapter"
@@ -246,7 +250,7 @@ def serve_commands(folder: str, base: str, card: Card) -> list[str]:
 
 def vllm_refusals(adapter: Mapping[str, Any]) -> list[str]:
     """Why vLLM would refuse an adapter_config.json; [] where it takes it (as of vLLM 0.27)."""
-    rank = adapter.get("r", 0)
+    rank = _highest_rank(adapter)
     found = {
         "it is a DoRA": adapter.get("use_dora"),
         f"it trains whole modules ({', '.join(adapter.get('modules_to_save') or [])})": adapter.get("modules_to_save"),
@@ -254,6 +258,11 @@ def vllm_refusals(adapter: Mapping[str, Any]) -> list[str]:
         f"its rank {rank} is above {_VLLM_RANKS[-1]}": rank > _VLLM_RANKS[-1],
     }
     return [why for why, true in found.items() if true]
+
+
+def _highest_rank(adapter: Mapping[str, Any]) -> int:
+    ranks: list[int] = [adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 def read_summary_beside(export: Path) -> dict[str, Any]:

@@ -18,14 +18,21 @@ class Codec:
         tokenizer: a transformers tokenizer.
         end_ids: ids that end a turn. The first is the one that is put where a completion has nothing more to say.
         encode: text of a completion -> ids; None for the tokenizer's own, without special tokens.
+        decode: ids -> text; None for the tokenizer's own, special tokens left out. It is the same at the end of a text
+            as in its middle.
     """
 
     def __init__(
-        self, tokenizer: Any, *, end_ids: Sequence[int], encode: Callable[[str], list[int]] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        end_ids: Sequence[int],
+        encode: Callable[[str], list[int]] | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         self.tokenizer, self.end_ids = tokenizer, tuple(end_ids)
         self.ends = frozenset(end_ids)
-        self._encode = encode
+        self._encode, self._decode = encode, decode
         self._masks: dict[tuple[tuple[str, ...], int, torch.device], Tensor] = {}
         self.kept: dict[str, Any] = {}  # what constraints make of this tokenizer once
 
@@ -35,7 +42,9 @@ class Codec:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out. It is the same at the end of a text as in its middle."""
+        """The text of ids."""
+        if self._decode is not None:
+            return self._decode(ids)
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @cached_property

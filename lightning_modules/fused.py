@@ -35,8 +35,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base = layer.get_base_layer()
     name: str = fitting
     update = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
-    found: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, *update)  # type: ignore[no-untyped-call]
-    return found
+    # The views are made out here, as a model may go on to write into what its layer gives, which autograd does not let
+    # it do to a view that was made inside.
+    x_NI = x.reshape(-1, x.shape[-1])
+    found: Tensor = _AdaptedLinear.apply(x_NI, base.weight, base.bias, *update)  # type: ignore[no-untyped-call]
+    return found.view(*x.shape[:-1], -1)
 
 
 def _fitting(layer: Any, x: Tensor) -> str | None:
@@ -59,23 +62,21 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+        ctx: Any, x_NI: Tensor, weight: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
     ) -> Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
         low_NR = x_NI @ a_RI.t()
         out_NO = F.linear(x_NI, weight, bias).addmm_(low_NR, b_OR.t(), alpha=scale)
         ctx.save_for_backward(x_NI, low_NR, weight, a_RI, b_OR)
-        ctx.scale, ctx.shape = scale, x.shape
-        return out_NO.view(*x.shape[:-1], -1)
+        ctx.scale = scale
+        return out_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, low_NR, weight, a_RI, b_OR = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        d_out_NO = gradient.reshape(-1, gradient.shape[-1])
         d_low_NR = (d_out_NO @ b_OR).mul_(ctx.scale)
-        d_x = torch.mm(d_out_NO, weight).addmm_(d_low_NR, a_RI).view(ctx.shape) if wants_x else None
+        d_x = torch.mm(d_out_NO, weight).addmm_(d_low_NR, a_RI) if wants_x else None
         d_a = d_low_NR.t() @ x_NI if wants_a else None
         d_b = (d_out_NO.t() @ low_NR).mul_(ctx.scale) if wants_b else None
         return d_x, None, None, d_a, d_b, None

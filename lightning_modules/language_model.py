@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import struct
+import functools
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +13,29 @@ import torch
 from cotune.datamodules.crash_point import crash_point
 from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
+from cotune.datamodules.thinking import told_apart
 from cotune.inference import Codec
-from cotune.inference.engine import Engine, Prompted
+from cotune.inference.engine import Engine, Generated, Prompted
 from cotune.inference.local import LocalEngine
 from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
+from cotune.lightning_modules.findings import Findings, find, findings, remember
+from cotune.lightning_modules.foreign import (
+    KINDS,
+    ModelNotFoundError,
+    check_adapter,
+    check_config,
+    check_folder,
+    check_tokenizer,
+    check_weights,
+    load_adapter,
+    reading,
+)
 from cotune.lightning_modules.lora import (
+    Attached,
     LoRA,
     adapter_state,
     attach,
+    attached,
     fingerprint,
     load_adapter_state,
     peft_of_today,
@@ -47,10 +61,6 @@ ADAPTERS = ("", "default")
 DTYPES = ("float32", "bfloat16", "float16")
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
-
-
-class ModelNotFoundError(ValueError):
-    """No model can be loaded under the given name."""
 
 
 @dataclass
@@ -149,8 +159,9 @@ class LanguageModel(nn.Module):
             return
         if not hasattr(self, "tokenizer"):
             self.load_tokenizer()
-        with _explained(self.name):
-            base = self._base(self._found)
+        known = self._tried()
+        base = self._base(self._found)
+        remember(base, known)
         self.config, self.generation_config = base.config, base.generation_config
         self.model = self._with_adapter(base, seed)
         self.model.train()  # Lightning keeps the mode it finds, and in eval mode dropout would never act
@@ -167,17 +178,36 @@ class LanguageModel(nn.Module):
         # Looked for once: it may convert a GGUF file, or at least read all of it to know it.
         source = self._found = self._source()
         trust = {"trust_remote_code": self.trust_remote_code}
-        with _explained(self.name):
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+        if self.adapter is not None:
+            check_adapter(self.adapter)
+        with reading("model", self.name):
+            if Path(source).is_dir():
+                check_folder(self.name, Path(source))
             self.config = AutoConfig.from_pretrained(source, **trust)
-        self.generation_config = _generation_config(source, self.config)
-        self.encode = ChatEncoder(self.tokenizer)
-        self.codec = Codec(self.tokenizer, end_ids=self.end_ids, encode=self.encode.text)
+            check_config(self.name, self.config, trust=self.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, **trust)
+            check_tokenizer(self.name, tokenizer, self.config)
+            self.generation_config = _generation_config(source, self.config)
+        self.encode = ChatEncoder(tokenizer)
+        self.tokenizer = tokenizer
+        text = functools.partial(self.encode.text, closes_thinking=False)
+        self.codec = Codec(tokenizer, end_ids=self.end_ids, encode=text, decode=self.encode.decode)
 
     @property
     def source(self) -> str:
         """What the weights are read from, a folder or a Hub id; known once the tokenizer is loaded."""
         return self._found
+
+    @property
+    def attached(self) -> Attached:
+        """The adapter that the loaded model has, whatever was asked for."""
+        return attached(self.model)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
+        begins = [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
+        return begins + findings(self.model).remarks
 
     @property
     def pad_id(self) -> int:
@@ -190,10 +220,12 @@ class LanguageModel(nn.Module):
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end the assistant's turn. The first is the one that training teaches."""
+        """Ids that end the assistant's turn. The first is the one that training teaches: the chat template's own."""
         configured = self.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
-        return list(dict.fromkeys(i for i in (self.tokenizer.eos_token_id, *ids) if i is not None))
+        return list(
+            dict.fromkeys(i for i in (self.encode.turn_end, self.tokenizer.eos_token_id, *ids) if i is not None)
+        )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
@@ -206,7 +238,7 @@ class LanguageModel(nn.Module):
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             for i, generated in zip(places, made, strict=True):
-                results[i] = completion_of(prompts[i].ids, generated)
+                results[i] = self._completion(prompts[i], generated)
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.completion_ids) for r in results)
@@ -216,6 +248,10 @@ class LanguageModel(nn.Module):
         return results
 
     complete = generate
+
+    def _completion(self, prompt: Prompted, generated: Generated) -> Completion:
+        """What was written, its thinking apart from the fields' texts; the ids hold both."""
+        return told_apart(completion_of(prompt.ids, generated), prompt.layout, self.encode.thinking)
 
     def use(self, engine: Engine) -> None:
         """Generates with this engine from now on, in place of a `LocalEngine`."""
@@ -247,6 +283,10 @@ class LanguageModel(nn.Module):
     def version(self) -> Hashable:
         """A value that changes when the weights do."""
         return weights_version(self.model)
+
+    def decodes_together(self, tokens: int) -> bool:
+        """Whether texts of so many tokens were found to come out right where they are decoded together."""
+        return findings(self.model).decodes.fits(tokens)
 
     def base_identity(self) -> str:
         """What the base is, by the content of its files or its commit on the Hub; the adapter and its training apart.
@@ -300,36 +340,49 @@ class LanguageModel(nn.Module):
             return str(embedded_model())
         path = Path(self.name).expanduser()
         if path.is_dir() and not self.gguf_file:
-            if not (path / "config.json").is_file():
-                raise ModelNotFoundError(
-                    f'model "{self.name}": the folder holds no config.json; name a GGUF file in it by `gguf_file`. '
-                    f"{_KINDS}"
-                )
             return str(path)
         if path.suffix == ".gguf" and path.is_file():
             return str(self._converted(path.parent, path.name))
         if path.is_dir():
             return str(self._converted(path, self.gguf_file or ""))
         if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
-            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {_KINDS}')
+            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {KINDS}')
         if self.gguf_file:
             from huggingface_hub import hf_hub_download
 
-            with _explained(self.name):
+            with reading("model", self.name):
                 file = Path(hf_hub_download(self.name, self.gguf_file))
             return str(self._converted(file.parent, file.name))
         return self.name
 
     def _converted(self, folder: Path, file: str) -> Path:
-        from cotune.lightning_modules.embedded import convert_gguf
+        from cotune.lightning_modules.embedded import EmbeddedModelError, convert_gguf
 
         try:
             return convert_gguf(folder, file)
-        except (ValueError, KeyError, NotImplementedError, struct.error) as error:  # how its readers refuse a file
+        except (EmbeddedModelError, FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:  # its readers refuse a file in any way that Python has
             raise ModelNotFoundError(
                 f'model "{self.name}": {folder / file} is no GGUF file that transformers can read ({error}). Take the '
                 "model's safetensors, with model.lm.quantization nf4 if it is large."
             ) from error
+
+    def _tried(self) -> Findings:
+        """What models of this config are fit for, found out on a small one before the weights are read.
+
+        Raises:
+            ModelNotFoundError: they are fit for nothing.
+        """
+        from transformers import AutoModelForCausalLM
+
+        def build(config: Any) -> Any:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+
+        found = find(self.config, build)
+        if found.wrong:
+            raise ModelNotFoundError(f'model "{self.name}" cannot be tuned: {found.wrong}. {KINDS}')
+        return found
 
     def _base(self, source: str) -> Any:
         from transformers import AutoModelForCausalLM
@@ -344,10 +397,12 @@ class LanguageModel(nn.Module):
         quantized = bool(self.quantization or quantized_as(self.config))
         if quantized:  # the format is made, or unpacked, where the weights arrive
             options["device_map"] = {"": device}
-        base = AutoModelForCausalLM.from_pretrained(source, **options)
+        with reading("model", self.name):
+            base, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+            check_weights(self.name, base, info)
+            if not quantized:
+                base.to(device)
         check_trainable(self.name, base)
-        if not quantized:
-            base.to(device)
         prepare_layers(base, dtype=self.dtype)
         base.requires_grad_(False)
         return base
@@ -355,18 +410,8 @@ class LanguageModel(nn.Module):
     def _with_adapter(self, base: Any, seed: int) -> Any:
         if self.adapter is None:
             return attach(base, self.lora, seed=seed)
-        if not (Path(self.adapter) / "adapter_config.json").is_file():
-            raise ModelNotFoundError(f'adapter "{self.adapter}" is not a folder that holds an adapter_config.json.')
-        from peft import PeftModel
-
         with peft_of_today():
-            return PeftModel.from_pretrained(base, self.adapter, is_trainable=True)
-
-
-_KINDS = (
-    'Give "embedded" (SmolLM2-135M-Instruct, needs no network), a local folder with config.json and weights, '
-    "a .gguf file, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
-)
+            return load_adapter(base, self.adapter)
 
 
 def _generation_config(source: str, config: Any) -> Any:
@@ -377,15 +422,3 @@ def _generation_config(source: str, config: Any) -> Any:
         return GenerationConfig.from_pretrained(source)
     except OSError:
         return GenerationConfig.from_model_config(config)
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Library errors about a missing model as one message that says what can be given instead."""
-    try:
-        yield
-    except OSError as error:  # transformers and the Hub client raise subclasses of it, offline or not
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        folder = Path(name).expanduser().is_dir()
-        why = "is a folder that lacks something" if folder else "is no local folder, and the Hub gave none by that name"
-        raise ModelNotFoundError(f'model "{name}" {why} ({first}). {_KINDS}') from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from cotune.lightning_modules.embedded import gguf_source
+from cotune.lightning_modules.foreign import load_adapter, reading
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.lora import peft_of_today
 from cotune.lightning_modules.quantization import QuantizationError, bitsandbytes_config, quantized_as
@@ -36,10 +37,8 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
     """
     lm.load_tokenizer()
     base, into = _full_precision(lm)
-    from peft import PeftModel
-
     with peft_of_today():
-        model: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload(safe_merge=True)
+        model: Any = load_adapter(base, str(adapter)).merge_and_unload(safe_merge=True)
     make_plain(model, Path(lm.source).name)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,8 +93,10 @@ def _full_precision(lm: LanguageModel) -> tuple[Any, str]:
     if not already:
         gguf = gguf_source(lm.source).get("file")
         read = f"the weights of {gguf}, unpacked to {dtype}" if gguf else f"the unquantised base in {dtype}"
-        return AutoModelForCausalLM.from_pretrained(lm.source, **options), read
-    base = AutoModelForCausalLM.from_pretrained(lm.source, device_map={"": _device(lm)}, **options)
+        with reading("model", lm.name):
+            return AutoModelForCausalLM.from_pretrained(lm.source, **options), read
+    with reading("model", lm.name):
+        base = AutoModelForCausalLM.from_pretrained(lm.source, device_map={"": _device(lm)}, **options)
     return base.dequantize(lm.dtype), f"the {already} weights of the base, unpacked to {dtype}"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import Batch
 from cotune.inference.local.out_of_memory import is_out_of_memory
+from cotune.lightning_modules.findings import findings
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import AttentionInterface
@@ -128,10 +129,12 @@ class Abilities:
     Attributes:
         packed: its layers compute packed rows right.
         plain_head: its logits are its output embeddings times its last hidden states, and nothing more.
+        padded: where they are not packed, rows can be padded behind what they share.
     """
 
     packed: bool
     plain_head: bool
+    padded: bool = True
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -156,17 +159,15 @@ def checkpoint_layers(model: Any) -> None:
 def abilities(model: Any, longest: int) -> Abilities:
     """Whether this model can be trained on packed rows of up to `longest` tokens, and how its head may be computed.
 
-    Found out by trying, once a model: a few tokens packed and plain must give the same logits. Sliding windows that
-    would cut into a row, and dropout on attention weights, are not packed.
+    What the layers do with windows, dropout and the like was tried on a small copy (`findings`); here the model itself
+    is, once: a few tokens packed and plain must give the same logits.
     """
-    config = model.config.get_text_config()
-    if model.training and getattr(config, "attention_dropout", 0.0):
-        return Abilities(False, False)
-    if longest > (_window(config) or longest):
-        return Abilities(False, False)
+    found = findings(model)
+    if not found.packs.fits(longest) or (model.training and found.drops):
+        return Abilities(False, False, found.pads.fits(longest))
     if model not in _known:
         _known[model] = _tried(model)
-    return _known[model]
+    return replace(_known[model], padded=found.pads.fits(longest))
 
 
 _known: WeakKeyDictionary[Any, Abilities] = WeakKeyDictionary()
@@ -176,12 +177,6 @@ def backbone(model: Any) -> Any:
     """The model without its head (and without PEFT's wrapper, which does nothing in a forward pass of LoRA)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return getattr(causal, causal.base_model_prefix)
-
-
-def _window(config: Any) -> int | None:
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    return getattr(config, "sliding_window", None)
 
 
 def _tried(model: Any) -> Abilities:
@@ -253,7 +248,7 @@ def _called_by_a_layer(
         read = _FusedOnCPU.apply(query, key, value, tuple(families), scale)  # type: ignore[no-untyped-call]
     else:
         read = _plain(query, key, value, families, scale)
-    return read.transpose(1, 2), None
+    return read.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _called_by_a_layer)

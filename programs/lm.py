@@ -92,6 +92,7 @@ class Completion:
             it was chosen, among the tokens that were allowed there and at the sampling's temperature (1 where that is
             0; before top-p). 0 for what was put there.
         repaired: it answers a second request, because what was written at first could not be read.
+        thinking: what a reasoning model wrote before its answer; no part of `text`, but of `completion_ids`.
     """
 
     text: str
@@ -102,6 +103,7 @@ class Completion:
     forced: tuple[bool, ...] = ()
     log_probs: tuple[float, ...] = ()
     repaired: bool = False
+    thinking: str = ""
 
 
 class LMUnavailableError(RuntimeError):

@@ -250,7 +250,7 @@ def _called_by_a_layer(
         softcap=softcap,
         sinks=s_aux,
     )
-    return _packed.get().attend(layer.layer_idx, query, key, value, options), None
+    return _packed.get().attend(layer.layer_idx, query, key, value, options).contiguous(), None
 
 
 AttentionInterface.register(NAME, _called_by_a_layer)

@@ -16,6 +16,7 @@ from cotune.inference.fields import Filling, Plan
 from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending, packed_as
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
+from cotune.inference.local.plain import complete
 from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, shared_prefix
 from cotune.inference.local.sampling import log_probs, sample
 from cotune.programs.layout import Layout
@@ -46,6 +47,8 @@ class Decoder:
             keeps none.
         keep_rows: keep the rows' own keys and values as well, so that a prompt asked again is not computed again. The
             last bits of its logits then depend on what ran before.
+        together: whether texts of up to so many tokens can be decoded together; the others are completed one at a time
+            (`plain`).
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class Decoder:
         cache_tokens: int,
         weights: Callable[[], Hashable] | None = None,
         keep_rows: bool = False,
+        together: Callable[[int], bool] = lambda tokens: True,
     ) -> None:
-        self.model, self.codec = model, codec
+        self.model, self.codec, self.together = model, codec, together
         self.window, self.cache_tokens = window, cache_tokens
         self.weights, self.keep_rows = weights, keep_rows
         self._prefixes = PrefixCache(cache_tokens // 2)
@@ -85,10 +89,15 @@ class Decoder:
         self._forget_if_written()
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = self._rows(prompts, sampling)
+        together = [  # some are fixed from end to end
+            row for row in rows if not row.ended and self.together(len(row.prompt.ids) + row.filling.most)
+        ]
         with attending(self.model):
-            for batch in _of_like_size([row for row in rows if not row.ended]):  # some are fixed from end to end
+            for batch in _of_like_size(together):
                 self._run(batch)
         for row in rows:
+            if not row.ended:
+                self._run_alone(row)
             results[row.index] = row.result
         return results
 
@@ -145,6 +154,21 @@ class Decoder:
             warnings.warn(
                 f"out of memory with {slots} completions at a time: going on with {max(slots // 2, 1)}.", stacklevel=2
             )
+
+    def _run_alone(self, row: _Row) -> None:
+        """Completes a row by the model's own `generate`."""
+
+        def take(logits_1V: Tensor) -> None:
+            check_finite(logits_1V, self.model)
+            (token,), (log_prob,) = _chosen([row], logits_1V)
+            row.take(token, log_prob)
+
+        try:
+            complete(self.model, row.prompt.ids, row.filling, take)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise GenerationMemoryError(_one_row(row)) from error
 
     def prefix(self, ids: tuple[int, ...]) -> Shared:
         """Keys and values of a prefix, computed block by block unless they were kept."""

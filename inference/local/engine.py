@@ -44,6 +44,7 @@ class LocalEngine(Engine):
             cache_tokens=self.cache_tokens,
             weights=lambda: (weights.version, self._adapter),
             keep_rows=self.keep_prompts,
+            together=weights.decodes_together,
         )
 
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:

@@ -55,7 +55,11 @@ class MergedCopy:
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """The model without its adapter inside: each adapted layer computes what its base layer does."""
-    with _computing({layer: layer.get_base_layer().forward for _, layer in _adapted(model)}):
+    from peft.utils.other import ModulesToSaveWrapper
+
+    whole = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    bare = {layer: layer.get_base_layer().forward for _, layer in _adapted(model)}
+    with _computing({**bare, **{wrapper: wrapper.original_module.forward for wrapper in whole}}):
         yield
 
 
@@ -85,10 +89,12 @@ class _Linear:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Changes when the weights do: writing in place counts the version up, moving or casting gives other memory."""
-        adapter = [] if self.module is self.base else [p for p in self.module.parameters() if p.requires_grad]
-        weight = self.base.weight
-        return (weight.data_ptr(), weight.dtype, *((p._version, p.data_ptr()) for p in adapter))
+        """Changes when anything does that the copy is made of: writing in place counts the version up, moving or
+        casting gives other memory; a head that is trained whole is written, too."""
+        adapter = [] if self.module is self.base else list(self.module.parameters())
+        factors = [] if self.module is self.base else [*self.module.scaling.items(), *self.module.active_adapters]
+        weights = [self.base.weight, *adapter]
+        return (self.base.weight.dtype, *((p._version, p.data_ptr()) for p in weights), *factors)
 
     def merged(self) -> Tensor:
         weight = self.base.weight
@@ -119,7 +125,9 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _can_merge(layer: Any) -> bool:
     base = layer.get_base_layer()
-    return type(base) is nn.Linear and base.weight.is_floating_point() and not any(layer.use_dora.values())
+    biased = any(getattr(layer, "lora_bias", {}).values())  # which get_delta_weight leaves out
+    variants = any(layer.use_dora.values()) or biased or bool(getattr(layer, "lora_variant", None))
+    return type(base) is nn.Linear and base.weight.is_floating_point() and not variants
 
 
 def _can_lay_out(weight: Tensor) -> bool:

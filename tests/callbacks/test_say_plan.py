@@ -23,7 +23,8 @@ def test_the_first_lines_say_what_will_happen(
 ) -> None:
     fit, lines = fitted(tiny_model, tmp_path, capsys)
     assert lines[0] == "small: Predict, stage predict"
-    assert lines[1].endswith("float32; LoRA r 4 on all-linear")
+    layers = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert lines[1].endswith(f"float32; LoRA r 4, alpha 8 on {layers}")
     assert lines[2:5] == [
         "  data      12 train, 6 dev, 10 val, 4 test examples; metric digest",
         "            1 of 150 rows has the inputs of another (1 with equal labels, 0 with others) and is kept",

@@ -20,8 +20,7 @@ from commands import cotune as command
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.durable import damaged_file
 from cotune.datamodules.iris import iris_examples
-from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
-from cotune.lightning_modules.language_model import ModelNotFoundError
+from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, refusal
 from cotune.programs import Completion, Predict, Sampling

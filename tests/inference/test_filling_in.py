@@ -183,6 +183,32 @@ def test_rows_at_different_places_of_different_layouts_do_not_disturb_each_other
     assert decoder(model, ends=[EOS, *range(40, 60)]).generate(asked, sampling) == together, "equal to the bit"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_cannot_be_decoded_together_is_filled_in_as_the_model_itself_generates(model: Any, shape: str) -> None:
+    layout, ends = SHAPES[shape], [EOS, *range(40, 60)]
+    asked = prompts(7, seed=len(shape))
+    apart = Decoder(
+        model,
+        codec=Codec(TOKENIZER, end_ids=ends),
+        window=1024,
+        cache_tokens=400,
+        together=lambda tokens: tokens < 64 + len(asked[0]),  # some rows fit, others do not
+    )
+    found = apart.generate([Prompted(prompt, layout) for prompt in asked], Sampling(max_new_tokens=64))
+    assert [result.ids for result in found] == [OneByOne(model, prompt, ends).fill(layout) for prompt in asked]
+
+
+def test_one_at_a_time_the_same_tokens_are_drawn(model: Any) -> None:
+    asked, sampling = mixed(12), Sampling(1.0, 0.9, 30, log_probs=True)
+    codec = Codec(TOKENIZER, end_ids=[EOS, *range(40, 60)])
+    apart = Decoder(model, codec=codec, window=1024, cache_tokens=400, together=lambda tokens: False)
+    found = apart.generate(asked, sampling)
+    together = decoder(model, ends=[EOS, *range(40, 60)]).generate(asked, sampling)
+    assert [plain(result) for result in found] == [plain(result) for result in together]
+    for one, other in zip(found, together, strict=True):
+        assert one.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+
+
 def plain(result: Generated) -> tuple[Any, ...]:
     return result.ids, result.text, result.finished, result.fields, result.forced
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from adapted import IDS, base_weights, bytes_of, fresh, logits, tuned
-from cotune.inference.local.merged_copy import MergedCopy
+from cotune.inference.local.merged_copy import MergedCopy, base_alone
 from cotune.lightning_modules.lora import adapter_state, load_adapter_state, lora_layers, reset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
@@ -165,3 +167,14 @@ def test_on_a_cpu_layers_without_an_adapter_are_laid_out_too(tiny_model: Path) -
         assert all("forward" in vars(part) for part in (layer.self_attn.q_proj, layer.mlp.up_proj))
     assert agrees(model, merged)
     assert "forward" not in vars(layer.mlp.up_proj)
+
+
+def test_the_base_alone_knows_nothing_of_a_head_that_is_trained_whole(tiny_model: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = logits(base)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    assert not torch.allclose(logits(model), expected)
+    with base_alone(model):
+        assert torch.equal(logits(model), expected)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
+from cotune.inference import Filling, Plan
+from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.inference.local import LocalEngine
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, embedded
 from cotune.lightning_modules.lora import lora_layers
@@ -17,7 +21,7 @@ from cotune.lightning_modules.quantization import QuantizationError
 from cotune.programs import Request, Sampling
 from losses import completion_loss
 from tiny import save_tiny_model, save_wide_model, tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 SMALL = LoRA(r=4, alpha=8)
 
@@ -211,7 +215,8 @@ def test_a_hub_that_gives_nothing_is_explained(monkeypatch: pytest.MonkeyPatch, 
     def unreachable(*args: Any, **options: Any) -> Any:
         raise OSError(said)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", unreachable)
+    for kind in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", unreachable)
     with pytest.raises(ModelNotFoundError) as error:
         LanguageModel("someone/some-model").load()
     message = str(error.value)
@@ -365,3 +370,36 @@ def test_of_a_quantised_base_only_the_head_is_copied(wide_model: Path) -> None:
     disturb(lm)
     lm.generate(asks("a"), Sampling(max_new_tokens=2))
     assert [name.rpartition(".")[2] for name in local(lm).merged._copies] == ["lm_head"]
+
+
+class Thinks(Engine):
+    """Thinks, as the model of a template would that leaves thinking open, and answers "red"."""
+
+    def start(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:
+        return [self.filled(prompt) for prompt in prompts]
+
+    def filled(self, prompt: Prompted) -> Generated:
+        codec = self.weights.codec
+        filling = Filling(Plan(prompt.layout, codec), max_new_tokens=99, room=200)
+        for token in [*codec.encode("hm\n</think>\n\nred"), *codec.end_ids[:1]]:
+            filling.take(token)
+        assert filling.finished is not None
+        return Generated(filling.written, filling.text, filling.finished, tuple(filling.fields))
+
+
+def test_what_a_model_thinks_stands_beside_its_answer(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "thinks"
+    shutil.copytree(tiny_model, folder)
+    lm = LanguageModel(str(folder), lora=LoRA(r=2))
+    lm.load_tokenizer()
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
+    lm.tokenizer.save_pretrained(folder)
+    lm = LanguageModel(str(folder), lora=LoRA(r=2))
+    lm.load()
+    lm.use(Thinks())
+    (done,) = lm.generate([Request([{"role": "user", "content": "which?"}])], Sampling())
+    assert (done.thinking, done.text, [field.text for field in done.fields]) == ("hm", "red", ["red"])
+    assert "</think>" in lm.tokenizer.decode(done.completion_ids)

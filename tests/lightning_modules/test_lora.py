@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import (
     adapter_state,
     attach,
+    attached,
     fingerprint,
     load_adapter_state,
     lora_layers,
     reset,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig
 
 
 def test_only_the_adapter_trains_and_it_sits_on_every_linear_layer_but_the_head(tiny_model: Path) -> None:
@@ -127,3 +129,39 @@ def test_the_fingerprint_does_not_see_the_base(tiny_model: Path) -> None:
     before = fingerprint(model)
     next(p for p in model.parameters() if not p.requires_grad).data.add_(1.0)
     assert fingerprint(model) == before
+
+
+# What fits, and what is said of it
+
+
+def test_one_target_of_three_that_fits_no_layer_is_refused_with_its_neighbours(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['v_prj', 'up_poj'\] fit no layer .* \(did you mean v_proj, up_proj\?\)"):
+        fresh(tiny_model, targets=["q_proj", "v_prj", "up_poj"])
+
+
+def mixture(config: type[Any], **more: Any) -> Any:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 1}
+    return AutoModelForCausalLM.from_config(config(**{**sizes, "pad_token_id": 0, **more}))
+
+
+def test_experts_that_are_left_out_are_said_and_an_option_takes_them() -> None:
+    without = attached(attach(mixture(GptOssConfig), LoRA(r=2, alpha=4), seed=0))
+    assert without.targets == ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert 0.5 < without.left_out["experts"] < 1
+    assert "without the experts" in str(without)
+    taken = attached(attach(mixture(GptOssConfig), LoRA(r=2, alpha=4, also=["experts"]), seed=0))
+    assert taken.targets == ("down_proj", "gate_up_proj", "k_proj", "o_proj", "q_proj", "v_proj")
+    assert not taken.left_out
+
+
+def test_a_router_that_gives_more_than_a_product_is_left_out() -> None:
+    model = attach(mixture(Llama4TextConfig, intermediate_size_mlp=32), LoRA(r=2, alpha=4), seed=0)
+    assert not any("router" in name for name, _ in lora_layers(model))
+    model(input_ids=torch.arange(5)[None])
+
+
+def test_the_head_is_adapted_where_it_is_asked_for(tiny_model: Path) -> None:
+    assert "lm_head" in attached(fresh(tiny_model, also=["head"])).targets
+    with pytest.raises(ValueError, match=r"also \['vision'\]: this model has no such part"):
+        fresh(tiny_model, also=["vision"])

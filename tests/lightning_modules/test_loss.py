@@ -11,6 +11,7 @@ import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LoRA, loss, packing
+from cotune.lightning_modules.findings import Findings, Way, findings, remember
 from cotune.lightning_modules.fused import fuse_adapter
 from cotune.lightning_modules.lora import attach
 from cotune.lightning_modules.packing import Abilities
@@ -164,20 +165,37 @@ class NoExtras(torch.nn.Module):
         return self.model(**arguments)
 
 
+def bare(model: Any) -> NoExtras:
+    """It, though a small copy that was tried did hand them on."""
+    without = NoExtras(model)
+    remember(without, Findings())
+    return without
+
+
 def test_a_model_that_cannot_be_packed_is_found_out_and_said(model: Any) -> None:
     batch = collate(GROUPS["several segments"])
     with pytest.warns(UserWarning, match="cannot be trained on packed rows .*hand keyword arguments"):
-        assert not packing.abilities(NoExtras(model), 30).packed
+        assert not packing.abilities(bare(model), 30).packed
     assert packing.abilities(model, 30) == Abilities(packed=True, plain_head=True)
     with pytest.warns(UserWarning, match="packed rows"):
-        found = completion_loss(NoExtras(model), batch)
+        found = completion_loss(bare(model), batch)
     assert relative(found, completion_loss(model, batch)) < 1e-6
 
 
-def test_a_sliding_window_that_would_cut_into_a_row_is_not_packed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.config, "sliding_window", 50, raising=False)
-    assert packing.abilities(model, 50).packed
-    assert not packing.abilities(model, 51).packed
+def test_rows_longer_than_what_was_found_to_fit_go_another_way(model: Any) -> None:
+    longest = max(len(pair.prompt_ids) + len(pair.completion_ids) for pair in GROUPS["one segment"][0])
+    batch, before = collate(GROUPS["one segment"]), findings(model)
+    expected = completion_loss(model, batch)
+    try:
+        remember(model, Findings(packs=Way(up_to=longest - 1)))
+        assert packing.abilities(model, longest - 1).packed
+        assert packing.abilities(model, longest) == Abilities(packed=False, plain_head=False, padded=True)
+        assert relative(completion_loss(model, batch), expected) < 1e-6
+        remember(model, Findings(packs=Way("no"), pads=Way("no")))
+        assert not packing.abilities(model, longest).padded
+        assert relative(completion_loss(model, batch), expected) < 1e-6
+    finally:
+        remember(model, before)
 
 
 def test_the_models_own_attention_stands_again_afterwards(model: Any) -> None:

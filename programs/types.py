@@ -347,7 +347,9 @@ def _choice(choices: Mapping[str, Any], text: str) -> Any:
     raise FieldTypeError(f'"{_short(text)}" is none of {_listed(choices)}.')
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(
+    r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?"
+)  # JSON writes small ones with an exponent
 
 
 def _number(kind: Any, text: str) -> Any:
@@ -357,7 +359,7 @@ def _number(kind: Any, text: str) -> Any:
     digits = bare.replace(",", "")
     if kind is float:
         return float(digits)
-    return int(digits) if "." not in digits else _whole(float(digits))
+    return int(digits) if digits.lstrip("+-").isdecimal() else _whole(float(digits))
 
 
 def _whole(value: float) -> int:

@@ -11,6 +11,7 @@ from cotune.programs import (
     Completion,
     Example,
     Field,
+    Fixed,
     Lines,
     Program,
     Request,
@@ -67,7 +68,9 @@ class FakeLM:
         if isinstance(written, Completion):
             return written
         stops = [stop for part in request.layout[-1:] if isinstance(part, Field) for stop in part.stops]
-        cut = min((at for stop in stops if (at := written.find(stop)) >= 0), default=-1)
+        marks = [part.text.strip() for part in request.layout if isinstance(part, Fixed)]
+        last = max(written.find(marks[-1]), 0) if marks else 0  # stops end the last field, not those before it
+        cut = min((at for stop in stops if (at := written.find(stop, last)) >= 0), default=-1)
         text = written if cut < 0 else written[:cut]
         ids = tuple(text.encode())
         if len(ids) > sampling.max_new_tokens:

@@ -108,6 +108,7 @@ def test_structured_types_are_held_to_a_json_schema() -> None:
         (int, "7.0", 7),
         (float, "$3.50.", 3.5),
         (float, "−2", -2.0),
+        (float, "6.1e-05", 6.1e-05),
         (bool, "True", True),
         (bool, "no.", False),
         (Mood, "GOOD", Mood.GOOD),

@@ -274,7 +274,8 @@ def test_a_bad_row_is_named_with_its_field(run: Run, tiny_model: Path, rows: str
 
 def own_metrics() -> None:
     Path("own_metrics.py").write_text(
-        "def never(example, prediction):\n    return 0.0\n\n\n"
+        # It looks for what labels do not have, so that it cannot be asked whether it would pass them.
+        "def never(example, prediction):\n    return 0.0 * len(prediction.get('confidence', ''))\n\n\n"
         "def broken(example, prediction):\n    return prediction['answr'] == example.labels['answer']\n"
     )
 

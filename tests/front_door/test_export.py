@@ -25,6 +25,7 @@ from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, refusal
 from cotune.programs import Completion, Predict, Sampling
 from tiny import save_wide_model
+from tiny_fit import among
 
 import cotune
 from cotune.export import write_export
@@ -76,12 +77,16 @@ def completions(module: ProgramModule) -> list[Completion]:
     return [step.completion for r in module.rollouts(FLOWERS, metric=None) for step in r.steps]
 
 
-def continued(model: Any, done: Sequence[Completion], end_ids: Sequence[int] | None = None, n: int = 6) -> None:
-    """Asserts that a plain model writes every completion, token by token."""
+def continued(
+    model: Any, done: Sequence[Completion], end_ids: Sequence[int] | None = None, n: int = 6, among: Any = None
+) -> None:
+    """Asserts that a plain model writes every completion, token by token; `among` holds it to a field's choices."""
     assert done
     for completion in done:
         prompt = torch.tensor([completion.prompt_ids])
-        ends = {} if end_ids is None else {"eos_token_id": list(end_ids), "pad_token_id": 0}
+        ends: dict[str, Any] = {} if end_ids is None else {"eos_token_id": list(end_ids), "pad_token_id": 0}
+        if among is not None:
+            ends["prefix_allowed_tokens_fn"] = lambda _, ids, start=prompt.shape[1]: among(ids[start:].tolist())
         written = model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=n, **ends
         )
@@ -97,7 +102,7 @@ def test_peft_finds_the_base_by_itself_and_writes_the_same_tokens(export: Path, 
     from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(str(export / "adapter")).eval()
-    continued(model, completions(finished.module), finished.module.lm.end_ids)
+    continued(model, completions(finished.module), finished.module.lm.end_ids[:1], among=among(finished.module.lm))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -12,7 +12,7 @@ import torch
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.iris import iris_examples
 from cotune.programs import Rollout
-from tiny_fit import CurtLM
+from tiny_fit import CurtLM, among
 
 import cotune
 from cotune import Predict, ProgramModule
@@ -61,14 +61,17 @@ def test_peft_alone_loads_the_adapter_and_writes_the_same_tokens(finished: Any, 
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = PeftModel.from_pretrained(base, str(finished.export / "adapter")).eval()
+    allowed = among(tuned.module.lm)
     for prompt, completion in ids(tuned.rollouts(FLOWERS)):
+        start = len(prompt)
         written = model.generate(
             input_ids=torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             do_sample=False,
-            max_new_tokens=6,
-            eos_token_id=tuned.module.lm.end_ids,
+            max_new_tokens=16,
+            eos_token_id=tuned.module.lm.end_ids[:1],
             pad_token_id=0,
+            prefix_allowed_tokens_fn=lambda _, ids, start=start: allowed(ids[start:].tolist()),
         )
         assert tuple(written[0, len(prompt) :].tolist())[: len(completion)] == completion
 

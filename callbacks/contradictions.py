@@ -94,10 +94,11 @@ def check_fields(program: Program, metric: Metric, examples: Sequence[Example]) 
 def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float) -> list[str]:
     """Asks the metric about the labels themselves, which should be right. Returns what to say.
 
-    A metric that needs more than the labels (raises, or asks for other fields) cannot be asked, and that is said.
+    A metric that needs more than the labels (raises, or asks for other fields) cannot be asked, and that is said; so
+    are labels that it scores below `threshold` against themselves, where it passes others.
 
     Raises:
-        ContradictionError: it scores a label below `threshold` against itself, so that no run on it can succeed.
+        ContradictionError: it passes no label against itself, so that no run can be known to succeed.
     """
     wrong: list[tuple[Example, Any]] = []
     unasked: list[str] = []
@@ -115,12 +116,13 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
             unasked.append(f"example {example.id}: it looks for {missed[0]}, which is no label")
         elif not float(score) >= threshold:
             wrong.append((example, score))
-    if wrong:
+    if wrong and len(wrong) == asked:
         raise ContradictionError(_below_one(metric, wrong, asked, threshold))
+    found = [_below_one(metric, wrong, asked, threshold)] if wrong else []
     if unasked:
         first = f"whether the metric scores labels as right could not be tried on {len(unasked)} of {asked} examples"
-        return [f"{first} ({unasked[0]})"]
-    return []
+        found.append(f"{first} ({unasked[0]})")
+    return found
 
 
 def check_window(done: Sequence[Rollout], window: int, max_new_tokens: int) -> None:

@@ -328,8 +328,10 @@ def _wanted(signature: Signature, field: Field) -> str:
 
 
 def _marks(name: str, before: str = "\n") -> tuple[str, ...]:
-    """How LMs begin the line of a field: its name in two writings, plain or in bold."""
-    return tuple(f"{before}{bold}{text}:" for bold in ("", "**") for text in dict.fromkeys((name, name.capitalize())))
+    """How LMs begin the line of a field: its name, as it is or in words, plain or in bold."""
+    words = name.replace("_", " ")
+    texts = dict.fromkeys((name, name.capitalize(), words.capitalize(), words.title()))
+    return tuple(f"{before}{bold}{text}:" for bold in ("", "**") for text in texts)
 
 
 def _next_example(signature: Signature) -> tuple[str, ...]:
@@ -347,7 +349,8 @@ def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     current, start, position = names[0], 0, 0
     for index, name in enumerate(names):
-        marker = re.compile(rf"^[ \t*#]*{re.escape(name)}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+        words = re.escape(name).replace("_", "[ _]")  # "Final Answer:" is how LMs write final_answer
+        marker = re.compile(rf"^[ \t*#]*{words}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
         match = marker.search(text, position)
         if match is None:
             continue

@@ -62,12 +62,15 @@ def test_a_label_that_its_fields_type_does_not_know_is_refused(label: object) ->
     check_fields(program, exact_match, labelled("Red", ["purple", "blue"]))
 
 
-def test_a_label_that_the_metric_scores_as_wrong_is_refused_with_the_example_and_the_count() -> None:
+def test_labels_that_the_metric_scores_as_wrong_are_said_with_the_count_and_refused_where_none_passes() -> None:
     def strict(example: Example, prediction: Mapping[str, Any]) -> Score:
         return Score(float(prediction["answer"] == "red"), "it is not red")
 
-    with pytest.raises(ContradictionError, match=r"e1: the metric strict .*\(answer 'blue'\) 0 \(it is not red\)"):
-        check_gold(strict, labelled("red", "blue", "red"), threshold=1.0)
+    with pytest.raises(ContradictionError, match=r"e0: the metric strict .*\(answer 'blue'\) 0 \(it is not red\)"):
+        check_gold(strict, labelled("blue", "green"), threshold=1.0)
+    (said,) = check_gold(strict, labelled("red", "blue", "red"), threshold=1.0)
+    assert "example e1: the metric strict" in said
+    assert "1 of 3 labels" in said
     assert check_gold(strict, labelled("red"), threshold=1.0) == []
 
 

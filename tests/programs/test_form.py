@@ -232,6 +232,15 @@ def test_one_output_is_read_with_or_without_its_marker(form: Form, text: str, an
 
 
 @each_marked
+@pytest.mark.parametrize("marker", ["final_answer", "Final Answer", "FINAL ANSWER", "**Final answer**"])
+def test_a_name_of_several_words_is_read_in_words(form: Form, marker: str) -> None:
+    signature = Signature.parse("question -> reasoning, final_answer")
+    assert form.parse(signature, f"reasoning: so\n{marker}: 4") == {"reasoning": "so", "final_answer": "4"}
+    one = Signature.parse("question -> final_answer")
+    assert form.parse(one, f"{marker}: 4") == {"final_answer": "4"}
+
+
+@each_marked
 def test_values_may_have_many_lines(form: Form) -> None:
     text = "reasoning: first\n\n- second: yes\nquestion: none\nanswer: a\nb"
     assert form.parse(TWO, text) == {"reasoning": "first\n\n- second: yes\nquestion: none", "answer": "a\nb"}

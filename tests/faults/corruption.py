@@ -182,7 +182,7 @@ def _read_checkpoint(folder: Path, name: str) -> dict[str, Any]:
 
 def _read_traces(folder: Path, name: str) -> dict[str, Any]:
     """Place -> trace, of the step that the file is in."""
-    from cotune.datamodules.collect import load_traces
+    from cotune.datamodules.trace import load_traces
     from cotune.programs import Predict
 
     program = Predict("petal_length, petal_width, sepal_length, sepal_width -> answer")

@@ -71,7 +71,7 @@ def rows(made: Sequence[Any]) -> None:
         examples = examples_from_rows(made, inputs=["question", "context"], labels=["answer"], id_field="id")
     except DataError as error:
         _one_line(error)
-        _names(error, "row ")
+        _names(error, "row " if made else "holds no row")
         return
     assert len(examples) == len(made)
     _split_and_run(examples)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from cotune.programs.layout import Field, Fixed, Layout, Schema
 from cotune.programs.lm import Completion
-from cotune.programs.prompt import Demo, Prompt
+from cotune.programs.prompt import Prompt
 from cotune.programs.signature import Signature
 from cotune.programs.types import Line, choices_of, syntax_of
 
@@ -35,6 +35,9 @@ class Form(ABC):
 
     missing = "(not given)"
     """What stands for an input or a demo's output that there is no value of."""
+
+    shows_missing_reasoning = False
+    """Whether a demo without reasoning shows that it is missing, as forms whose every field is asked for do."""
 
     @abstractmethod
     def layout(self, signature: Signature) -> Layout:
@@ -63,12 +66,12 @@ class Form(ABC):
         return "\n".join(f"{name}: {inputs.get(name, self.missing)}" for name in signature.inputs)
 
     def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        """The completion that holds these outputs: a demo's turn. Reasoning that is not there is left out."""
+        """The completion that holds these outputs: a demo's turn."""
         written: list[str] = []
         for part in self.layout(signature):
             if isinstance(part, Fixed):
                 written.append(part.text)
-            elif part.name in outputs or part.name != signature.reasoning:
+            elif part.name in outputs or part.name != signature.reasoning or self.shows_missing_reasoning:
                 written.append(part.lead + outputs.get(part.name, self.missing).strip())
         return "".join(written).lstrip("\n")
 
@@ -166,6 +169,8 @@ class Lines(Form):
     LMs that follow a format well do so with this one; smaller ones stop reasoning when asked for lines.
     """
 
+    shows_missing_reasoning = True
+
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         inputs = [f"{name}: {said}" for name in signature.inputs if (said := hint(signature, name))]
         if len(signature.outputs) == 1:
@@ -187,16 +192,14 @@ class Lines(Form):
             parts += [Fixed(f"\n{name}:" if parts else f"{name}:"), _field(signature, name, lead=" ", stops=stops)]
         return tuple(parts)
 
-    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
-        return super().write(signature, shown)
-
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
         return _split_at_markers(signature.outputs, text)
 
 
 class Tags(Form):
     """Each field between XML tags: `<answer>value</answer>`, inputs too."""
+
+    shows_missing_reasoning = True
 
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         wanted = " ".join(f"<{name}>…</{name}>" for name in signature.outputs)
@@ -213,13 +216,11 @@ class Tags(Form):
             before = f"</{name}>\n"
         return (*parts, Fixed(before.rstrip()))
 
-    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
-        return super().write(signature, shown)
-
 
 class Markers(Form):
     """The markers of DSPy's chat format, `[[ ## answer ## ]]` before each field, for prompts that were made for it."""
+
+    shows_missing_reasoning = True
 
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         wanted = "\n\n".join(f"[[ ## {name} ## ]]\n(the {name})" for name in signature.outputs)
@@ -247,10 +248,6 @@ class Markers(Form):
             parts.append(Fixed(f"{before}[[ ## {name} ## ]]"))
             parts.append(_field(signature, name, lead="\n", stops=(f"\n\n[[ ## {following}", "\n[[ ##")))
         return (*parts, Fixed("\n\n[[ ## completed ## ]]"))
-
-    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        shown = {name: outputs.get(name, self.missing) for name in signature.outputs}
-        return super().write(signature, shown)
 
 
 class Json(Form):
@@ -306,12 +303,6 @@ def hint(signature: Signature, name: str) -> str:
     if described or kind is bool or not choices:
         return described or ("yes or no" if kind is bool and name in signature.outputs else "")
     return f"one of {', '.join(choices)}"
-
-
-def typed_demo(signature: Signature, demo: Demo) -> Demo:
-    """The demo with its outputs as their types write them ("7.0" of a float field is "7")."""
-    outputs = {name: signature.text(name, text) for name, text in demo.outputs.items()}
-    return Demo(demo.inputs, outputs, demo.source)
 
 
 def _field(signature: Signature, name: str, *, lead: str = "", stops: Sequence[str] = ()) -> Field:

@@ -34,8 +34,8 @@ from cotune.lightning_modules import LoRA, ModelNotFoundError
 from cotune.lightning_modules.findings import findings
 from cotune.lightning_modules.foreign import check_config
 from cotune.lightning_modules.lora import attach
-from cotune.lightning_modules.loss import log_probs
 from cotune.lightning_modules.probe import features, small_copy
+from cotune.lightning_modules.training.loss import log_probs
 from cotune.programs import Sampling
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

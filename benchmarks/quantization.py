@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.collate import Batch, Pair, collate
-from cotune.datamodules.iris import iris_examples
+from cotune.datamodules.tasks.iris import iris_examples
 from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.embedded import embedded_model
-from cotune.lightning_modules.loss import exact_dtype, log_probs
+from cotune.lightning_modules.training.loss import exact_dtype, log_probs
 from cotune.programs import Completion, Predict, Sampling
 
-from cotune.export import write_export
+from cotune.commands.export import write_export
 
 FLOWERS = iris_examples()[::25]
 SIGNATURE = "petal_length, petal_width, sepal_length, sepal_width -> answer"

@@ -28,8 +28,8 @@ from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, ours
 from cotune.callbacks.step_work import Options, StepWork
-from cotune.datamodules.crash_point import crash_point
 from cotune.prompting import PromptSearch, RandomDemoSearch
+from cotune.storage.crash_point import crash_point
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 

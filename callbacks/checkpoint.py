@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cotune.datamodules.crash_point import crash_point
-from cotune.datamodules.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
+from cotune.storage.crash_point import crash_point
+from cotune.storage.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 

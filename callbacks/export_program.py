@@ -10,12 +10,12 @@ from typing import Any
 from cotune.callbacks.alternate import ended
 from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
-from cotune.datamodules.durable import new_folder
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.lightning_modules.quantization import quantized_as
 from cotune.programs import prompts_to_dict
+from cotune.storage.durable import new_folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.boundary import Boundary, BoundaryListener
-from cotune.callbacks.redact import redacted_text
-from cotune.datamodules.durable import write_whole
 from cotune.programs import Failure, Rollout, prompts_to_dict
+from cotune.storage.durable import write_whole
+from cotune.storage.redact import redacted_text
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 

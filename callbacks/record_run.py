@@ -14,11 +14,11 @@ from typing import Any
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
-from cotune.callbacks.redact import redacted_text
-from cotune.datamodules.durable import clock, read_durably, write_durably, write_whole
 from cotune.programs import faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from cotune.programs.set_metrics import measured
+from cotune.storage.durable import clock, read_durably, write_durably, write_whole
+from cotune.storage.redact import redacted_text
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 __all__ = ["RecordRun", "summary", "write_whole"]

@@ -29,12 +29,12 @@ from cotune.datamodules import (
     load_traces,
     save_traces,
 )
-from cotune.datamodules.crash_point import crash_point
-from cotune.datamodules.durable import write_durably
 from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, SearchTask
+from cotune.storage.crash_point import crash_point
+from cotune.storage.durable import write_durably
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cotune.parse_errors import OWN_COMMANDS
+from cotune.fit.parse_errors import OWN_COMMANDS
 
 _HELP = """\
 usage: cotune COMMAND [options]
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if words[0] in OWN_COMMANDS:
         return _run_small(words[0], words[1:])
-    from cotune.cli import run
+    from cotune.fit.cli import run
 
     return run(words)
 
@@ -96,12 +96,12 @@ def _keep_freed_memory() -> None:
 
 def _run_small(name: str, words: Sequence[str]) -> int:
     """A command with a parser of its own: --help and typos are answered before the heavy imports."""
-    command = importlib.import_module(f"cotune.{name}")
+    command = importlib.import_module(f"cotune.commands.{name}")
     # Most commands know all their options; `ask` takes the inputs of the program too.
     options = command.parse(words) if hasattr(command, "parse") else command.parser().parse_args(words)
     if name == "doctor":  # it must answer where the imports of the others fail
         return int(command.main(options))
-    from cotune.cli import guarded
+    from cotune.fit.cli import guarded
 
     return guarded(lambda: command.main(options))
 

@@ -8,8 +8,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from cotune.datamodules import TraceDataModule
+from cotune.fit.parse_errors import explain
 from cotune.lightning_modules import ProgramModule
-from cotune.parse_errors import explain
 
 
 class BuildError(ValueError):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.build import build_module
-from cotune.datamodules.durable import file_sum, read_sums
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Example, Program, Rollout, prompts_from_dict
+from cotune.storage.durable import file_sum, read_sums
 
 
 class ExportError(ValueError):

@@ -1,15 +1,15 @@
 """Data modules: examples in four disjoint sets, and traces of the program as training data."""
 
-from cotune.datamodules.banking77 import Banking77
 from cotune.datamodules.collate import Batch, Bearing, Pair, Segment, collate
 from cotune.datamodules.collect import Attempt, Bootstrapping, Collected, NoTracesError, Report, collect
 from cotune.datamodules.encode import ChatEncoder, Vocabulary
-from cotune.datamodules.gsm8k import GSM8K
-from cotune.datamodules.hotpotqa import HotPotQA
-from cotune.datamodules.iris import Iris
 from cotune.datamodules.rows import DataError
 from cotune.datamodules.splits import Sizes, Splits, split
 from cotune.datamodules.table import Table
+from cotune.datamodules.tasks.banking77 import Banking77
+from cotune.datamodules.tasks.gsm8k import GSM8K
+from cotune.datamodules.tasks.hotpotqa import HotPotQA
+from cotune.datamodules.tasks.iris import Iris
 from cotune.datamodules.trace import Trace, load_traces, save_traces
 from cotune.datamodules.traces import EpochBatches, PairMaker, TraceDataModule
 

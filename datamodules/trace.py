@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.durable import DamagedFileError, damaged_file, new_folder
 from cotune.programs import Demo, Program
+from cotune.storage.durable import DamagedFileError, damaged_file, new_folder
 
 FORMAT = 2
 """Of the folder: a column says it, so that it outlives what people do to a data set. Folders without one are of 1."""

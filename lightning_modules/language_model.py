@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules.crash_point import crash_point
-from cotune.datamodules.durable import file_sum
 from cotune.datamodules.encode import ChatEncoder
 from cotune.datamodules.thinking import told_apart
 from cotune.inference import Codec
@@ -53,6 +51,8 @@ from cotune.lightning_modules.quantization import (
     quantized_as,
 )
 from cotune.programs import Completion, Request, Sampling
+from cotune.storage.crash_point import crash_point
+from cotune.storage.durable import file_sum
 from torch import Tensor, nn
 
 ADAPTERS = ("", "default")

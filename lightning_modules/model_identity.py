@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cotune.datamodules.durable import file_sum
 from cotune.lightning_modules.lora import fingerprint, lora_layers, weights_version
+from cotune.storage.durable import file_sum
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 

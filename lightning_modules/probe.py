@@ -19,9 +19,9 @@ from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.inference.codec import Codec
 from cotune.inference.engine import Prompted
 from cotune.inference.local.decoder import Decoder
-from cotune.lightning_modules import plain
 from cotune.lightning_modules.findings import Build, Findings, Way
 from cotune.lightning_modules.lora import seeded
+from cotune.lightning_modules.training import plain
 from cotune.programs.lm import Sampling
 from torch import Tensor
 
@@ -312,13 +312,13 @@ def _as_ids(text: str) -> list[int]:
 
 
 def _packing(model: Any, length: int, below: bool) -> str:
-    from cotune.lightning_modules.loss import packed_logits
+    from cotune.lightning_modules.training.loss import packed_logits
 
     return _differs(model, packed_logits, _rows(length, below))
 
 
 def _padding(model: Any, length: int, below: bool) -> str:
-    from cotune.lightning_modules.loss import padded_logits
+    from cotune.lightning_modules.training.loss import padded_logits
 
     return _differs(model, padded_logits, _rows(length, below))
 
@@ -361,7 +361,7 @@ def _flat(gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tens
 
 def _drops(model: Any) -> bool:
     """Whether attention is asked to drop weights while training."""
-    from cotune.lightning_modules.loss import packed_logits
+    from cotune.lightning_modules.training.loss import packed_logits
 
     model.train()
     try:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from cotune.datamodules import Batch, PairMaker, Vocabulary
 from cotune.inference.engine import Engine
-from cotune.lightning_modules.fused import fuse_adapter
-from cotune.lightning_modules.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.objectives import Objective, Rejection
-from cotune.lightning_modules.packing import checkpoint_layers
 from cotune.lightning_modules.quantization import refuse_plugin
-from cotune.lightning_modules.skips import SkipLimits, Skips
+from cotune.lightning_modules.training.fused import fuse_adapter
+from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
+from cotune.lightning_modules.training.packing import checkpoint_layers
+from cotune.lightning_modules.training.skips import SkipLimits, Skips
 from cotune.programs import (
     Example,
     Form,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from cotune.datamodules import Batch
-from cotune.lightning_modules.loss import exact_dtype, log_probs
+from cotune.lightning_modules.training.loss import exact_dtype, log_probs
 
 
 def completion_loss(model: Any, batch: Batch) -> torch.Tensor:

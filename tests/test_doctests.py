@@ -10,12 +10,8 @@ import pytest
 
 import cotune
 
-PACKAGES = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks", "table", "report")
 MODULES = sorted(
-    module.name
-    for package in (cotune, *(importlib.import_module(f"cotune.{name}") for name in PACKAGES))
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
-    if module.name != "cotune.__main__"
+    module.name for module in pkgutil.walk_packages(cotune.__path__, "cotune.") if module.name != "cotune.__main__"
 )
 EXAMPLES = {name: doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name)) for name in MODULES}
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cotune.datamodules.durable import write_durably
-
-from cotune.table.runs import Run
-from cotune.table.table_config import TableConfig, read_table
+from cotune.experiments.runs import Run
+from cotune.experiments.table_config import TableConfig, read_table
+from cotune.storage.durable import write_durably
 
 
 def config(folder: Path, **changes: Any) -> TableConfig:

@@ -8,8 +8,7 @@ import pytest
 from cotune.callbacks.diagnosis import advice_without_traces, by_label, diagnose, trace_coverage
 from cotune.datamodules import Bootstrapping, Report, Trace
 from cotune.programs import Completion, Example, Failure, Rollout, Step
-
-from cotune.closing_table import coverage_lines, set_metric_lines
+from cotune.reporting.closing_table import coverage_lines, set_metric_lines
 
 
 def rollout(name: str, score: float, *, label: str = "x", unreadable_at: str = "") -> Rollout:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.callbacks.log_program import LogProgram, scalars
-from cotune.callbacks.metrics_file import MetricsFile
-from cotune.callbacks.program_tables import prompt_difference
-from cotune.datamodules.durable import NotWrittenError
+from cotune.callbacks.loggers.log_program import LogProgram, scalars
+from cotune.callbacks.loggers.metrics_file import MetricsFile
+from cotune.callbacks.loggers.program_tables import prompt_difference
 from cotune.programs import Demo, Prompt
+from cotune.storage.durable import NotWrittenError
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 from cotune.callbacks.record_run import RecordRun, write_whole
-from cotune.datamodules.durable import NotWrittenError
 from cotune.programs import Example, content_id
+from cotune.reporting.closing_table import closing_table
+from cotune.storage.durable import NotWrittenError
 from rich.console import Console
 from tiny_fit import BrokenOffError, Fit, digest, tiny_fit
-
-from cotune.closing_table import closing_table
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,11 @@ import pytest
 import torch
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import CheckpointError, Checkpoints
-from cotune.callbacks.log_program import LogProgram
-from cotune.callbacks.metrics_file import MetricsFile
+from cotune.callbacks.loggers.log_program import LogProgram
+from cotune.callbacks.loggers.metrics_file import MetricsFile
 from cotune.datamodules import Sizes
-from cotune.datamodules.durable import NotWrittenError
 from cotune.lightning_modules import LoRA
+from cotune.storage.durable import NotWrittenError
 from lightning.pytorch import Callback, Trainer
 from tiny_fit import BreakInTraining, BreakInValidation, BrokenOffError, Fit, tiny_fit
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from commands import fit
 from cotune.callbacks.schedule import WeightStep, parse_schedule, weight_steps
+from cotune.reporting.closing_table import read_history
 from lightning.pytorch import Callback
 from tiny_fit import BreakInTraining, BrokenOffError, tiny_fit
 
 from cotune.__main__ import main
-from cotune.closing_table import read_history
 
 
 class Rates(Callback):

@@ -15,16 +15,16 @@ import pytest
 import wandb
 import yaml
 from commands import fit
-from cotune.callbacks.log_program import LogProgram
-from cotune.callbacks.program_tables import rollout_rows
-from cotune.callbacks.wandb_artifacts import ProgramArtifacts
-from cotune.callbacks.wandb_run import Points, RunLogger, kept_id
+from cotune.callbacks.loggers.log_program import LogProgram
+from cotune.callbacks.loggers.program_tables import rollout_rows
+from cotune.callbacks.loggers.wandb_artifacts import ProgramArtifacts
+from cotune.callbacks.loggers.wandb_run import Points, RunLogger, kept_id
 from cotune.programs import Completion, Example, Rollout, Step
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 from wandb_file import WandbFile, column
 
 from cotune.__main__ import main
-from cotune.wandb_setup import placed_loggers
+from cotune.fit.wandb_setup import placed_loggers
 
 CANARIES = ("canary-of-the-environment", "canary-of-the-command-line", "canary-of-the-config")
 KEYED = """

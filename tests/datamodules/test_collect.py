@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from cotune.datamodules import Bootstrapping, Collected, Report, Trace, Vocabulary, collect, load_traces, save_traces
-from cotune.datamodules.durable import DamagedFileError
 from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import (
     Completion,
@@ -28,6 +27,7 @@ from cotune.programs import (
     prompts_id,
 )
 from cotune.programs.lm import Filled
+from cotune.storage.durable import DamagedFileError
 from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, runner, shown
 

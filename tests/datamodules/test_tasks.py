@@ -14,13 +14,13 @@ from typing import Any
 
 import datasets
 import pytest
-from cotune.datamodules.banking77 import Banking77, banking77_examples, frequent_intents
-from cotune.datamodules.gsm8k import GSM8K, gold_number, gsm8k_examples
-from cotune.datamodules.hotpotqa import HotPotQA, hotpotqa_examples
-from cotune.datamodules.iris import Iris, iris_examples
 from cotune.datamodules.rows import DataError
 from cotune.datamodules.splits import NAMES, Sizes, Splits
 from cotune.datamodules.table import Table
+from cotune.datamodules.tasks.banking77 import Banking77, banking77_examples, frequent_intents
+from cotune.datamodules.tasks.gsm8k import GSM8K, gold_number, gsm8k_examples
+from cotune.datamodules.tasks.hotpotqa import HotPotQA, hotpotqa_examples
+from cotune.datamodules.tasks.iris import Iris, iris_examples
 from cotune.programs import exact_match, first_line_number
 
 

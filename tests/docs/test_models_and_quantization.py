@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.export import parser
+from cotune.commands.export import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "models-and-quantization.md").read_text(encoding="utf-8")

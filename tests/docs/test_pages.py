@@ -15,8 +15,8 @@ from commands import fit
 from pages import DOCS, ROOT, blocks, commands
 
 from cotune.__main__ import main
-from cotune.cli import CotuneCLI
-from cotune.parse_errors import OWN_COMMANDS
+from cotune.fit.cli import CotuneCLI
+from cotune.fit.parse_errors import OWN_COMMANDS
 
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 RUN_ELSEWHERE = {"your-own-program.md", "engines.md"}
@@ -64,7 +64,7 @@ def test_every_command_on_it_parses(page: Path, reader: Path) -> None:
         if not words:
             continue
         if words[0] in OWN_COMMANDS:
-            command = importlib.import_module(f"cotune.{words[0]}")
+            command = importlib.import_module(f"cotune.commands.{words[0]}")
             (command.parse if hasattr(command, "parse") else command.parser().parse_args)(words[1:])
         else:
             with pytest.raises(ParsedError):

@@ -120,7 +120,7 @@ def _read_all(template: Path, name: str, *, flips: int, cuts: int, seed: str) ->
 
 def judge(reader: Callable[[Path, str], Any], folder: Path, name: str, right: Any) -> Verdict:
     """Reads a damaged folder, and compares with what was written."""
-    from cotune.cli import _is_ours
+    from cotune.fit.cli import _is_ours
 
     try:
         found = reader(folder, name)
@@ -191,7 +191,7 @@ def _read_traces(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_identity(folder: Path, name: str) -> dict[str, Any]:
-    from cotune.run_identity import read_identity
+    from cotune.fit.run_identity import read_identity
 
     found = read_identity((folder / name).parent)
     return {} if found is None else {"identity": repr(found)}

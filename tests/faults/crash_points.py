@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import count
 
-from cotune.datamodules.crash_point import POINTS
+from cotune.storage.crash_point import POINTS
 
 from faults.kills import Reference, continuing_line, resumed_equal
 from faults.nursery import fresh, last_line, run_to_end

@@ -236,8 +236,9 @@ def users_code(made: tuple[Any, Any, Any]) -> None:
 
 def configs(words: Sequence[str]) -> None:
     """Options with made-up values are taken, or refused in one line that begins "cotune: error:"; no traceback."""
-    from cotune.cli import CotuneCLI, guarded
-    from cotune.run_folder import RunFolder
+    from cotune.storage.run_folder import RunFolder
+
+    from cotune.fit.cli import CotuneCLI, guarded
 
     class Parsed(CotuneCLI):
         """Stops where a fit would begin to load and write; builds its parser, most of the work, once."""

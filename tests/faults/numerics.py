@@ -115,8 +115,8 @@ def _contents(run: Path) -> dict[str, bytes]:
 def _spoiling(record: Path, k: int, value: float) -> Callable[[], None]:
     def arm() -> None:
         import torch
-        from cotune.lightning_modules import gradients
         from cotune.lightning_modules.lora import fingerprint
+        from cotune.lightning_modules.training import gradients
 
         original, calls = gradients.log_probs, 0
         record.write_text("")
@@ -143,7 +143,7 @@ def _spoiling(record: Path, k: int, value: float) -> Callable[[], None]:
 def _no_memory_in_training(record: Path, k: int) -> Callable[[], None]:
     def arm() -> None:
         import torch
-        from cotune.lightning_modules import gradients
+        from cotune.lightning_modules.training import gradients
 
         original, calls = gradients.log_probs, 0
 

@@ -113,11 +113,19 @@ class Child:
 
 def imported() -> None:
     """Imports what a run imports, once, and keeps the collector from touching it: children share the pages."""
-    for name in ("torch", "torch._dynamo", "cotune.cli", "cotune.predict", "cotune.closing_table", "datasets", "peft"):
+    for name in (
+        "torch",
+        "torch._dynamo",
+        "cotune.fit.cli",
+        "cotune.commands.predict",
+        "cotune.reporting.closing_table",
+        "datasets",
+        "peft",
+    ):
         import_module(name)
     for name in ("bm25s", "sklearn.datasets", "tiny_fit", "transformers.models.llama.modeling_llama"):
         import_module(name)
-    import_module("cotune.cli")._quiet()
+    import_module("cotune.fit.cli")._quiet()
     _parse_once()
     gc.freeze()
 
@@ -233,7 +241,7 @@ def _run(job: Job, log: Path, arm: Callable[[], None] | None, stopped: bool) -> 
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         sys.argv = ["cotune", *job.words]
         sys.path.insert(0, str(job.folder))
-        reload(import_module("cotune.datamodules.crash_point"))  # it reads COTUNE_CRASH when it is imported
+        reload(import_module("cotune.storage.crash_point"))  # it reads COTUNE_CRASH when it is imported
         if stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
         if arm is not None:

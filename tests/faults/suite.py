@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from cotune.datamodules.crash_point import POINTS
+from cotune.storage.crash_point import POINTS
 from tiny import save_tiny_model
 
 from faults import canary, corruption, crash_points, disk, inputs, kills, numerics, stops, two_runs

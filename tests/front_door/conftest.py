@@ -14,7 +14,7 @@ import pytest
 from commands import fit
 from cotune.lightning_modules import ProgramModule
 
-from cotune.cli import CotuneCLI
+from cotune.fit.cli import CotuneCLI
 
 
 @dataclass(frozen=True)

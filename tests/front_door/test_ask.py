@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from commands import Said, cotune
-from cotune.datamodules.iris import iris_examples
+from cotune.datamodules.tasks.iris import iris_examples
 from rich.console import Console
 
-from cotune.ask import AskError, question, show
+from cotune.commands.ask import AskError, question, show
 
 
 @pytest.fixture

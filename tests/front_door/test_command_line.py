@@ -16,7 +16,7 @@ import wandb
 import yaml
 from commands import ROOT, Said, cotune, fit, tiny
 
-from cotune.parse_errors import OWN_COMMANDS
+from cotune.fit.parse_errors import OWN_COMMANDS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 IRIS = str(ROOT / "configs" / "iris.yaml")
@@ -218,7 +218,7 @@ def test_a_value_that_its_owner_refuses_is_one_line(
 def test_a_hub_that_does_not_answer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    from cotune.cli import _retries_said_once
+    from cotune.fit.cli import _retries_said_once
 
     log = logging.getLogger("a test's Hub client")
     log.addFilter(_retries_said_once())
@@ -307,7 +307,7 @@ def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyP
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("cotune.cli.RunFolder.acquire", broken)
+    monkeypatch.setattr("cotune.fit.cli.RunFolder.acquire", broken)
     with pytest.raises(KeyError):
         run(*fit(tiny_model))
 
@@ -317,7 +317,7 @@ def test_a_bug_of_ours_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyP
 
 def test_a_folder_in_use_is_refused_and_says_by_whom(run: Run, tiny_model: Path) -> None:
     hold = (
-        "import sys; from cotune.run_folder import RunFolder\n"
+        "import sys; from cotune.storage.run_folder import RunFolder\n"
         "folder = RunFolder('runs', 'tiny'); folder.acquire(); print('held', flush=True)\n"
         "sys.stdin.read()"
     )
@@ -352,7 +352,7 @@ def test_a_run_name_is_a_folder_name(run: Run, tiny_model: Path, name: str) -> N
 
 
 def test_one_seed_reaches_model_data_and_alternate(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cotune.cli import CotuneCLI
+    from cotune.fit.cli import CotuneCLI
 
     monkeypatch.setattr(CotuneCLI, "_run_subcommand", lambda self, name: made.append(self))
     made: list[CotuneCLI] = []

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from commands import cotune
+from cotune.reporting.comparison import compare_runs
+from cotune.reporting.page import render_comparison
+from cotune.reporting.run_record import read_run
 from written_run import write_run
-
-from cotune.report.comparison import compare_runs
-from cotune.report.page import render_comparison
-from cotune.report.run_record import read_run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cotune.config_files import ConfigFileError, check_config_files
+from cotune.fit.config_files import ConfigFileError, check_config_files
 
 GOOD = "name: t\nmodel:\n  program:\n    init_args: {signature: 'a, b -> c', instruction: Name it.}\n"
 

@@ -14,11 +14,11 @@ import yaml
 from commands import Said, cotune, fit
 from cotune.callbacks import Alternate
 from cotune.callbacks.step_work import StepWork
-from cotune.datamodules.durable import damage_of
+from cotune.reporting.closing_table import read_history
+from cotune.storage.durable import damage_of
+from cotune.storage.run_folder import RunFolder
 
 from cotune.__main__ import main
-from cotune.closing_table import read_history
-from cotune.run_folder import RunFolder
 
 Run = Callable[..., Said]
 TABLE = Path("flowers.csv")
@@ -195,7 +195,7 @@ def not_ended(folder: Path) -> None:
     """As if the run had been killed just before its last mark."""
     from dataclasses import replace
 
-    from cotune.run_identity import read_identity
+    from cotune.fit.run_identity import read_identity
 
     identity = read_identity(folder)
     assert identity is not None

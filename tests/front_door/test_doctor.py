@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from commands import Said, cotune
 
-from cotune import doctor
-from cotune.doctor import Finding, account_findings, disk_findings, gemm_gflops, python_findings
+from cotune.commands import doctor
+from cotune.commands.doctor import Finding, account_findings, disk_findings, gemm_gflops, python_findings
 
 
 @pytest.fixture

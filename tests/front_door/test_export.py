@@ -18,18 +18,18 @@ import yaml
 from commands import Said
 from commands import cotune as command
 from cotune.callbacks.export_program import export_program
-from cotune.datamodules.durable import damaged_file
-from cotune.datamodules.iris import iris_examples
+from cotune.datamodules.tasks.iris import iris_examples
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, refusal
 from cotune.programs import Completion, Predict, Sampling
+from cotune.reporting.model_card import vllm_refusals
+from cotune.storage.durable import damaged_file
 from tiny import save_wide_model
 from tiny_fit import among
 
 import cotune
-from cotune.export import write_export
-from cotune.model_card import vllm_refusals
+from cotune.commands.export import write_export
 
 FLOWERS = iris_examples()[::15]
 EXPORTED = ("README.md", "program.json", "prompts.json")
@@ -243,7 +243,7 @@ def test_the_card_says_scores_with_n_base_data_and_how_to_load(export: Path, run
     for prefix, score in summary["scores"].items():
         assert f"| {prefix}{' (exported)' if prefix == summary['best'] else ''} | {score:.3f} | 8 |" in body
     assert f"**{summary['test_score']:.3f}** (n = 4)" in body
-    assert "| data | cotune.datamodules.iris.Iris |" in body
+    assert "| data | cotune.datamodules.tasks.iris.Iris |" in body
     assert "| examples | train 12, dev 6, val 8, test 4 |" in body
     assert "More Information Needed" not in text
     for tool in (
@@ -335,8 +335,8 @@ def test_a_killed_export_leaves_none_or_a_whole_one_and_the_same_command_complet
         if where == "earlier":
             write_export(export, out, what="all", license_name="mit")
         with monkeypatch.context() as patch:
-            patch.setattr("cotune.datamodules.crash_point._WANTED", (point, died + 1))
-            patch.setattr("cotune.datamodules.crash_point._passed", Counter())
+            patch.setattr("cotune.storage.crash_point._WANTED", (point, died + 1))
+            patch.setattr("cotune.storage.crash_point._passed", Counter())
             if not dies(lambda: write_export(export, out, what="all")):
                 break
         died += 1

@@ -9,8 +9,8 @@ from commands import cotune
 from cotune.datamodules import Bootstrapping, Iris
 from cotune.lightning_modules import LanguageModel, ProgramModule
 
-from cotune.option_errors import OptionError, check_groups, own_modules
-from cotune.parse_errors import explain
+from cotune.fit.option_errors import OptionError, check_groups, own_modules
+from cotune.fit.parse_errors import explain
 
 
 @pytest.mark.parametrize(

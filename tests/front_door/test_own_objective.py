@@ -8,7 +8,7 @@ import pytest
 from commands import cotune, fit
 from datasets import load_from_disk
 
-from cotune.preview import load_batches
+from cotune.commands.preview import load_batches
 
 
 def test_a_step_with_an_objective_of_ones_own_runs_and_shows_what_it_trains_on(

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from commands import Said, cotune
-from cotune.datamodules.iris import iris_examples
+from cotune.datamodules.tasks.iris import iris_examples
 
-from cotune.predict import stream_rows
+from cotune.commands.predict import stream_rows
 
 ROWS = [dict(example.inputs) for example in iris_examples()[::30]]
 TOO_LONG = dict.fromkeys(ROWS[0], "1" * 1000)

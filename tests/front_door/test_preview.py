@@ -16,7 +16,7 @@ from cotune.datamodules import Pair, load_traces
 from datasets import load_from_disk
 from tiny import save_tiny_model, tiny_tokenizer
 
-from cotune.preview import TrainedRow, load_batches, marked, trained_rows
+from cotune.commands.preview import TrainedRow, load_batches, marked, trained_rows
 
 
 def preview(capsys: pytest.CaptureFixture[str], *words: str) -> Said:

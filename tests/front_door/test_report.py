@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
 import json
 import random
 import re
@@ -13,14 +11,13 @@ from typing import Any
 
 import pytest
 from commands import cotune
+from cotune.reporting.charts import curves, timeline
+from cotune.reporting.journeys import changes, journeys
+from cotune.reporting.page import render_report
+from cotune.reporting.prompt_changes import prompt_changes, word_difference
+from cotune.reporting.run_record import ReportError, read_run
+from cotune.reporting.statistics import interval, paired_difference, standard_error
 from written_run import PREFIXES, STAGES, write_run
-
-from cotune.report.charts import curves, timeline
-from cotune.report.journeys import changes, journeys
-from cotune.report.page import render_report
-from cotune.report.prompt_changes import prompt_changes, word_difference
-from cotune.report.run_record import ReportError, read_run
-from cotune.report.statistics import interval, paired_difference, standard_error
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)></pre></style>{{ 7*7 }}&amp;\u2028end"""
 
@@ -339,15 +336,8 @@ def test_a_chart_stays_inside_its_frame(tmp_path: Path) -> None:
     assert len(score.dots) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["charts", "comparison", "journeys", "page", "prompt_changes", "run_record", "statistics"]
-)
-def test_doctests_are_true(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"cotune.report.{name}")).failed == 0
-
-
 def test_a_step_that_was_logged_twice_counts_as_it_was_last(tmp_path: Path) -> None:
-    from cotune.report.run_record import _read_metrics
+    from cotune.reporting.run_record import _read_metrics
 
     rows = ["step,train/loss,val/score", "0,0.5,", "1,0.4,", "1,,0.25", "1,0.3,", "1,,0.75", "2,0.2,"]
     (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Page, browser
+from cotune.reporting.comparison import compare_runs
+from cotune.reporting.page import render_comparison, render_report
+from cotune.reporting.run_record import read_run
 from written_run import write_run
-
-from cotune.report.comparison import compare_runs
-from cotune.report.page import render_comparison, render_report
-from cotune.report.run_record import read_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, e.g. apt-get install chromium")
 

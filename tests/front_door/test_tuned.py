@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cotune.callbacks.export_program import export_program
-from cotune.datamodules.iris import iris_examples
+from cotune.datamodules.tasks.iris import iris_examples
 from cotune.programs import Rollout
 from tiny_fit import CurtLM, among
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.datamodules.crash_point import crash_point
 from cotune.inference.engine import Generated, Prompted
 from cotune.inference.stored import CompletionStore, CompletionStoreError, completion_keys
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import Filled
+from cotune.storage.crash_point import crash_point
 
 
 def key(name: object) -> bytes:
@@ -101,7 +101,7 @@ def test_a_wave_is_whole_or_absent_after_a_kill(
         for start in range(0, 30, 10):
             store.keep(dict(waves[start : start + 10]))
 
-    monkeypatch.setattr("cotune.datamodules.crash_point._WANTED", (point, 2))
+    monkeypatch.setattr("cotune.storage.crash_point._WANTED", (point, 2))
     assert end_of(in_another_process(write)) == -signal.SIGKILL
     assert store.find(made(30)) == dict(list(made(30).items())[:there])
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from cotune.datamodules import ChatEncoder, Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA
-from cotune.lightning_modules.gradients import BatchGradients
 from cotune.lightning_modules.objectives import Rejection
+from cotune.lightning_modules.training.gradients import BatchGradients
 from cotune.programs import Demo, Lines, Prompt, Request, Sampling, Signature
 from families import FAMILIES
 

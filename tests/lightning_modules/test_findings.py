@@ -13,8 +13,8 @@ from cotune.inference import Codec, Prompted
 from cotune.inference.local.decoder import Decoder
 from cotune.inference.local.plain import alone
 from cotune.lightning_modules import findings as known
-from cotune.lightning_modules import plain
 from cotune.lightning_modules.findings import Findings, Way, find, findings
+from cotune.lightning_modules.training import plain
 from cotune.programs import Sampling
 from losses import row_losses
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Phi3Config

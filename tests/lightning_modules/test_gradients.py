@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from cotune.datamodules.collate import Batch, Pair, collate
-from cotune.lightning_modules import LoRA, gradients
-from cotune.lightning_modules.gradients import BatchGradients, TrainingMemoryError, is_finite, known_gradients
+from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import attach
 from cotune.lightning_modules.objectives import Rejection
+from cotune.lightning_modules.training import gradients
+from cotune.lightning_modules.training.gradients import BatchGradients, TrainingMemoryError, is_finite, known_gradients
 from transformers import AutoModelForCausalLM
 
 

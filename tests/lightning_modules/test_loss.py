@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
-from cotune.lightning_modules import LoRA, loss, packing
+from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.findings import Findings, Way, findings, remember
-from cotune.lightning_modules.fused import fuse_adapter
 from cotune.lightning_modules.lora import attach
-from cotune.lightning_modules.packing import Abilities
+from cotune.lightning_modules.training import loss, packing
+from cotune.lightning_modules.training.fused import fuse_adapter
+from cotune.lightning_modules.training.packing import Abilities
 from losses import completion_loss, row_losses
 from transformers import AutoModelForCausalLM
 

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.callbacks.schedule import WeightStep
 from cotune.datamodules import Batch, Bearing, Bootstrapping, Collected, Pair, Trace, collate
-from cotune.lightning_modules import LoRA, gradients
-from cotune.lightning_modules.gradients import BatchGradients, Computed
+from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import attach
 from cotune.lightning_modules.objectives import Objective, Rejection
+from cotune.lightning_modules.training import gradients
+from cotune.lightning_modules.training.gradients import BatchGradients, Computed
 from tiny_fit import tiny_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM

@@ -11,9 +11,10 @@ import pytest
 import torch
 from cotune.datamodules import Batch, Pair, Splits, TraceDataModule, collate
 from cotune.datamodules.splits import Sizes
-from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule, gradients
+from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule
 from cotune.lightning_modules.objectives import Rejection
-from cotune.lightning_modules.skips import NonFiniteError, SkipLimits
+from cotune.lightning_modules.training import gradients
+from cotune.lightning_modules.training.skips import NonFiniteError, SkipLimits
 from fakes import Loop, doubles
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader

@@ -1,0 +1,87 @@
+"""MetricsFile: metrics.csv of a run, which goes on where a resumed run goes on."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from cotune.storage.durable import explained, write_whole
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+class MetricsFile(CSVLogger):
+    """Lightning's CSVLogger, which loses nothing: it writes each row at once, and keeps the rows of an earlier process.
+
+    Args:
+        folder: of metrics.csv.
+        keep: go on with the file that is there, as a resumed run does; else it is replaced.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: bool = False) -> None:
+        path = Path(folder)
+        super().__init__(str(path.parent), name=path.name, version="", flush_logs_every_n_steps=1)
+        self.path, self._keep = path / ExperimentWriter.NAME_METRICS_FILE, keep
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = _Writer(str(self.path.parent), keep=self._keep)
+        return self._experiment
+
+    def forget(self, *, step: int, boundaries: int) -> None:
+        """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again."""
+        if not self.path.is_file():
+            return
+        names, rows = _read(self.path)
+        write_whole(self.path, _csv_text(names, [row for row in rows if _behind(row, step, boundaries)]))
+
+
+class _Writer(ExperimentWriter):
+    def __init__(self, folder: str, *, keep: bool) -> None:
+        self._keep = keep
+        super().__init__(folder)
+
+    def save(self) -> None:
+        with explained(Path(self.metrics_file_path)):
+            super().save()
+
+    def _check_log_dir_exists(self) -> None:
+        """Called when the writer is made. The base class deletes the file, with a warning."""
+        path = Path(self.metrics_file_path)
+        if not self._keep:
+            path.unlink(missing_ok=True)
+        elif path.is_file():
+            self.metrics_keys, _ = _read(path)
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """The base class empties the file before it writes the rows anew: a kill would lose them."""
+        path = Path(self.metrics_file_path)
+        write_whole(path, _csv_text(fieldnames, _read(path)[1]))
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and whole rows. A row that a kill or a full disk cut short is dropped, with what was written behind
+    it on its line: a run is continued from a step before it, and writes both again."""
+    text = path.read_bytes().decode("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    return list(reader.fieldnames or ()), [row for row in reader if None not in row and None not in row.values()]
+
+
+def _behind(row: dict[str, str], step: int, boundaries: int) -> bool:
+    if not row.get("step"):
+        return False
+    if row.get("boundary/index"):
+        return float(row["boundary/index"]) < boundaries
+    return int(row["step"]) < step
+
+
+def _csv_text(names: list[str], rows: list[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

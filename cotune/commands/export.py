@@ -1,0 +1,340 @@
+"""cotune export: a run's result as others load it: adapter, merged weights, model card, and a push to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.lightning_modules import LanguageModel
+    from cotune.reporting.model_card import Card
+
+_FILES = ("README.md", "program.json", "prompts.json")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        "cotune export",
+        allow_abbrev=False,
+        description="Makes what a run ended with fit for others: adapter/ for PEFT and vLLM, merged/ with whole "
+        "weights for transformers and the rest, and README.md, a model card with scores, data and settings. "
+        "Exit codes: 0, or 2 for an error that the message explains.",
+    )
+    made.add_argument("run", metavar="FOLDER", help="a run's folder or its export, e.g. runs/iris")
+    made.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where to write, in place of an earlier export there; the run's own export folder without it",
+    )
+    made.add_argument("--what", choices=("adapter", "merged", "all"), default="adapter", help="default: adapter")
+    made.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the merged weights; that of the run without it",
+    )
+    made.add_argument(
+        "--unrounded",
+        action="store_true",
+        help="merge into the base as it was before the run's quantization rounded it; without it the merged weights "
+        "are rounded as in the run, and write what its program wrote",
+    )
+    made.add_argument(
+        "--base-model", metavar="ID", help="the Hub id by which others know the base, where the run had a local folder"
+    )
+    made.add_argument("--license", default="", metavar="NAME", help="for the model card, e.g. apache-2.0")
+    made.add_argument(
+        "--push-to-hub",
+        metavar="USER/REPO",
+        help="upload it, with the token of `hf auth login` or HF_TOKEN; a new repository is private",
+    )
+    made.add_argument("--public", action="store_true", help="make a new repository public")
+    made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
+    return made
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        ExportError: the folder holds no export, or the Hub refuses.
+        ModelNotFoundError, QuantizationError: merged weights are asked for, and the base cannot be read or merged.
+    """
+    from cotune.tuned import export_folder
+
+    export = export_folder(options.run)
+    out = Path(options.out) if options.out else export
+    card = write_export(
+        export,
+        out,
+        what=options.what,
+        dtype=options.dtype,
+        unrounded=options.unrounded,
+        base_model=options.base_model,
+        license_name=options.license,
+        trust_remote_code=options.trust_remote_code,
+    )
+    for line in _told(card, out):
+        print(line)
+    if options.push_to_hub:
+        print(push(out, options.push_to_hub, what=options.what, public=options.public))
+    return 0
+
+
+def write_export(
+    export: Path,
+    out: Path,
+    *,
+    what: str = "adapter",
+    dtype: str | None = None,
+    unrounded: bool = False,
+    base_model: str | None = None,
+    license_name: str = "",
+    trust_remote_code: bool = False,
+) -> Card:
+    """Writes the parts asked for and a card of them; see the command's options.
+
+    A kill leaves no half export: a new folder appears whole or not at all; in one that is there, each part does, and
+    program.json, without which nothing reads it, comes last. The same command again completes it.
+
+    Raises:
+        ExportError: `out` holds other files, the export lacks its adapter, or the base has no name that others know.
+        NotWrittenError: the disk is full, read-only or broken.
+    """
+    from cotune.storage.durable import explained, put_folder
+    from cotune.tuned import ExportError, read_export
+
+    described = _with_base(read_export(export), base_model)
+    if not (export / "adapter" / "adapter_config.json").is_file():
+        raise ExportError(f'"{export}" has no adapter/, so nothing can be made of it; give the run\'s own folder.')
+    _check_target(out, export)
+
+    def fill(folder: Path) -> Card:
+        if what != "merged":
+            _write_adapter(export / "adapter", folder / "adapter", described["base"])
+        into = ""
+        if what != "adapter":
+            lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
+            into = _write_merged(lm, described, export / "adapter", folder / "merged")
+        license = license_name or _known_license(described["base"])
+        return _write_texts(folder, export, described, with_adapter=what != "merged", merged_into=into, license=license)
+
+    if out.exists():
+        if out.resolve() != export.resolve():
+            _clear(out)
+        return fill(out)
+    with _filled_beside(out) as partial:
+        card = fill(partial)
+        with explained(out):
+            put_folder(partial, out, listed=False)
+    return card
+
+
+def push(out: Path, repo: str, *, what: str, public: bool) -> str:
+    """Uploads an export; the token is huggingface_hub's own matter. Returns where it is.
+
+    Raises:
+        ExportError: no token, no right, no connection, or a base that exists on this machine only.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # its HTTP library's
+
+    from cotune.tuned import ExportError
+
+    base = _json(out / "program.json")["base"]
+    if what != "merged" and not base["on_hub"]:
+        raise ExportError(
+            f'the adapter\'s base is "{base["name"]}" on this machine, where nobody else finds it. Name it as the Hub '
+            "knows it, --base-model USER/MODEL, or push merged weights, --what merged."
+        )
+    parts = {"adapter": ["adapter/*"], "merged": ["merged/*"], "all": ["adapter/*", "merged/*"]}[what]
+    try:
+        api = HfApi()
+        url = api.create_repo(repo, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=str(out),
+            allow_patterns=[*_FILES, *parts],
+            commit_message="Upload of a program tuned by cotune",
+        )
+    except (HFValidationError, HTTPError, OSError) as error:  # no token is an OSError, too
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(
+            f'the Hub did not take "{repo}" ({first}). Log in with `hf auth login` or set HF_TOKEN to a token that may '
+            "write, and name the repository USER/REPO. What was exported stands in "
+            f"{out}."
+        ) from error
+    return f"pushed to {url}"
+
+
+def _with_base(described: dict[str, Any], base_model: str | None) -> dict[str, Any]:
+    """program.json with the base's name as others know it; exports of cotune 0.1.0's first days lack the part."""
+    base = described.get("base") or _early_base(described)
+    if base_model:
+        base = {**base, "name": base_model, "on_hub": True, "revision": None}
+    return {**described, "base": base}
+
+
+def _early_base(described: dict[str, Any]) -> dict[str, Any]:
+    from cotune.lightning_modules.embedded import GGUF_FILE, HUB_ID
+    from cotune.lightning_modules.language_model import EMBEDDED
+
+    name = described["base_model"]
+    lm = ((described.get("model") or {}).get("lm") or {}).get("init_args") or {}
+    return {
+        "model": name,
+        "name": HUB_ID if name == EMBEDDED else name,
+        "on_hub": name == EMBEDDED,
+        "revision": None,
+        "gguf_file": lm.get("gguf_file"),
+        "gguf": GGUF_FILE if name == EMBEDDED else "",
+        "quantization": f"bitsandbytes {lm['quantization']}" if lm.get("quantization") else "",
+        "by_run": {name: lm[name] for name in ("quantization", "double_quantization") if lm.get(name)},
+        "dtype": lm.get("dtype", "float32"),
+    }
+
+
+_OURS = {"adapter", "merged", "SHA256SUMS", *_FILES}
+
+
+def _check_target(out: Path, export: Path) -> None:
+    from cotune.tuned import ExportError
+
+    if out.exists() and not out.is_dir():
+        raise ExportError(f'--out "{out}" is a file; name a folder.')
+    if out.resolve() == export.resolve() or not out.is_dir() or (out / "program.json").is_file():
+        return
+    there = {path.name.removesuffix(".partial") for path in out.iterdir()}
+    killed = there <= _OURS and there & {"adapter", "merged"}  # an export that was not completed
+    if there and not killed:
+        raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
+
+
+def _clear(out: Path) -> None:
+    """Takes an earlier export away, program.json first: what is left is none until the new one is complete."""
+    (out / "program.json").unlink(missing_ok=True)
+    for name in sorted(_OURS):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _filled_beside(folder: Path) -> Iterator[Path]:
+    """An empty folder beside the one given, which is gone afterwards unless it was moved there."""
+    from cotune.storage.durable import explained
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with explained(folder):
+        partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
+    from cotune.callbacks.export_program import name_base
+    from cotune.storage.durable import explained, put_folder
+
+    if source.resolve() == target.resolve():
+        name_base(target, base["name"], base["revision"])
+    else:
+        with _filled_beside(target) as partial, explained(target):
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+            name_base(partial, base["name"], base["revision"])
+            put_folder(partial, target, listed=False)
+    _list_sums(target)
+
+
+def _write_merged(lm: LanguageModel, described: dict[str, Any], adapter: Path, target: Path) -> str:
+    from cotune.lightning_modules.merged import save_merged
+    from cotune.programs import Sampling
+    from cotune.storage.durable import explained, put_folder
+
+    sampling = Sampling(**((described.get("model") or {}).get("sampling") or {}))
+    with _filled_beside(target) as partial:
+        into = save_merged(lm, adapter, partial / "merged", sampling=sampling)
+        with explained(target):
+            put_folder(partial / "merged", target, listed=False)
+    _list_sums(target)
+    return into
+
+
+def _list_sums(part: Path) -> None:
+    """Brings the export's SHA256SUMS up to date: `load` compares the adapter with it, and `sha256sum -c` all."""
+    from cotune.storage.durable import explained, folder_sums, record_sums
+
+    with explained(part):
+        record_sums(part.parent, {f"{part.name}/{name}": digest for name, digest in folder_sums(part).items()})
+
+
+def _write_texts(
+    folder: Path, export: Path, described: dict[str, Any], *, with_adapter: bool, merged_into: str, license: str
+) -> Card:
+    from cotune.reporting.model_card import Card, read_summary_beside
+    from cotune.storage.durable import write_durably
+
+    prompts = (export / "prompts.json").read_text(encoding="utf-8")
+    card = Card(
+        name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
+        described=described,
+        adapter=_json(export / "adapter" / "adapter_config.json") if with_adapter else {},
+        prompts=json.loads(prompts),
+        summary=read_summary_beside(export),
+        merged_into=merged_into,
+        license=license,
+    )
+    write_durably(folder / "prompts.json", prompts)
+    write_durably(folder / "README.md", card.text())
+    # The last of all: a folder without it is no export.
+    write_durably(folder / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
+    return card
+
+
+def _base_lm(base: dict[str, Any], dtype: str | None, unrounded: bool, trust: bool) -> LanguageModel:
+    """The base as the run held it, or as it was before the run's own quantisation."""
+    from cotune.lightning_modules import LanguageModel
+
+    chosen: Any = dtype or base["dtype"]
+    rounding = {} if unrounded else base.get("by_run", {})
+    return LanguageModel(base["model"], gguf_file=base["gguf_file"], dtype=chosen, trust_remote_code=trust, **rounding)
+
+
+def _known_license(base: dict[str, Any]) -> str:
+    from cotune.lightning_modules.language_model import EMBEDDED
+
+    return "apache-2.0" if base["model"] == EMBEDDED else ""
+
+
+def _told(card: Card, out: Path) -> list[str]:
+    from cotune.reporting.model_card import serve_commands, vllm_refusals
+
+    base = card.described["base"]
+    lines = [f"{out}: {', '.join(_parts(out, card))}, README.md"]
+    lines.append(f"base: {base['name']}, {base['quantization'] or 'not quantised'} in the run")
+    if card.merged_into:
+        lines.append(f"merged into {card.merged_into}")
+    if not base["on_hub"]:
+        lines.append("the base is a folder of this machine; --base-model USER/MODEL names it for others")
+    demos = sum(len(prompt.get("demos") or []) for prompt in card.prompts.values())
+    if demos:
+        lines.append(f"prompts.json shows {demos} training examples as demos: look at them before you publish")
+    lines += [f"vLLM does not take the adapter: {why}" for why in vllm_refusals(card.adapter)]
+    return [*lines, *(f"serve: {command}" for command in serve_commands(str(out), base["name"], card))]
+
+
+def _parts(out: Path, card: Card) -> Sequence[str]:
+    names = [*(["adapter"] if card.adapter else []), *(["merged"] if card.merged_into else [])]
+    sizes = {name: sum(file.stat().st_size for file in (out / name).iterdir()) for name in names}
+    return [f"{name}/ ({size / 1e6:,.1f} MB)" for name, size in sizes.items()]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,64 @@
+"""cotune table: tasks, LMs, presets, strategies and seeds as one table with error bars, beside the paper's numbers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(
+        "cotune table",
+        allow_abbrev=False,
+        description="Runs a table: strategies on tasks, LMs, presets and seeds, each run a process of its own. What "
+        "strategies share is run once. Says first what it will cost; goes on where it was stopped; writes table.md, "
+        "table.json and table.svg into its folder after each run.",
+    )
+    made.add_argument("-c", "--config", metavar="FILE", required=True, help="the table, e.g. configs/table/iris.yaml")
+    made.add_argument("--folder", help="of the table and its runs; tables/<name> without it")
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
+    made.add_argument("--dry-run", action="store_true", help="say what it will cost, and stop there")
+    made.add_argument("--no-warm-up", action="store_true", help="do not measure the pace for the estimate of the time")
+    made.add_argument("--retry", action="store_true", help="also start runs again that had no traces to train on")
+    made.add_argument("--keep-checkpoints", action="store_true", help="also those of finished runs, which are large")
+    many: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
+    for what in ("task", "lm", "preset"):
+        made.add_argument(f"--{what}", **many, help=f"only this {what} of the table; may be given again")
+    made.add_argument("--strategy", **many, help='only this strategy, any string of p and w; e.g. "p -> w"')
+    made.add_argument("--seed", action="append", default=[], type=int, metavar="N", help="only this seed")
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[TASK:]OPTION=VALUE",
+        help="an option of cotune fit for all runs, or a task's; e.g. gsm8k:data.path=data/gsm8k",
+    )
+    return made
+
+
+def main(options: argparse.Namespace) -> int:
+    """Runs the command; 1 if a run did not come to its end for another reason than a lack of traces.
+
+    Raises:
+        TableError: the config is wrong, or the folder holds another table's runs.
+    """
+    import signal
+    import sys
+
+    from cotune.experiments.command import TableCommand
+    from cotune.experiments.table_config import TableError, read_table
+
+    if options.jobs < 1:
+        raise TableError(f"--jobs {options.jobs} is below 1.")
+    config = read_table(Path(options.config)).with_options(options.set)
+    config = config.only(
+        tasks=options.task,
+        lms=options.lm,
+        presets=options.preset,
+        strategies=options.strategy,
+        seeds=options.seed,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are asked to end, and waited for
+    return TableCommand(config, Path(options.folder or Path("tables") / config.name), options).make()

@@ -1,0 +1,456 @@
+"""The command line: LightningCLI with the alternation as a group of its own, and a folder for each run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from pydoc import locate
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn, cast
+
+import yaml
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from cotune.callbacks import Alternate
+from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.contradictions import FindContradictions
+from cotune.callbacks.export_program import ExportProgram
+from cotune.callbacks.loggers.log_program import LogProgram
+from cotune.callbacks.loggers.metrics_file import MetricsFile
+from cotune.callbacks.progress import TrainingBar
+from cotune.callbacks.record_boundaries import RecordBoundaries
+from cotune.callbacks.record_run import RecordRun
+from cotune.callbacks.say_plan import SayPlan
+from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
+from cotune.callbacks.trainer_options import check_trainer_options
+from cotune.datamodules import TraceDataModule
+from cotune.fit.config_files import check_config_files
+from cotune.fit.help_page import arrange
+from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
+from cotune.fit.parse_errors import explain
+from cotune.fit.run_identity import (
+    RunIdentity,
+    changed_data,
+    changed_options,
+    counted_options,
+    data_sums,
+    differences,
+    library_versions,
+    read_identity,
+)
+from cotune.fit.wandb_setup import placed_loggers
+from cotune.lightning_modules import ProgramModule
+from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
+from cotune.storage.redact import redacted
+from cotune.storage.run_folder import RunFolder, RunFolderError
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.reload_dataloaders_every_n_epochs": 1,
+    "trainer.gradient_clip_val": 1.0,  # without it small batches at 5e-4 spike, and learning starts late or never
+    "trainer.enable_checkpointing": False,  # Alternate saves, at boundaries and epochs, what belongs together
+    "trainer.enable_model_summary": False,
+    "trainer.log_every_n_steps": 1,
+    "trainer.devices": 1,
+}
+
+
+_LIGHTNINGS = ("fit", "validate", "test")
+_ROOMS = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are one line and name the nearest right option."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        # The base class would print a page of usage first, and the message would be lost behind it.
+        print(f"cotune: error: {explain(message, self._options())}", file=sys.stderr)
+        sys.exit(2)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        if "alternate.schedule" in self._options() and self.prog.split()[-1] in _LIGHTNINGS:
+            arrange(self)
+        return super().format_help(*args, **kwargs)
+
+    def _options(self) -> dict[str, Any]:
+        """Options and their types, the subcommands' included."""
+        found: dict[str, Any] = {}
+        for action in self._actions:
+            if isinstance(action.choices, dict):  # the subcommands
+                for parser in action.choices.values():
+                    found |= parser._options()
+            else:
+                found[action.dest] = getattr(action, "_typehint", None)
+        return found
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml for a fit only: it says what the run was made with, also after `cotune test`.
+
+    Where the run was continued from is no part of it, and a key is none either.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
+            config = self.config.clone()
+            config.ckpt_path, config.weights_only = None, None
+            made = yaml.safe_load(self.parser.dump(config, skip_unset=False, format="yaml"))
+            text = yaml.safe_dump(redacted(made), sort_keys=False, allow_unicode=True)
+            write_durably(Path(trainer.default_root_dir) / self.config_filename, text)
+            self.already_saved = True
+
+
+class RunFinishedError(Exception):
+    """The run in the folder has come to its end, and there is nothing to do."""
+
+
+class UnfinishedError(RuntimeError):
+    """A fit has ended and its schedule has not."""
+
+
+class CotuneCLI(LightningCLI):
+    """`cotune fit | validate | test`."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self.run_folder: RunFolder | None = None
+        self._scratch: TemporaryDirectory[str] | None = None  # of a fast_dev_run
+        self.signals = StopSignals()
+        self._before: RunIdentity | None = None
+        words = sys.argv[1:] if args is None else args
+        first = words[0] if isinstance(words, list) and words else ""
+        check_config_files(words if isinstance(words, list) else [])
+        self._asked = first if first in _LIGHTNINGS else ""
+        try:
+            with self.signals, own_modules():
+                self._run(args)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.run_folder is not None:
+            self.run_folder.release()
+        if hasattr(self, "model") and self.model.lm.store is not None:
+            self.model.lm.store.close()  # it opens again where it is asked again
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _run(self, args: ArgsType) -> None:
+        super().__init__(
+            model_class=ProgramModule,
+            datamodule_class=TraceDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # it would ask for parameters before the model is loaded
+            save_config_callback=SaveConfig,
+            args=args,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        # Lightning's predict would run over the test set; `cotune predict` answers new rows from an export. Each one's
+        # parser takes a quarter of a second to build, so only that of the one asked for is.
+        names = [name for name in _LIGHTNINGS if self._asked in (name, "")]
+        return {name: LightningCLI.subcommands()[name] for name in names}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # As the base class does, with a parser that suggests.
+        parser = Parser(**{**kwargs, "allow_abbrev": False})
+        parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these options")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str, default="run", help="of this run; its files are in <runs_dir>/<name>")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept aside")
+        parser.add_lightning_class_args(Alternate, "alternate")
+        parser.add_lightning_class_args(RecordBoundaries, "record")
+        parser.add_lightning_class_args(LogProgram, "log")
+        parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
+        parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
+        for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=int)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let values saved in the checkpoint override those on the command line, without a word.
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            self._check_trainer(config)
+        check_option_groups(config)
+        self.run_folder = RunFolder(config.runs_dir, config.name)
+        if self.subcommand == "fit":
+            self._take_folder(config)
+        elif config.get("ckpt_path") == "last":
+            config.ckpt_path = self._newest()
+            if config.ckpt_path is None:
+                folder = self.run_folder.path / "checkpoints"
+                raise FileNotFoundError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
+        if config.get("ckpt_path"):
+            config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
+        config.trainer.default_root_dir = str(self.run_folder.path)
+
+    def _check_trainer(self, config: Any) -> None:
+        """Refuses what the trainer would do otherwise than it is asked to, before the run's folder is touched."""
+        check_trainer_options(vars(config.trainer))
+        if int(os.environ.get("SLURM_PROCID") or 0) > 0:
+            raise OptionError(
+                f"srun has started this command {os.environ.get('SLURM_NTASKS', 'several')} times, and a run is one "
+                "process. Give srun --ntasks 1."
+            )
+        if config.trainer.max_time is not None:
+            with refused_options():
+                self.signals.max_seconds = Timer(config.trainer.max_time).time_remaining()
+        if config.trainer.fast_dev_run:
+            self._scratch = TemporaryDirectory(prefix="cotune-")
+            config.runs_dir = self._scratch.name
+
+    def _take_folder(self, config: Any) -> None:
+        """Takes the run's folder, and finds out where the run that is in it goes on."""
+        assert self.run_folder is not None
+        self.run_folder.acquire(fresh=config.fresh)
+        config.fresh = False
+        self._before = read_identity(self.run_folder.path)
+        self._options = counted_options(self._dumped())
+        if self._before is not None:
+            self._refuse(changed_options(self._before, self._options))
+            if self._before.finished:
+                raise RunFinishedError(self.run_folder.path)
+        if config.get("ckpt_path") in (None, "last"):
+            asked, config.ckpt_path = config.get("ckpt_path"), self._newest()
+            if config.ckpt_path:
+                print(f"continuing {config.ckpt_path}")
+            elif asked or self._before is not None:
+                print("nothing saved yet: starting from the beginning")
+
+    def _newest(self) -> str | None:
+        """The newest checkpoint that is whole; says what is wrong with a newer one."""
+        assert self.run_folder is not None
+        checkpoint, wrong = Checkpoints(self.run_folder.path / "checkpoints").newest()
+        for why in wrong:
+            print(f"{why}; the one before it is taken.")
+        return None if checkpoint is None else str(checkpoint)
+
+    def _dumped(self) -> dict[str, Any]:
+        """The options as plain data, as parsed: order and spelling in files and on the command line do not count."""
+        text = self.parser.dump(self.config, skip_unset=False, format="yaml")
+        return dict(yaml.safe_load(text)[self.subcommand])
+
+    def _refuse(self, found: Sequence[str]) -> None:
+        assert self.run_folder is not None
+        if found:
+            raise RunFolderError(
+                f"{self.run_folder.path} holds a run made otherwise (then -> now): {'; '.join(found)}. Continue it as "
+                "it was, start over with --fresh (the old run is kept aside), or give this one another --name."
+            )
+
+    def after_instantiate_classes(self) -> None:
+        lm, config = self.model.lm, self.config[self.subcommand]
+        if config.model.lm.init_args.get("completions") is None:
+            lm.keep_completions(Path(config.runs_dir) / "completions.sqlite")
+
+    def before_fit(self) -> None:
+        """Data and base model must be those that the run was made with; a new run writes down what it is made with."""
+        assert self.run_folder is not None
+        now = RunIdentity(
+            self._options, data_sums(self.datamodule.splits), self.model.lm.base_identity(), library_versions()
+        )
+        if self._before is None:
+            now.write(self.run_folder.path)
+            return
+        base = [] if self._before.base == now.base else [f"base model: {self._before.base[:12]} -> {now.base[:12]}"]
+        self._refuse([*changed_data(self._before.data, now.data), *base])
+        for what in differences(self._before.versions, now.versions):
+            print(f"continuing with another version, so the last bits may be others: {what}")
+
+    def instantiate_classes(self) -> None:
+        assert self.run_folder is not None
+        with refused_options(), placed_loggers(self.config[self.subcommand], self.run_folder.path):
+            super().instantiate_classes()
+
+    def _set_seed(self) -> None:
+        with refused_options():
+            super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        chosen = config.trainer.get("logger")
+        own = config.trainer.get("callbacks") or []
+        callbacks = own if isinstance(own, list) else [own]
+        config.trainer["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                # Not in checkpoints/, which holds what the run is continued from.
+                callback.dirpath = str(self.run_folder.path / "model_checkpoints")  # type: ignore[union-attr]
+        if config.trainer.get("plugins") is None:
+            # One process, whatever a scheduler's variables in this shell say of others.
+            config.trainer["plugins"] = [LightningEnvironment()]
+        config.trainer["max_time"] = None  # it counts from the trainer's first batch; `signals` counts all
+        loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
+        if self.subcommand == "fit" and chosen is not False:
+            assert self.run_folder is not None
+            loggers = [MetricsFile(self.run_folder.path, keep=bool(config.get("ckpt_path"))), *loggers]
+        config.trainer["logger"] = loggers or False
+        if config.trainer.get("enable_progress_bar") is None:  # a bar in a log file is a page of fragments
+            config.trainer["enable_progress_bar"] = sys.stdout.isatty()
+        trainer = super().instantiate_trainer(**kwargs)
+        _show_steps(trainer.callbacks)  # type: ignore[attr-defined]
+        self._dump_config()
+        model = redacted(self.config_dump["model"])
+        # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
+        trainer.callbacks.insert(0, StopOnSignal(self.signals))  # type: ignore[attr-defined]
+        trainer.callbacks += [FindContradictions(), SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]
+        return trainer
+
+    def after_fit(self) -> None:
+        folder = Path(self.trainer.default_root_dir)
+        (alternate,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Alternate))  # type: ignore[attr-defined]
+        if not alternate.finished:
+            raise UnfinishedError(
+                f"the fit ended in step {alternate.position + 1} of {len(alternate.schedule)} "
+                f"({' -> '.join(alternate.schedule)}), because something else told the trainer to stop. The same "
+                "command goes on from what was saved last."
+            )
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self._scratch is not None:
+            print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
+            return
+        from cotune.reporting.closing_table import closing_table
+
+        made = read_identity(folder)
+        assert made is not None
+        made.ended().write(folder)
+        closing_table(folder)
+
+
+def check_option_groups(config: Any) -> None:
+    """Refuses single values where the module, its LM or the data take groups of options."""
+    check_groups(ProgramModule, config.model, "model")
+    for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
+        if part is not None and part.get("init_args") is not None:
+            check_groups(cast(type, locate(part.class_path)), part.init_args, name)
+
+
+def _show_steps(callbacks: list[Callback]) -> None:
+    """Puts a bar that speaks of the schedule's steps in the place of Lightning's default one."""
+    (alternate,) = (callback for callback in callbacks if isinstance(callback, Alternate))
+    for place, callback in enumerate(callbacks):
+        if type(callback) is RichProgressBar:
+            callbacks[place] = TrainingBar(lambda: alternate.epoch_title)
+
+
+def run(words: Sequence[str]) -> int:
+    """Runs fit, validate or test."""
+
+    def start() -> int:
+        try:
+            CotuneCLI(list(words))
+        except RunFinishedError as finished:
+            from cotune.reporting.closing_table import closing_table
+
+            print(f"{finished} is finished; --fresh starts over and keeps it aside.")
+            closing_table(Path(str(finished)))
+        return 0
+
+    return guarded(start)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command. Errors that the user can mend end with one message and exit code 2.
+
+    Set COTUNE_DEBUG=1 for the traceback of such an error as well.
+    """
+    _quiet()
+    _find_own_modules()
+    try:
+        return command()
+    except OutOfTime as stopped:
+        print(
+            "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
+            "with more time goes on from here.",
+            file=sys.stderr,
+        )
+        return stopped.exit_code
+    except Stopped as stopped:
+        print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\ncotune: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("COTUNE_DEBUG") or not _is_ours(error):
+            raise
+        print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _whole(checkpoint: str) -> Path:
+    """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is."""
+    path = Path(checkpoint)
+    if not (path.parent / "SHA256SUMS").is_file() or path.name.endswith(".partial"):
+        return path
+    whole, why = find_whole(path)
+    if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
+        raise RunFolderError(f"{path} {why}.")
+    return path
+
+
+def _find_own_modules() -> None:
+    """Makes the user's modules in the working folder importable, behind all that is installed."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether cotune raised it on purpose, with a message for the user; anything else deserves its traceback."""
+    package = Path(__file__).resolve().parents[1]
+    house = [package, *(package.parent / room for room in _ROOMS)]  # editable: rooms beside cotune/; installed: in it
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(last.filename).resolve()
+    return any(file.is_relative_to(folder) for folder in house) and (last.line or "").startswith("raise ")
+
+
+def _retries_said_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter of the Hub client's log, which has two lines for each of six attempts to reach the Hub."""
+    said: list[str] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not said and "Retrying in" in text:
+            said.append(text)
+            record.msg, record.args = "cotune: the Hub does not answer; trying for about half a minute", ()
+            return True
+        return "Retrying in" not in text and "thrown while requesting" not in text
+
+    return passes
+
+
+def _quiet() -> None:
+    """Silences what libraries say that a user can do nothing about."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*isinstance.*LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*args parameter is intended to run from within Python.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

@@ -1,0 +1,163 @@
+"""What a run was made with: its options, the content of its data and of its base model; and how two differ."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cotune.datamodules.splits import NAMES, Splits
+from cotune.storage.durable import DamagedFileError, read_durably, write_durably
+from cotune.storage.redact import is_secret
+
+_FILE = "run.json"
+_FREE = (
+    # Where things are. What is there counts: of model and data it is the content that is compared.
+    *("name", "runs_dir", "fresh", "config", "ckpt_path", "weights_only", "record", "log"),
+    *("model.lm.init_args.model", "model.lm.init_args.gguf_file", "model.lm.init_args.completions"),
+    *("data.init_args.path", "trainer.default_root_dir", "alternate.folder"),
+    # What is shown and saved, and how much memory generating may take. No result follows from them.
+    *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
+    *("trainer.profiler", "alternate.save_every", "model.lm.init_args.cache_tokens"),
+    *("trainer.enable_checkpointing", "trainer.max_time"),
+)
+"""Options that may be others when a run is continued."""
+
+_LIBRARIES = ("cotune", "torch", "transformers", "peft", "lightning")
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run follows from.
+
+    Attributes:
+        options: that count, by dotted name; secrets left out.
+        data: set -> SHA-256 of its examples, in order.
+        base: of the base model's content, or its name and commit on the Hub.
+        versions: of the libraries. Other ones may give other last bits.
+        finished: the run has come to its end, its test included.
+    """
+
+    options: Mapping[str, Any]
+    data: Mapping[str, str]
+    base: str
+    versions: Mapping[str, str]
+    finished: bool = False
+
+    def write(self, folder: Path) -> None:
+        write_durably(folder / _FILE, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+
+    def ended(self) -> RunIdentity:
+        return replace(self, finished=True)
+
+
+def read_identity(folder: Path) -> RunIdentity | None:
+    """What the run in a folder was made with; None if none has begun there.
+
+    Raises:
+        DamagedFileError: run.json is not what was written.
+    """
+    try:
+        return RunIdentity(**json.loads(read_durably(folder / _FILE)))
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error} So nobody can tell whether this is the same run. Start over with --fresh, which keeps it aside, "
+            "or give this one another --name."
+        ) from error
+
+
+def counted_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a run's result follows from, by dotted name.
+
+    >>> counted_options({"name": "a", "alternate": {"epochs": 2, "save_every": 1}, "lm": {"api_key": "k"}})
+    {'alternate.epochs': 2}
+    """
+    flat = _flat(config, "")
+    return {name: value for name, value in flat.items() if not _is_free(name) and not is_secret(name)}
+
+
+def data_sums(splits: Splits) -> dict[str, str]:
+    """Set -> SHA-256 of its examples: ids, inputs and labels, in order."""
+    return {
+        name: hashlib.sha256(
+            json.dumps(
+                [[e.id, e.inputs, e.labels] for e in getattr(splits, name)], sort_keys=True, default=str
+            ).encode()
+        ).hexdigest()
+        for name in NAMES
+    }
+
+
+def library_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A phrase for each name whose value is another.
+
+    >>> differences({"epochs": 2, "seed": 0}, {"epochs": 3, "seed": 0})
+    ['epochs: 2 -> 3']
+    """
+    return [
+        f"{name}: {_said(then, name)} -> {_said(now, name)}"
+        for name in sorted({*then, *now})
+        if name not in then or name not in now or then[name] != now[name]
+    ]
+
+
+def changed_options(then: RunIdentity, now: Mapping[str, Any]) -> list[str]:
+    """A phrase for each option that is another. One that this version of cotune has added or dropped is none."""
+    known = then.options
+    if then.versions.get("cotune") != version("cotune"):
+        shared = then.options.keys() & now.keys()
+        known, now = ({name: options[name] for name in shared} for options in (known, now))
+    return differences(_by_definition(known), _by_definition(now))
+
+
+def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """A phrase for each set whose examples are others."""
+    return differences(*({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then, now)))
+
+
+def _by_definition(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with each class and function of cotune by the module that defines it: most have shorter names too."""
+    return {name: _defined(value) if isinstance(value, str) else value for name, value in options.items()}
+
+
+def _defined(value: str) -> str:
+    """
+    >>> _defined("cotune.RandomDemoSearch"), _defined("cotune.nothing"), _defined("p -> w")
+    ('cotune.prompting.demos.RandomDemoSearch', 'cotune.nothing', 'p -> w')
+    """
+    module, _, name = value.rpartition(".")
+    if not value.startswith("cotune.") or " " in value:
+        return value
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return value
+    return f"{found.__module__}.{found.__qualname__}" if hasattr(found, "__qualname__") else value
+
+
+def _flat(config: Any, name: str) -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {name: config}
+    if not config and name:
+        return {name: {}}
+    return {k: v for key, value in config.items() for k, v in _flat(value, f"{name}.{key}" if name else key).items()}
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in _FREE)
+
+
+def _said(options: Mapping[str, Any], name: str) -> str:
+    return json.dumps(options[name], ensure_ascii=False) if name in options else "not set"

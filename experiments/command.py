@@ -1,0 +1,168 @@
+"""The command's course: parse every cell, say what is left to run and its cost, run it, write the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from cotune.callbacks.progress import say
+from cotune.callbacks.say_plan import spoken
+from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
+from cotune.experiments.page import markdown, table_record
+from cotune.experiments.parts import Parts, parts_of
+from cotune.experiments.plot import plot
+from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
+from cotune.experiments.runner import NO_TRACES, Runner
+from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
+from cotune.experiments.table_config import TableConfig, TableError
+from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.storage.durable import write_whole
+from cotune.storage.run_folder import RunFolder
+
+from cotune.fit.run_identity import differences, read_identity
+
+
+class TableCommand:
+    """One start of a table: its cost, its runs, its page."""
+
+    def __init__(self, config: TableConfig, folder: Path, options: argparse.Namespace) -> None:
+        self.config, self.folder, self.options = config, folder, options
+        self.runs = runs_of(config)
+        self.runs_folder = folder / "runs"
+
+    def make(self) -> int:
+        parts = self._parts()
+        results = self._results()
+        self._refuse_others(parts, results)
+        held = RunFolder(str(self.folder.parent), self.folder.name)
+        held.acquire()
+        try:
+            self._say_cost(parts, results)
+            if self.options.dry_run:
+                return 0
+            if self.options.retry:
+                for run in self.runs:
+                    (self.runs_folder / run.name / OUTCOME).unlink(missing_ok=True)
+            runner = Runner(
+                self.config,
+                self.runs_folder,
+                jobs=self.options.jobs,
+                environment=_shared_threads(self.options.jobs),
+                ended=self._write,
+            )
+            failed = runner.run(self.runs)
+            self._write()
+        finally:
+            held.release()
+        print(self.folder / "table.md")
+        broken = [run for run in failed if read_outcome(self.runs_folder / run.name).get("state") != NO_TRACES]
+        for run in broken:
+            print(f"not finished: {run.name}; {self.runs_folder / 'logs' / run.name}.txt says why")
+        return 1 if broken else 0
+
+    def _parts(self) -> dict[Cell, Parts]:
+        """The parts of each cell: what is wrong in a config is said before anything is run."""
+
+        found = {}
+        for cell in cells_of(self.config):
+            try:
+                found[cell] = parts_of(self.config.words(cell.task, cell.lm, cell.preset))
+            except SystemExit:
+                print(f"cotune: that was the config of {cell}")
+                raise
+        return found
+
+    def _results(self) -> list[RunResult]:
+        return [read_result(run, self.runs_folder) for run in self.runs]
+
+    def _refuse_others(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
+        """A finished run is not started again, so it is asked here whether it was made with these options."""
+
+        for result in results:
+            made = read_identity(self.runs_folder / result.run.name)
+            if made is None or not result.finished:
+                continue
+            now = parts[result.run.cell].counted
+            own = {name: value for name, value in made.options.items() if name not in _OF_A_RUN}
+            found = differences(own, {name: value for name, value in now.items() if name not in _OF_A_RUN})
+            if found:
+                raise TableError(
+                    f"{self.runs_folder / result.run.name} was made with other options (then -> now): "
+                    f"{'; '.join(found)}. Give this table another --folder, or remove that run."
+                )
+
+    def _say_cost(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
+        left = [r.run for r in results if not r.finished]
+        say(f"{self.config.name}: {len(self.runs)} runs, {len(self.runs) - len(left)} of them finished")
+        known = {run: measured(run, results) for run in left}
+        paces = self._paces(parts, [run for run in left if known[run] is None])
+        costs = {
+            run: cost_of(run, parts[run.cell], paces.get(run.cell), equals=ALTERNATION if run.equal else ())
+            for run in left
+        }
+        for cell, cost in totals(costs).items():
+            own = [run for run in left if run.cell == cell]
+            say(f"  {cell}: {len(own)} runs, {_most(cost)}")
+        seconds = [costs[run].seconds if known[run] is None else known[run] for run in left]
+        if left and all(value is not None for value in seconds):
+            total = sum(value or 0.0 for value in seconds) / self.options.jobs
+            sure = "from finished runs" if all(known.values()) else "if nothing is pruned or shared; often half of it"
+            say(f"  time: about {spoken(total)} with {self.options.jobs} at a time ({sure})")
+
+    def _paces(self, parts: dict[Cell, Parts], runs: list[Run]) -> dict[Cell, Pace]:
+        """A measured pace for each cell with runs; cells that differ in nothing measured share one."""
+
+        if self.options.no_warm_up:
+            return {}
+        found: dict[Cell, Pace] = {}
+        for cell in dict.fromkeys(run.cell for run in runs):
+            name = parts[cell].module.lm.name
+            if self.options.dry_run and not (name == EMBEDDED or Path(name).expanduser().exists()):
+                say(f"  {cell}: counts only, since a dry run fetches no weights ({name})")
+                continue
+            say(f"  measuring the pace of {cell}")
+            words = self.config.words(cell.task, cell.lm, cell.preset)
+            found[cell] = warm_up(words, _shared_threads(self.options.jobs))
+        return found
+
+    def _write(self) -> None:
+        """table.json, table.md and table.svg as the finished runs have it."""
+
+        results = self._results()
+        record = table_record(self.config, results)
+        write_whole(self.folder / "table.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+        write_whole(self.folder / "table.md", markdown(record))
+        write_whole(self.folder / "table.svg", plot(record))
+        if not self.options.keep_checkpoints:
+            for result in results:
+                if result.finished:
+                    shutil.rmtree(self.runs_folder / result.run.name / "checkpoints", ignore_errors=True)
+
+
+_OF_A_RUN = {
+    *("seed_everything", "model.seed", "data.init_args.seed", "alternate.seed"),
+    *("alternate.schedule", "alternate.lm_calls", "alternate.test_prefixes"),
+}
+"""Options that a run's name tells, or that all runs of a table have."""
+
+
+def _shared_threads(jobs: int) -> dict[str, str]:
+    """Threads of each of so many processes: the cores shared out, unless the user has said otherwise."""
+
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
+
+
+def _most(cost: Cost) -> str:
+
+    said = f"at most {cost.calls:,} LM calls"
+    if cost.prompt_tokens is not None:
+        said += f", {cost.prompt_tokens / 1e6:,.1f} million prompt tokens"
+    said += f", {cost.completion_tokens / 1e6:,.1f} million completion tokens"
+    said += f", {cost.pairs:,} training pairs" if cost.pairs else ""
+    return said + (f", {spoken(cost.seconds)}" if cost.seconds is not None else "")

@@ -1,0 +1,239 @@
+"""Table configs: which tasks, LMs, presets, strategies and seeds a table has, read from YAML and checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from cotune.experiments.paper import TASKS as PAPER_TASKS
+from cotune.experiments.strategies import PAPERS, Steps, parse_strategy
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_KEYS = {"name", "tasks", "lms", "presets", "strategies", "seeds", "equal_calls", "options"}
+_OVERLAY = {"configs", "options"}
+
+
+class TableError(ValueError):
+    """A table's config is not what it should be, or its folder holds another table's runs."""
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Configs of `cotune fit` that are laid over one another, and single options on top of them."""
+
+    configs: tuple[Path, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task(Overlay):
+    """A task: its own overlay, what it lays over a preset, and its name in the paper's table ("" for none there)."""
+
+    presets: Mapping[str, Overlay] = field(default_factory=dict)
+    paper: str = ""
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """What a table compares: each strategy, for each task, LM, preset and seed.
+
+    Attributes:
+        equal_calls: also run "p -> p" with as many candidates as it takes to spend the LM calls of "p -> w -> p".
+        options: of `cotune fit`, for all runs.
+    """
+
+    name: str
+    tasks: Mapping[str, Task]
+    lms: Mapping[str, Overlay]
+    presets: Mapping[str, Overlay]
+    strategies: tuple[Steps, ...]
+    seeds: tuple[int, ...]
+    equal_calls: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def words(self, task: str, lm: str, preset: str) -> list[str]:
+        """Configs and options of a cell, as words of a command line; later ones override earlier ones."""
+        own = self.tasks[task]
+        parts = [own, self.lms[lm], self.presets[preset], own.presets.get(preset, Overlay())]
+        options = {**self.options}
+        for part in parts:
+            options |= part.options
+        words = [word for part in parts for config in part.configs for word in ("--config", str(config))]
+        return words + [word for name, value in options.items() for word in (f"--{name}", _said(value))]
+
+    def only(
+        self,
+        *,
+        tasks: Sequence[str] = (),
+        lms: Sequence[str] = (),
+        presets: Sequence[str] = (),
+        strategies: Sequence[str] = (),
+        seeds: Sequence[int] = (),
+    ) -> TableConfig:
+        """The part of the table that is named; an empty list takes all.
+
+        Raises:
+            TableError: a name is not in the table.
+        """
+        return replace(
+            self,
+            tasks=_picked(self.tasks, tasks, "task"),
+            lms=_picked(self.lms, lms, "LM"),
+            presets=_picked(self.presets, presets, "preset"),
+            strategies=_strategies(strategies) if strategies else self.strategies,
+            seeds=tuple(seeds) or self.seeds,
+        )
+
+    def with_options(self, assignments: Sequence[str]) -> TableConfig:
+        """The table with options set: "option=value" for all tasks, "task:option=value" for one.
+
+        Raises:
+            TableError: an assignment is not of that form, or names a task that the table does not have.
+        """
+        made = self
+        for text in assignments:
+            left, sign, value = text.partition("=")
+            task, colon, option = left.rpartition(":")
+            option = option.strip().removeprefix("--")
+            if not sign or not option:
+                raise TableError(f'"{text}" sets no option; write option=value, or task:option=value.')
+            if not colon:
+                made = replace(made, options={**made.options, option: value})
+                # On top of what a task says itself: the command line comes last.
+                tasks = {name: _set(own, option, value) for name, own in made.tasks.items() if option in own.options}
+                made = replace(made, tasks={**made.tasks, **tasks})
+            else:
+                _picked(made.tasks, [task], "task")
+                made = replace(made, tasks={**made.tasks, task: _set(made.tasks[task], option, value)})
+        return made
+
+
+def read_table(path: Path) -> TableConfig:
+    """Reads a table's YAML. Paths in it are relative to its folder.
+
+    Raises:
+        TableError: the file is not there, not YAML, or says something that is not allowed; the message names it.
+    """
+    try:
+        made = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TableError(f'table config "{path}" cannot be read: {error.strerror}.') from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TableError(f'table config "{path}" is not YAML: {" ".join(str(error).split())}.') from error
+    if not isinstance(made, Mapping):
+        raise TableError(f'table config "{path}" holds no mapping; see configs/table/iris.yaml.')
+    try:
+        return _table(made, path)
+    except (TableError, ValueError) as error:
+        raise TableError(f"{path}: {error}") from error
+
+
+def _table(made: Mapping[str, Any], path: Path) -> TableConfig:
+    _only_keys(made, _KEYS, "a table")
+    folder = path.resolve().parent
+    tasks = {name: _task(own, folder, name) for name, own in _named(made, "tasks").items()}
+    presets = {name: _overlay(own, folder, name) for name, own in _named(made, "presets").items()}
+    for name, task in tasks.items():
+        if unknown := sorted(set(task.presets) - set(presets)):
+            raise TableError(
+                f'task "{name}" lays something over preset "{unknown[0]}"; there are {", ".join(presets)}.'
+            )
+    equal = made.get("equal_calls", True)
+    if not isinstance(equal, bool):
+        raise TableError(f"equal_calls is {equal!r}; it is true or false.")
+    return TableConfig(
+        name=str(made.get("name", path.stem)),
+        tasks=tasks,
+        lms={name: _overlay(own, folder, name) for name, own in _named(made, "lms").items()},
+        presets=presets,
+        strategies=_strategies(made.get("strategies", "all")),
+        seeds=_seeds(made.get("seeds", [0, 1, 2])),
+        equal_calls=equal,
+        options=_options(made, "the table"),
+    )
+
+
+def _named(made: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = made.get(key)
+    if not isinstance(found, Mapping) or not found:
+        raise TableError(f"{key} is {found!r}; it maps at least one name to its configs.")
+    for name in found:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise TableError(f'{key}: the name {name!r} may hold letters, digits, "." and "-" only: folders have it.')
+    return found
+
+
+def _overlay(made: Any, folder: Path, where: str) -> Overlay:
+    """A list of configs, or a mapping with configs and options."""
+    if made is None or isinstance(made, (list, str)):
+        made = {"configs": made or []}
+    _only_keys(made, _OVERLAY, where)
+    paths = made.get("configs") or []
+    paths = [paths] if isinstance(paths, str) else paths
+    found = tuple((folder / str(path)).resolve() for path in paths)
+    for path in found:
+        if not path.is_file():
+            raise TableError(f'{where}: there is no config "{path}"; paths are relative to the table\'s own folder.')
+    return Overlay(found, _options(made, where))
+
+
+def _task(made: Any, folder: Path, name: str) -> Task:
+    if not isinstance(made, Mapping):
+        made = {"configs": made}
+    _only_keys(made, _OVERLAY | {"presets", "paper"}, f'task "{name}"')
+    plain = _overlay({key: made[key] for key in _OVERLAY & set(made)}, folder, f'task "{name}"')
+    over = {
+        preset: _overlay(own, folder, f'task "{name}", {preset}') for preset, own in (made.get("presets") or {}).items()
+    }
+    paper = str(made.get("paper") or "")
+    if paper and paper not in PAPER_TASKS:
+        raise TableError(f'task "{name}" is the paper\'s "{paper}"; the paper has {", ".join(PAPER_TASKS)}.')
+    return Task(plain.configs, plain.options, over, paper)
+
+
+def _options(made: Mapping[str, Any], where: str) -> dict[str, Any]:
+    found = made.get("options") or {}
+    if not isinstance(found, Mapping):
+        raise TableError(f"{where}: options is {found!r}; it maps option names, with dots, to values.")
+    return {str(name).removeprefix("--"): value for name, value in found.items()}
+
+
+def _strategies(made: Any) -> tuple[Steps, ...]:
+    names = list(PAPERS) if made == "all" else [made] if isinstance(made, str) else made
+    if not isinstance(names, (list, tuple)) or not names:
+        raise TableError(f'strategies is {made!r}; give a list such as [vanilla, "p -> w"], or all.')
+    return tuple(dict.fromkeys(parse_strategy(str(name)) for name in names))
+
+
+def _seeds(made: Any) -> tuple[int, ...]:
+    if not isinstance(made, list) or not made or any(not isinstance(s, int) or isinstance(s, bool) for s in made):
+        raise TableError(f"seeds is {made!r}; give a list of whole numbers.")
+    return tuple(dict.fromkeys(made))
+
+
+def _only_keys(made: Any, allowed: set[str], where: str) -> None:
+    if not isinstance(made, Mapping):
+        raise TableError(f"{where} is {made!r}; it is a mapping with {', '.join(sorted(allowed))}.")
+    if unknown := sorted(str(key) for key in made if key not in allowed):
+        raise TableError(f'{where} has no "{unknown[0]}"; it has {", ".join(sorted(allowed))}.')
+
+
+def _picked(there: Mapping[str, Any], names: Sequence[str], what: str) -> Mapping[str, Any]:
+    for name in names:
+        if name not in there:
+            raise TableError(f'the table has no {what} "{name}"; it has {", ".join(there)}.')
+    return {name: there[name] for name in names} if names else there
+
+
+def _set(task: Task, option: str, value: Any) -> Task:
+    return replace(task, options={**task.options, option: value})
+
+
+def _said(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,1 @@
+"""Training: batches as log-probabilities, losses and gradients."""

@@ -1,0 +1,100 @@
+"""Log-probabilities of a batch's tokens, with gradients by coefficients: what every objective is made of."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from cotune.datamodules.collate import Batch, Segment
+from cotune.lightning_modules.training import plain
+from cotune.lightning_modules.training.fused import has_plain_head, head_log_probs
+from cotune.lightning_modules.training.packing import abilities, backbone, forward, pack
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+
+def log_probs(model: Any, batch: Batch, ids_nK: Tensor, coefficients_nK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(n, K) log-probabilities, in nats, of ids at the n places of a batch that bear weight; 0 where an id is -1.
+
+    A segment's prefix runs once and serves all its rows, gradient included: the same numbers as row by row, for less.
+    Rows are packed into one sequence without padding where the model allows it (`packing`). Elsewhere they are padded
+    behind a cache of their prefix; with gradient checkpointing, which drops caches, each row runs whole. Where that
+    would not be right either, each row runs alone (`findings` says what a model is fit for).
+
+    Returns:
+        They, without a gradient, and () their sum weighted by the coefficients, whose gradient is
+        sum(coefficient * d log_prob); 0 without coefficients.
+    """
+    can = abilities(model, batch.longest)
+    if can.packed and can.plain_head and has_plain_head(model):
+        packed = pack(batch, model.device)
+        hidden_ND = forward(backbone(model), packed).last_hidden_state[0]
+        return head_log_probs(hidden_ND[packed.places], model.get_output_embeddings(), ids_nK, coefficients_nK)
+    compute = packed_logits if can.packed else padded_logits if can.padded else plain.logits
+    found_nK = _exact(compute(model, batch)).log_softmax(dim=-1)
+    found_nK = found_nK.gather(1, ids_nK.clamp(min=0)).masked_fill(ids_nK < 0, 0.0)
+    weighted = found_nK.new_zeros(()) if coefficients_nK is None else (found_nK * coefficients_nK).sum()
+    return found_nK.detach(), weighted
+
+
+def exact_dtype(model: Any) -> torch.dtype:
+    """The type that log-probabilities come in: fp32, and fp64 from a model of fp64."""
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def packed_logits(model: Any, batch: Batch) -> Tensor:
+    """(n, V) logits at the places that bear weight, of rows packed into one sequence."""
+    packed = pack(batch, model.device)
+    logits_nV: Tensor = forward(model, packed, logits_to_keep=packed.places).logits[0]
+    return logits_nV
+
+
+def padded_logits(model: Any, batch: Batch) -> Tensor:
+    """(n, V) the same, of each segment's rows padded behind their prefix's cache."""
+    if not _checkpointing(model):
+        return torch.cat([_padded_segment(model, segment) for segment in batch.segments])
+    warnings.warn(
+        "gradient checkpointing drops caches, and this model cannot be trained on packed rows: every row computes "
+        "its whole prompt. Equal, but slow where prompts share much.",
+        stacklevel=2,
+    )
+    return torch.cat([_padded_segment(model, Segment(0, segment.pairs)) for segment in batch.segments])
+
+
+def _padded_segment(model: Any, segment: Segment) -> Tensor:
+    device, rows, prefix = model.device, [segment.own(pair) for pair in segment.pairs], segment.prefix
+    wide = max(map(len, rows))
+    cache = None
+    if prefix:
+        shared = torch.tensor([segment.shared], device=device)
+        cache = model(input_ids=shared, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        cache = cache.past_key_values
+        cache.batch_repeat_interleave(len(rows))
+    # Padding goes to the right: between prefix and own tokens it would count as distance where windows slide.
+    mask = [[1] * (prefix + len(row)) + [0] * (wide - len(row)) for row in rows]
+    bearing = [
+        (r, len(row) - len(pair.completion_ids) + i - 1)  # the token before it predicts it
+        for r, (row, pair) in enumerate(zip(rows, segment.pairs, strict=True))
+        for i in pair.bearing
+    ]
+    row_n, place_n = torch.tensor(bearing, device=device).reshape(-1, 2).unbind(dim=1)
+    kept_K, kept_n = torch.unique(place_n, return_inverse=True)
+    logits_RKV = model(
+        input_ids=torch.tensor([row + [0] * (wide - len(row)) for row in rows], device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        position_ids=torch.arange(prefix, prefix + wide, device=device).expand(len(rows), -1),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=kept_K,
+    ).logits
+    logits_nV: Tensor = logits_RKV[row_n, kept_n]  # no more than these are copied to higher precision
+    return logits_nV
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _checkpointing(model: Any) -> bool:
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -1,0 +1,121 @@
+"""The closing table: scores by prefix, what they cost, and where the result is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cotune.programs.faults import faults_from_dict
+from cotune.storage.durable import DamagedFileError, read_durably
+from rich.console import Console
+from rich.table import Table
+
+
+def closing_table(folder: Path, console: Console | None = None) -> None:
+    """Prints a finished run's table from its files.
+
+    Raises:
+        DamagedFileError: summary.json is not as the run wrote it.
+    """
+    console = console or Console()
+    summary = json.loads(read_durably(folder / "summary.json"))
+    records, damage = read_history(folder / "history.jsonl")
+    kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
+    table = Table(title=f"{folder.name}: {summary['schedule']}")
+    for name in ("after", "val score", "won", "lost", "wrong", "format failures", "LM calls", "seconds"):
+        # On a narrow terminal the heads of numbers are broken, never a prefix.
+        table.add_column(name, justify="left" if name == "after" else "right", no_wrap=name == "after")
+    for record in records:
+        best = record["prefix"] == summary["best"]
+        table.add_row(
+            record["prefix"] + (" *" if best else ""),
+            f"{record['val_score']:.3f}",
+            *_diagnosed(record),
+            str(record["failures"].get("format", 0)),
+            f"{record['lm_calls']:,}",
+            f"{record['seconds']:.0f}",
+            style="bold" if best else None,
+        )
+    console.print(table)
+    tested = summary["test_score"]
+    said = "not tested" if tested is None else f"test score {tested:.3f}"
+    console.print(
+        f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
+    )
+    for line in set_metric_lines(summary, records):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in fault_lines(summary):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if damage:
+        console.print(damage, highlight=False, markup=False, soft_wrap=True)
+    for line in coverage_lines(records):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)
+
+
+def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The records of a history.jsonl; of a damaged one those up to the first that cannot be read, and what is wrong."""
+    try:
+        return [json.loads(line) for line in read_durably(path).splitlines()], ""
+    except (DamagedFileError, FileNotFoundError) as error:
+        damage = str(error)
+    records: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records, f"{damage} Shown are {len(records)} of {len(lines)} records; any of them may be wrong."
+
+
+def set_metric_lines(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each metric of a whole set: on val of the program that was kept, and on test, with their intervals."""
+    kept = next((record for record in records if record["prefix"] == summary["best"]), {})
+    val = (kept.get("diagnosis") or {}).get("set_metrics", {})
+    parts = {"val": val, "test": summary.get("test_set_metrics") or {}}
+    names = dict.fromkeys(name for found in parts.values() for name in found)
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{part} {found[name][0]:.3f} ({found[name][1]:.3f} to {found[name][2]:.3f})"
+            for part, found in parts.items()
+            if name in found
+        )
+        for name in names
+    ]
+
+
+def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each weight step, how many examples had a passing trace, by label and by stage."""
+    lines = []
+    for record in records:
+        found = record.get("traces") or {}
+        labels = [f"{label} {solved} of {total}" for label, (solved, total) in found.get("by_label", {}).items()]
+        stages = [f"{stage} {count}" for stage, count in found.get("by_stage", {}).items()]
+        parts = [*labels, *(stages if len(stages) > 1 else [])]
+        if found and "solved" in found:
+            reused = found.get("runs", 1) == 0
+            count = f"reused, of {found['examples']}" if reused else f"{found['solved']} of {found['examples']}"
+            head = f"Traces for {record['prefix']}: {count} examples"
+            gold = f", {found['gold']} more with their gold answer" if found.get("gold") else ""
+            lines.append((f"{head} ({'; '.join(parts)})" if parts else head) + gold)
+    return lines
+
+
+def _diagnosed(record: Mapping[str, Any]) -> list[str]:
+    """Cells of examples won, lost and wrong; empty where the record has none."""
+    found = record.get("diagnosis") or {}
+    moved = [str(len(found[name])) if name in found else "" for name in ("won", "lost")]
+    return [*moved, str(found["wrong"]) if found else ""]
+
+
+def fault_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each kind of fault of the user's code, in the run and in its closing test."""
+    return [
+        f"{where}the {kind} failed {fault}"
+        for where, name in (("Faults, scored 0: ", "faults"), ("Faults on test, scored 0: ", "test_faults"))
+        for kind, fault in faults_from_dict(summary.get(name) or {}).items()
+    ]

@@ -1,0 +1,90 @@
+"""Prompt changes: what a step made of each stage's prompt, word by word in the instruction and demo by demo."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cotune.reporting.run_record import Json
+
+Mark = Literal["same", "add", "remove"]
+Piece = tuple[Mark, str]
+"""A piece of text and what became of it."""
+
+_EMPTY: Json = {"instruction": "", "demos": ()}
+
+
+@dataclass(frozen=True)
+class PromptChange:
+    """One stage's prompt before and after.
+
+    Attributes:
+        instruction: the pieces of both, in reading order.
+        demos: all demos of both with their marks: first those of after, in their order, then those that went.
+        moved: the demos are the same ones, in another order.
+    """
+
+    stage: str
+    instruction: Sequence[Piece]
+    demos: Sequence[tuple[Mark, Json]]
+    before_demos: int
+    after_demos: int
+    moved: bool
+
+    @property
+    def changed(self) -> bool:
+        return self.moved or any(mark != "same" for mark, _ in [*self.instruction, *self.demos])
+
+
+def prompt_changes(before: Json | None, after: Json) -> list[PromptChange]:
+    """A change a stage, in the order of the stages; everything is new where there is no `before`."""
+    old = before or {}
+    stages = [*after, *(stage for stage in old if stage not in after)]
+    return [_change(stage, old.get(stage, _EMPTY), after.get(stage, _EMPTY)) for stage in stages]
+
+
+def word_difference(before: str, after: str) -> list[Piece]:
+    """Both texts as one; where they have little in common, the old one and then the new one.
+
+    >>> word_difference("Classify the iris.", "Classify the flower.")
+    [('same', 'Classify the '), ('remove', 'iris'), ('add', 'flower'), ('same', '.')]
+    """
+    old, new = _words(before), _words(after)
+    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    kinds = {kind for kind, *_ in matcher.get_opcodes()} - {"equal"}
+    if before and after and len(kinds) > 1 and matcher.ratio() < 0.5:
+        return [("remove", before), ("add", after)]
+    pieces: list[Piece] = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            pieces.append(("same", "".join(new[c:d])))
+            continue
+        pieces += [("remove", "".join(old[a:b]))] if b > a else []
+        pieces += [("add", "".join(new[c:d]))] if d > c else []
+    return pieces
+
+
+def _change(stage: str, before: Json, after: Json) -> PromptChange:
+    old, new = list(before["demos"]), list(after["demos"])
+    demos: list[tuple[Mark, Json]] = [("same" if demo in old else "add", demo) for demo in new]
+    demos += [("remove", demo) for demo in old if demo not in new]
+    return PromptChange(
+        stage=stage,
+        instruction=word_difference(before["instruction"], after["instruction"]),
+        demos=demos,
+        before_demos=len(old),
+        after_demos=len(new),
+        moved=old != new and all(mark == "same" for mark, _ in demos),
+    )
+
+
+def demo_fields(demo: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of a demo, inputs first."""
+    return [(str(name), str(value)) for name, value in [*demo["inputs"].items(), *demo["outputs"].items()]]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|\s+|[^\w\s]", text)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 Build = Callable[[Any], Any]
 """Config -> a random model of it, of the class that the weights would be read into."""
 
-_READ_WITH = ("findings", "loss", "packing", "plain", "probe")
+_READ_WITH = ("findings", "probe", "training/loss", "training/packing", "training/plain")
 _READ_WITH_TOO = ("cascade", "decoder", "plain", "prefixes")
 """Modules of this folder, and of inference/local, on which the findings depend."""
 _NAMES = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config")

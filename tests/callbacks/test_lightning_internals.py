@@ -9,7 +9,10 @@ from pathlib import Path
 from cotune.callbacks import Alternate
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("callbacks", "cotune", "datamodules", "inference", "lightning_modules", "programs", "prompting")
+ROOMS = (
+    *("storage", "programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks"),
+    *("reporting", "experiments", "cotune"),
+)
 
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:

@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import torch
-from cotune.datamodules.gsm8k import gsm8k_examples
+from cotune.datamodules.tasks.gsm8k import gsm8k_examples
 from cotune.lightning_modules import LanguageModel
 from cotune.programs import Example, Predict, Request, Sampling, first_line_number
 from cotune.programs.form import Form, Json, Lines, Markers, ReasonThenFill, Tags
@@ -25,7 +25,7 @@ from cotune.programs.runner import Runner
 from benchmarks.environments import interpreter
 from benchmarks.peers import Worker
 from benchmarks.report import RESULTS, Report
-from cotune.report.statistics import paired_difference
+from cotune.reporting.statistics import paired_difference
 
 FORMS: dict[str, type[Form]] = {
     "reason_then_fill": ReasonThenFill,

@@ -16,8 +16,9 @@ setup: .venv/.model-ready  ## make .venv with the tested versions and fetch the 
 demo: setup  ## tune prompts and weights on Iris, from the start
 	@$(BIN)/cotune fit --config configs/iris.yaml --fresh
 
+# A worker a core, one thread each; a file's tests stay together, for what they share.
 test: setup  ## run the tests
-	@GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ from tiny import save_tiny_model
 def _one_thread() -> None:
     # The tiny models are smaller than the cost of waking a second thread, and sums keep their order.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left_open() -> Iterator[None]:
+    """A W&B run that a test leaves open would be taken for its own by the next one in this process."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 @pytest.fixture(scope="session")

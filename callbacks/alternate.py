@@ -34,6 +34,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 
+class UnfinishedError(RuntimeError):
+    """A fit has ended and its schedule has not."""
+
+
 class Alternate(Callback):
     """BetterTogether (arXiv 2407.10930) as a callback: prompt steps between training epochs.
 
@@ -42,7 +46,8 @@ class Alternate(Callback):
     prompts in the training pairs and with the prompts from before, and the better are kept; prompt steps that follow
     run then. Every prefix of the schedule gets a val score, and the fit ends holding the best prefix's weights and
     prompts, unless `keep` is "last". Ties keep the earlier. A callback that sets `trainer.should_stop`, as
-    EarlyStopping does, ends the weight step under way, and the schedule goes on.
+    EarlyStopping does, ends the weight step under way, and the schedule goes on. A fit that ends before its schedule
+    raises `UnfinishedError`, and continues from its last checkpoint.
 
     Use `Trainer(reload_dataloaders_every_n_epochs=1)`; the number of epochs is set here.
 
@@ -168,6 +173,13 @@ class Alternate(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.work.epoch_scored(ours(trainer, pl_module)[0], rounds=self.state.rounds)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.finished:
+            raise UnfinishedError(
+                f"the fit ended in step {self.position + 1} of {len(self.schedule)} ({' -> '.join(self.schedule)}), "
+                "because something else told the trainer to stop. The same command goes on from what was saved last."
+            )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.saver.close()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -242,7 +254,11 @@ class Alternate(Callback):
         self._end_if_finished(trainer)
 
     def _rehearse(self, trainer: Trainer) -> None:
-        """Makes a `fast_dev_run` of it: the whole schedule, a batch of each set, an epoch a weight step."""
+        """Makes a `fast_dev_run` of it: the whole schedule, a batch of each set, an epoch a weight step.
+
+        Lightning would train so many batches in all, which the first weight step would use up.
+        """
+        trainer.fit_loop.epoch_loop.max_steps = -1
         ours(trainer)[1].rehearse(int(trainer.fast_dev_run))  # type: ignore[attr-defined]
         self.work.rehearse()
         self.steps = self.work.steps
@@ -257,11 +273,8 @@ class Alternate(Callback):
                 self._advance(Searched())
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):
-                there = self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
+                self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
                 self._advance(Collected())
-                # A fast_dev_run trains so many steps in all; later weight steps are walked without.
-                if not there or (trainer.fast_dev_run and trainer.global_step >= trainer.max_steps):  # type: ignore[attr-defined]
-                    self._advance(RoundEnded(stop=True))
             else:
                 self.work.reach_boundary(trainer, rounds=self.state.rounds)
                 self._advance(Scored())

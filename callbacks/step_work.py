@@ -21,6 +21,8 @@ from cotune.callbacks.progress import StepProgress, say, say_if_piped
 from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep, prefix_name
 from cotune.callbacks.setup_checks import no_traces, ours
 from cotune.datamodules import (
+    Attempt,
+    Collected,
     NoTracesError,
     Report,
     Trace,
@@ -159,20 +161,14 @@ class StepWork:
         """From now on weight steps are one epoch long, as `fast_dev_run` asks."""
         self.steps = {letter: replace(step, epochs=1, rounds=None) for letter, step in self.steps.items()}
 
-    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
+    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
         """Collects what the next rounds train on, with `rounds` of the weight step behind.
 
-        Returns:
-            Whether there is anything to train on; without it only a `fast_dev_run` goes on.
+        Raises:
+            NoTracesError: there is nothing to train on.
         """
         module, data = ours(trainer)
-        try:
-            traces = self._traces(module, data, self._folder(run, rounds), rounds)
-        except NoTracesError as error:
-            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise
-            say(f"nothing to train on in so few examples, so no training is tried here ({error})")
-            return False
+        traces = self._traces(module, data, self._folder(run, rounds), rounds)
         if not rounds:
             if data.bootstrapping.pairs == "initial":
                 module.prompts = module.initial_prompts
@@ -185,7 +181,6 @@ class StepWork:
         done = module.weight_step if rounds else 0
         left = self._settings.epochs_or_rounds - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
-        return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
         """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
@@ -251,6 +246,9 @@ class StepWork:
                 vocabulary=module.vocabulary,
             )
             traces = self._objective.rows(collected)
+            if not traces and module.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                progress.say("no run of so few examples is learnt from, so training is tried on made-up scores")
+                traces = self._objective.rows(_made_up(collected))
             self._report = collected.report(traces)
             progress.say(str(self._report))
         if not traces:
@@ -373,6 +371,17 @@ class StepWork:
         self._report, self._coverage = Report(**state["report"]), state["coverage"]
         self._choice.load_state_dict(state["choice"])
         self.costs.load_state_dict(state["costs"])
+
+
+def _made_up(collected: Collected) -> Collected:
+    """The runs as if each one that ended had passed at every other attempt, failed at the others."""
+
+    def scored(attempt: Attempt) -> Attempt:
+        passes = attempt.rollout.error is None and attempt.number % 2 == 0
+        return replace(attempt, rollout=replace(attempt.rollout, score=float(passes)))
+
+    attempts = tuple(map(scored, collected.attempts))
+    return replace(collected, attempts=attempts, options=replace(collected.options, cut_traces=True))
 
 
 def _steps_an_epoch(trainer: Trainer, data: TraceDataModule) -> int:

@@ -66,7 +66,7 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "finetuning schedules train outside the schedule: leave them out",
         lambda value: not refused_callbacks(value),
     ),
-    "fast_dev_run": _works("walks the whole schedule on a batch of each set, and keeps nothing"),
+    "fast_dev_run": _works("one batch of every step: searched, collected, trained and scored on; nothing is kept"),
     "max_epochs": _refused(_LENGTH, lambda value: value == -1),
     "min_epochs": _refused(f"{_LENGTH}, and EarlyStopping has a patience of its own", lambda value: value == 0),
     "max_steps": _refused(_LENGTH, lambda value: value == -1),

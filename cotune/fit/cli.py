@@ -113,10 +113,6 @@ class RunFinishedError(Exception):
     """The run in the folder has come to its end, and there is nothing to do."""
 
 
-class UnfinishedError(RuntimeError):
-    """A fit has ended and its schedule has not."""
-
-
 class CotuneCLI(LightningCLI):
     """`cotune fit | validate | test`."""
 
@@ -314,12 +310,6 @@ class CotuneCLI(LightningCLI):
     def after_fit(self) -> None:
         folder = Path(self.trainer.default_root_dir)
         (alternate,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Alternate))  # type: ignore[attr-defined]
-        if not alternate.finished:
-            raise UnfinishedError(
-                f"the fit ended in step {alternate.position + 1} of {len(alternate.schedule)} "
-                f"({' -> '.join(alternate.schedule)}), because something else told the trainer to stop. The same "
-                "command goes on from what was saved last."
-            )
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self._scratch is not None:
             print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")

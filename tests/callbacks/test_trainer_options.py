@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from commands import cotune, fit
+from cotune.callbacks.alternate import UnfinishedError
 from cotune.callbacks.trainer_options import TRAINER_OPTIONS, TrainerOptionError, check_trainer_options, page
 from cotune.datamodules import Sizes
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from tiny_fit import tiny_fit
+from tiny_fit import StopsAtOnce, tiny_fit
 
 from cotune.__main__ import main
 
@@ -167,6 +168,23 @@ def test_fast_dev_run_walks_the_schedule_and_keeps_nothing(
     assert said.code == 0, said.err
     assert "fast_dev_run: w -> p -> w runs through. Nothing of it is kept." in said.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("batches", "score"), [(1, 1.0), (2, 1.0), (1, 0.0)])
+def test_fast_dev_run_trains_on_its_batches_in_every_weight_step(
+    batches: int, score: float, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also where no run passes."""
+    fast = {"fast_dev_run": batches}
+    run = tiny_fit(tiny_model, tmp_path, "w -> p -> w", trainer=fast, metric=lambda *_: score).run()
+    assert run.alternate.finished
+    assert run.trainer.global_step == 2 * batches
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_from_python_too_an_unfinished_fit_ends_with_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnfinishedError, match=r"ended in step 2 of 3 \(p -> w -> p\)"):
+        tiny_fit(tiny_model, tmp_path, callbacks=[StopsAtOnce()]).run()
 
 
 def test_a_schedulers_variables_in_an_interactive_shell_do_no_harm(

@@ -21,11 +21,11 @@ from cotune.programs.form import Form, Json, Lines, Markers, ReasonThenFill, Tag
 from cotune.programs.layout import Field
 from cotune.programs.metrics import last_number
 from cotune.programs.runner import Runner
+from cotune.reporting.statistics import paired_difference
 
 from benchmarks.environments import interpreter
 from benchmarks.peers import Worker
 from benchmarks.report import RESULTS, Report
-from cotune.reporting.statistics import paired_difference
 
 FORMS: dict[str, type[Form]] = {
     "reason_then_fill": ReasonThenFill,

@@ -29,6 +29,7 @@ class Boundary:
         cost: LM calls, prompt and completion tokens, seconds, of this step alone.
         found: the search's result, after a prompt step.
         traces: what collecting gave, after a weight step.
+        epochs: training epochs of the step, rounds included; 0 of a prompt step.
         epoch: the epoch whose adapter was kept (from 1), after a weight step.
         averaged: how many epochs' adapters the kept one is the average of; 0 where it is an epoch's own.
         diagnosis: passed, wrong, unreadable, won and lost examples; see `diagnose`.
@@ -48,6 +49,7 @@ class Boundary:
     cost: Mapping[str, Any]
     found: Found | None = None
     traces: Report | None = None
+    epochs: int = 0
     epoch: int | None = None
     averaged: int = 0
     diagnosis: Mapping[str, Any] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Boundary:
             ]
         if self.traces is not None:
             record["traces"] = {"solved": self.traces.solved, **vars(self.traces), **self.coverage}
-            record["epoch"] = self.epoch
+            record |= {"epochs": self.epochs, "epoch": self.epoch}
             if self.averaged:
                 record["averaged"] = self.averaged
         if self.diagnosis:

@@ -18,6 +18,9 @@ from cotune.programs import prompts_to_dict
 from cotune.storage.durable import new_folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+FORMAT = 2
+"""Of an export, in its program.json. 1 said no number, and its first exports not what base they are of."""
+
 
 class ExportProgram(Callback):
     """Writes `export/` when the fit ends; nothing if the schedule did not, or if it was a `fast_dev_run`.
@@ -54,6 +57,7 @@ def export_program(
     """Writes the export; an older one in its place is replaced only once the new one is complete and on disk."""
     base = describe_base(module.lm)
     described = {
+        "format": FORMAT,
         "base_model": module.lm.name,
         "base": base,
         "program": f"{type(module.program).__module__}.{type(module.program).__qualname__}",

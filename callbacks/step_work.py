@@ -295,7 +295,7 @@ class StepWork:
         kept = max(tried, key=lambda name: mean_score(tried[name][1]))
         module.prompts, done = tried[kept]
         scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
-        more: dict[str, Any] = {"traces": self._report, "coverage": self._coverage, **choice.record}
+        more: dict[str, Any] = {"traces": self._report, "coverage": self._coverage, "epochs": rounds, **choice.record}
         self._choice = EpochChoice(keep_best=self.options.keep_best_epoch)
         self._record(trainer, WEIGHTS, done, scores=scores, **more)
 

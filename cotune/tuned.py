@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cotune.build import build_module
+from cotune.callbacks.export_program import FORMAT
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Example, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
+from cotune.storage.formats import check_format
 
 
 class ExportError(ValueError):
@@ -130,11 +132,15 @@ def read_export(folder: Path) -> dict[str, Any]:
 
     Raises:
         ExportError: a file of the export is missing, or is not JSON.
+        FormatError: a newer version of cotune wrote it.
     """
     for name in ("program.json", "prompts.json"):
         if not (folder / name).is_file():
             raise ExportError(f'"{folder}" is no whole export: it has no {name}.')
-    return dict(_json(folder / "program.json"))
+    described = dict(_json(folder / "program.json"))
+    fix = "Load it with the version that exported it, or a newer one."
+    check_format(folder / "program.json", described.get("format", 1), FORMAT, fix=fix)
+    return described
 
 
 def _check_weights(folder: Path) -> None:

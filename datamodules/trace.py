@@ -10,6 +10,7 @@ from typing import Any
 
 from cotune.programs import Demo, Program
 from cotune.storage.durable import DamagedFileError, damaged_file, new_folder
+from cotune.storage.formats import check_format
 
 FORMAT = 2
 """Of the folder: a column says it, so that it outlives what people do to a data set. Folders without one are of 1."""
@@ -121,11 +122,8 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
         )
     try:
         rows = load_from_disk(str(folder)).to_list()
-        newer = max((row.get("format", 1) for row in rows), default=1)
-        if newer > FORMAT:
-            raise ValueError(
-                f'"{folder}" holds traces of format {newer}, which a newer cotune wrote; this one reads up to {FORMAT}.'
-            )
+        newest = max((row.get("format", 1) for row in rows), default=1)
+        check_format(folder, newest, FORMAT, fix="Use the newer cotune that wrote these traces, or collect them anew.")
         traces = [_trace(row) for row in rows]
     except (FileNotFoundError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(

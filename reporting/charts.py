@@ -111,17 +111,16 @@ def timeline(run: RunRecord, *, width: int) -> Timeline:
     following = [prefix.val_score for prefix in run.prefixes[1:]] + [-1.0]
     for prefix, name, after in zip(run.prefixes, names, following, strict=True):
         low, high = interval(prefix.val_score, n)
-        shown = name if fits or not prefix.index else f"+{prefix.step}"
+        shown = name if fits or not prefix.index else f"+{run.schedule[prefix.index - 1]}"
         ends = (y(low), y(high)) if n else (y(prefix.val_score),) * 2
         label = f"{prefix.val_score:.2f}"
         rises = after > prefix.val_score
         dots.append(Dot(x(prefix.index), y(prefix.val_score), *ends, label, shown, prefix is run.best, rises))
-    words = {"p": "prompts", "w": "weights"}
-    bands = [
-        Band(step, x(place), slot, words[step] if len(words[step]) * _LETTER < slot else step, place + 1 < len(dots))
-        for place, step in enumerate(run.schedule)
-        if step in words
-    ]
+    bands = []
+    for place, letter in enumerate(run.schedule):
+        words = {"p": "prompts", "w": "weights"}.get(letter, f"weights ({letter})")
+        title = words if len(words) * _LETTER < slot else letter
+        bands.append(Band("p" if letter == "p" else "w", x(place), slot, title, place + 1 < len(dots)))
     grid = [Tick(y(score), f"{score:g}") for score in (0, 0.25, 0.5, 0.75, 1)]
     return Timeline(width, height, left, right, head, bottom, bands, dots, grid, _epoch_lines(run, x, y))
 
@@ -144,17 +143,15 @@ def curves(run: RunRecord, *, width: int) -> list[Curve]:
 
 def _epoch_lines(run: RunRecord, x: _Place, y: _Place) -> list[str]:
     """The val scores of a weight step's epochs, drawn inside its band."""
-    scores = _series(run.metrics, "val/score")
-    steps = [prefix for prefix in run.prefixes if prefix.step == "w"]
-    if not steps or not scores or len(scores) % len(steps):
-        return []  # a run under way, or validation at other times than epochs: which belongs to which is not known
-    each = len(scores) // len(steps)
-    lines = []
-    for place, prefix in enumerate(steps):
-        own = scores[place * each : (place + 1) * each]
-        points = [(prefix.index - 1 + (i + 1) / (each + 1), score) for i, (_, score) in enumerate(own)]
+    scores = [(row["epoch"], row["val/score"]) for row in run.metrics if {"epoch", "val/score"} <= row.keys()]
+    lines, behind = [], 0
+    for prefix in run.prefixes:
+        count = run.epochs(prefix)
+        own = [(epoch - behind, score) for epoch, score in scores if behind <= epoch < behind + count]
+        points = [(prefix.index - 1 + (epoch + 1) / (count + 1), score) for epoch, score in own]
         lines.append(" ".join(f"{x(at):.1f},{y(score):.1f}" for at, score in points))
-    return lines
+        behind += count
+    return list(filter(None, lines))
 
 
 def _curve(

@@ -33,6 +33,7 @@ _KEY_SETTINGS = {
     "learning rate": "model.optimizer.lr",
     "schedule": "alternate.schedule",
     "epochs of a weight step": "alternate.epochs",
+    "steps of their own": "alternate.steps",
     "search": "alternate.search.class_path",
     "data": "data.class_path",
     "metric": "data.metric",

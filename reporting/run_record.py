@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from cotune.storage.formats import check_format
 from cotune.storage.redact import redacted, redacted_text
+from cotune.storage.run_folder import FORMAT
 
 Json = Mapping[str, Any]
 """A JSON object."""
@@ -101,6 +103,10 @@ class RunRecord:
         named = {prefix.name: prefix for prefix in self.prefixes}
         return named.get(str(self.summary.get("best"))) or max(self.prefixes, key=lambda prefix: prefix.val_score)
 
+    def epochs(self, prefix: Prefix) -> int:
+        """Training epochs of the step that led to a prefix. Older runs do not record them, and had as many in each."""
+        return int(prefix.record.get("epochs") or setting(self.config, "alternate.epochs", 5)) * (prefix.step == "w")
+
     @property
     def threshold(self) -> float:
         """The score from which a rollout counts as a success."""
@@ -124,8 +130,11 @@ def read_run(folder: Path) -> RunRecord:
 
     Raises:
         ReportError: it is no run, it has no boundary yet, or one of its files is damaged.
+        FormatError: a newer version of cotune made it.
     """
     history = _read_lines(_history_path(folder))
+    made = _optional(folder / "run.json", _read_json) or {}
+    check_format(folder / "run.json", made.get("format", 1), FORMAT, fix="Read it with the version that made the run.")
     if not history:
         raise ReportError(f'"{folder / "history.jsonl"}" is empty: no boundary is behind this run yet.')
     config_text, config = _read_config(folder / "config.yaml")
@@ -258,11 +267,14 @@ def _is_number(text: str) -> bool:
 
 
 def _read_traces(folder: Path) -> list[Json]:
-    if not (folder / "state.json").is_file():
+    """Those of a weight step, each of its rounds included."""
+    found = [path.parent for path in (*folder.glob("state.json"), *sorted(folder.glob("round-*/state.json")))]
+    if not found:
         return []
     from datasets import load_from_disk
 
-    rows = load_from_disk(str(folder)).select_columns(["example", "stage", "attempt", "outputs"]).to_list()
+    columns = ["example", "stage", "attempt", "outputs"]
+    rows = [row for path in found for row in load_from_disk(str(path)).select_columns(columns).to_list()]
     return [{**row, "outputs": json.loads(row["outputs"])} for row in rows]
 
 

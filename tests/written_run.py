@@ -87,7 +87,7 @@ def _history(index: int, scores: Sequence[float], text: str) -> dict[str, Any]:
         record["candidates"] = [{"why": "incumbent", "id": "id-0", "score": 0.5, "pruned": False}]
     if index == 2:
         report = {"solved": 3, "examples": 6, "runs": 9, "solved_at_attempt": [2, 1], "wrong": 5, "format": 1}
-        record |= {"traces": report, "epoch": 2}
+        record |= {"traces": report, "epochs": 2, "epoch": 2}
     return record
 
 

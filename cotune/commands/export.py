@@ -174,10 +174,12 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
 
 def _with_base(described: dict[str, Any], base_model: str | None) -> dict[str, Any]:
     """program.json with the base's name as others know it; exports of cotune 0.1.0's first days lack the part."""
+    from cotune.callbacks.export_program import FORMAT
+
     base = described.get("base") or _early_base(described)
     if base_model:
         base = {**base, "name": base_model, "on_hub": True, "revision": None}
-    return {**described, "base": base}
+    return {**described, "format": FORMAT, "base": base}
 
 
 def _early_base(described: dict[str, Any]) -> dict[str, Any]:

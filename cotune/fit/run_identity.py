@@ -14,7 +14,9 @@ from typing import Any
 
 from cotune.datamodules.splits import NAMES, Splits
 from cotune.storage.durable import DamagedFileError, read_durably, write_durably
+from cotune.storage.formats import check_format
 from cotune.storage.redact import is_secret
+from cotune.storage.run_folder import FORMAT
 
 _FILE = "run.json"
 _FREE = (
@@ -51,7 +53,8 @@ class RunIdentity:
     finished: bool = False
 
     def write(self, folder: Path) -> None:
-        write_durably(folder / _FILE, json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+        record = {"format": FORMAT, **asdict(self)}
+        write_durably(folder / _FILE, json.dumps(record, ensure_ascii=False, indent=1) + "\n")
 
     def ended(self) -> RunIdentity:
         return replace(self, finished=True)
@@ -62,9 +65,10 @@ def read_identity(folder: Path) -> RunIdentity | None:
 
     Raises:
         DamagedFileError: run.json is not what was written.
+        FormatError: a newer version of cotune wrote it.
     """
     try:
-        return RunIdentity(**json.loads(read_durably(folder / _FILE)))
+        record = json.loads(read_durably(folder / _FILE))
     except FileNotFoundError:
         return None
     except DamagedFileError as error:
@@ -72,6 +76,9 @@ def read_identity(folder: Path) -> RunIdentity | None:
             f"{error} So nobody can tell whether this is the same run. Start over with --fresh, which keeps it aside, "
             "or give this one another --name."
         ) from error
+    fix = "Go on with the version that made the run, or start over with --fresh, which keeps it aside."
+    check_format(folder / _FILE, record.pop("format", 1), FORMAT, fix=fix)
+    return RunIdentity(**record)
 
 
 def counted_options(config: Mapping[str, Any]) -> dict[str, Any]:

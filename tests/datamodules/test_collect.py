@@ -566,5 +566,5 @@ def test_a_folder_of_a_format_to_come_is_refused(tmp_path: Path) -> None:
     save_traces(some_traces(), tmp_path / "now")
     later = load_from_disk(str(tmp_path / "now")).map(lambda row: {"format": 99, "depth": 1})
     later.save_to_disk(str(tmp_path / "later"))
-    with pytest.raises(ValueError, match="of format 99, which a newer cotune wrote; this one reads up to 2"):
+    with pytest.raises(ValueError, match="has format 99, and this version of cotune reads 1 to 2"):
         load_traces(tmp_path / "later", Loop(2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -334,6 +335,24 @@ def test_a_chart_stays_inside_its_frame(tmp_path: Path) -> None:
     assert loss.line
     assert rate.line
     assert len(score.dots) == 2
+
+
+@pytest.mark.parametrize(("recorded", "points"), [((3, 1), [3, 1]), ((1, 3), [1, 3]), ((None, None), [2, 2])])
+def test_each_weight_step_has_the_epochs_that_its_record_says(
+    recorded: tuple[int | None, int | None], points: list[int], tmp_path: Path
+) -> None:
+    """A letter may have its own; runs from before they were recorded had equal ones."""
+    run = read_run(write_run(tmp_path / "run"))
+    first, prompts, second = (replace(one, step=step) for one, step in zip(run.prefixes[1:], "wpw", strict=True))
+    trained = [
+        replace(prefix, record={**prefix.record, "epochs": epochs})
+        for prefix, epochs in zip((first, second), recorded, strict=True)
+    ]
+    prefixes = [run.prefixes[0], trained[0], prompts, trained[1]]
+    metrics = [{"step": 3.0 * epoch, "epoch": float(epoch), "val/score": 0.5} for epoch in range(4)]
+    drawn = timeline(replace(run, prefixes=prefixes, schedule=["w", "p", "d"], metrics=metrics), width=760)
+    assert [len(line.split()) for line in drawn.epochs] == points
+    assert [band.label for band in drawn.bands] == ["weights", "prompts", "weights (d)"]
 
 
 def test_a_step_that_was_logged_twice_counts_as_it_was_last(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ class Scripted:
     def __init__(self, task: hidden_rules.Task) -> None:
         self.task = task
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         return [Completion(self._proposal(r) if r.messages[0]["role"] == "user" else _echo(r)) for r in requests]
 
     def _proposal(self, request: Request) -> str:
@@ -193,7 +193,7 @@ def _share(text: str) -> float:
 class Graded:
     """An LM whose answers are right as often as the quality of its prompt says, and a proposer of new wordings."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         return [Completion(self._write(request)) for request in requests]
 
     def _write(self, request: Request) -> str:
@@ -243,9 +243,9 @@ class _Counted:
     def __init__(self, lm: Graded) -> None:
         self.lm, self.calls = lm, 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
-        return self.lm.generate(requests, sampling)
+        return self.lm.complete(requests, sampling)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

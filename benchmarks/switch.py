@@ -62,7 +62,7 @@ def switches(lm: LanguageModel, count: int) -> list[float]:
     for number in range(count + 1):  # the first is not counted: it makes the second copy
         _train(lm, optimizer)
         began = time.perf_counter()
-        completion = lm.generate([_request(number)], Sampling(max_new_tokens=1))[0]
+        completion = lm.complete([_request(number)], Sampling(max_new_tokens=1))[0]
         seconds.append(time.perf_counter() - began)
         assert len(completion.completion_ids) == 1
         fingerprints.add(lm.fingerprint())

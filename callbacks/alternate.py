@@ -10,7 +10,7 @@ import torch
 from cotune.callbacks.alternation import (
     Alternation,
     Collect,
-    Collected,
+    CollectionEnded,
     Event,
     Finish,
     RoundEnded,
@@ -121,6 +121,7 @@ class Alternate(Callback):
         self.state = State()
         self.work = StepWork(self.schedule, self.steps, search or RandomDemoSearch(), options)
         self.saver = Saver(SavePolicy(save_every), folder)
+        self._resumed_from = "the checkpoint"
         self._early: list[tuple[EarlyStopping, dict[str, Any]]] = []  # each as it was before any epoch
 
     # What Lightning calls
@@ -189,11 +190,12 @@ class Alternate(Callback):
         return {**self.alternation.saved(self.state), **self.work.state_dict()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = str(trainer.ckpt_path or "the checkpoint")
         if checkpoint["global_step"]:  # before the first step Lightning's own state is as new
             self.saver.wait()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = self.alternation.resumed(state_dict)
+        self.state = self.alternation.resumed(state_dict, self._resumed_from)
         self.work.load_state_dict(state_dict)
 
     # What others ask
@@ -274,7 +276,7 @@ class Alternate(Callback):
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):
                 self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
-                self._advance(Collected())
+                self._advance(CollectionEnded())
             else:
                 self.work.reach_boundary(trainer, rounds=self.state.rounds)
                 self._advance(Scored())

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from cotune.datamodules.formats import check_format
+
 FORMAT = 1
 """Of a state's record in a checkpoint."""
 
@@ -18,7 +20,7 @@ Phase = Literal["search", "collect", "train", "score", "finish"]
 
 
 class StateError(ValueError):
-    """A state that cannot be gone on from here: of another format, or of another schedule."""
+    """A state that cannot be gone on from here."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Collected:
+class CollectionEnded:
     """There is something to train on."""
 
 
@@ -110,7 +112,7 @@ class Scored:
     """A boundary has been reached."""
 
 
-Event = Searched | Collected | RoundEnded | Scored
+Event = Searched | CollectionEnded | RoundEnded | Scored
 
 _ACTIONS: dict[Phase, Action] = {
     "search": Search(),
@@ -119,7 +121,7 @@ _ACTIONS: dict[Phase, Action] = {
     "score": Score(),
     "finish": Finish(),
 }
-_ENDS: dict[type[Event], Phase] = {Searched: "search", Collected: "collect", RoundEnded: "train", Scored: "score"}
+_ENDS: dict[type[Event], Phase] = {Searched: "search", CollectionEnded: "collect", RoundEnded: "train", Scored: "score"}
 
 
 class Alternation:
@@ -127,7 +129,8 @@ class Alternation:
 
     >>> one = Alternation([Step("w", rounds=2)])
     >>> state = one.after(State(), Scored())
-    >>> [one.wanted(state := one.after(state, event)) for event in (Collected(), RoundEnded(), RoundEnded(), Scored())]
+    >>> events = (CollectionEnded(), RoundEnded(), RoundEnded(), Scored())
+    >>> [one.wanted(state := one.after(state, event)) for event in events]
     [Train(), Train(), Score(), Finish()]
     """
 
@@ -166,19 +169,18 @@ class Alternation:
         """The record of a state, for a checkpoint: plain types, and the schedule that it is a place in."""
         return {"format": FORMAT, **self._described(), "state": asdict(state)}
 
-    def resumed(self, record: Mapping[str, Any]) -> State:
+    def resumed(self, record: Mapping[str, Any], where: str = "the checkpoint") -> State:
         """The state of a record. A search whose result was not yet scored begins anew, as it is not kept.
 
         Raises:
-            StateError: the record is of another format, or of another schedule.
+            FormatError: the record, which stands in `where`, is of another format.
+            StateError: it is of another schedule.
         """
-        found = record.get("format")
-        if found != FORMAT:
-            raise StateError(
-                f"the checkpoint has format {'none' if found is None else found}, and this version of cotune reads "
-                f"{FORMAT}. Finish the run with the version that made it, or start over with --fresh; completions that "
-                "are stored are not generated again."
-            )
+        fix = (
+            "Finish the run with the version that made it, or start over with --fresh; completions that are stored are "
+            "not generated again."
+        )
+        check_format(where, record.get("format", "none"), FORMAT, oldest=FORMAT, fix=fix)
         for name, value in self._described().items():
             if record[name] != value:
                 raise StateError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from cotune.inference.shared_prefix import shared_prefix
 from torch import Tensor
 
 
@@ -182,21 +183,6 @@ def collate(groups: Sequence[Sequence[Pair]]) -> Batch:
     """Each group of pairs as one segment with the longest prefix that all its prompts share."""
     segments = (Segment(shared_prefix([pair.prompt_ids for pair in group]), tuple(group)) for group in groups if group)
     return Batch(tuple(segments))
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, leaving each at least one of its own.
-
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2]])
-    (2, 1)
-    """
-    ordered = [tuple(prompt) for prompt in prompts]
-    low, high = min(ordered), max(ordered)  # what the extremes of the order share, all share
-    limit = min(len(prompt) for prompt in prompts) - 1
-    length = 0
-    while length < limit and low[length] == high[length]:
-        length += 1
-    return length
 
 
 def _at(stream: Sequence[float], place: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cotune.inference.calls import CallStore
+from cotune.inference.calls import StoredLM
 from cotune.inference.endpoint import EndpointError
 from cotune.inference.openai import OpenAILM
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from cotune.inference.grammars import GrammarError
 
 __all__ = [
-    "CallStore",
     "Codec",
     "EndpointError",
     "Engine",
@@ -26,6 +25,7 @@ __all__ = [
     "OpenAILM",
     "Plan",
     "Prompted",
+    "StoredLM",
     "Weights",
     "canonical_share",
 ]

@@ -1,42 +1,79 @@
-"""Calls: the store of completions that an endpoint was paid for, by what was asked."""
+"""Calls: LMs without ids whose completions are kept, by what was asked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from cotune.inference.rows import RowStore
-from cotune.programs.lm import Completion, Filled, Request, Sampling
+from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
+from cotune.programs.usage import Usage
 
 FORMAT = 1
 """Changes with the meaning of keys or values: what another format kept is not found."""
 
-
-@dataclass(frozen=True)
-class Paid:
-    """A completion, the model that answered, and what it cost."""
-
-    completion: Completion
-    model: str
-    tokens_in: int
-    tokens_out: int
-    dollars: float
+_REFUSED = ("refused", "too_long")
 
 
-class CallStore(RowStore):
-    """A file of completions by the messages that they answer; see `RowStore`. It may be the file of other stores."""
+class StoredLM:
+    """An LM without ids whose completions are kept, so that none is paid for twice. What was refused is asked anew.
 
-    def find(self, keys: Iterable[bytes]) -> dict[bytes, Paid]:
-        """The completions that are there, by key."""
-        return {key: _unpack(value) for key, value in self.read(list(dict.fromkeys(keys))).items()}
+    Args:
+        lm: what answers requests that are not there. One with `answers(requests, sampling)`, which yields completions
+            by their places as they come, has them kept as they come.
+        completions: file of the store, which other LMs may share.
+        identity: plain values by which the LM is known; null takes its own `identity`.
+    """
 
-    def keep(self, found: Mapping[bytes, Paid]) -> None:
-        """Writes completions in one transaction, which is on disk when this returns."""
-        if found:
-            self.write({key: _pack(paid) for key, paid in found.items()})
+    def __init__(self, lm: LM, completions: str, identity: Mapping[str, Any] | None = None) -> None:
+        self.lm = lm
+        self.identity: dict[str, Any] = dict(getattr(lm, "identity", {}) if identity is None else identity)
+        if not self.identity:
+            raise ValueError(f"{type(lm).__name__} has no `identity`; give one, e.g. its name and where it runs.")
+        self._store, self._stored = RowStore(completions), 0
+
+    @property
+    def usage(self) -> Usage:
+        """The LM's, and how many completions the store had."""
+        own: Usage = getattr(self.lm, "usage", Usage())
+        return own + Usage(stored=self._stored)
+
+    def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
+        """What the store has of these completions. Nothing is asked and nothing counted."""
+        keys = call_keys(requests, sampling, self.identity)
+        found = self._find(keys)
+        return [found.get(key) for key in keys]
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion for each request, in their order; equal requests are asked once. Raises what the LM does."""
+        keys = call_keys(requests, sampling, self.identity)
+        found = self._find(keys)
+        self._stored += len(found)
+        asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
+        places = list(asked)
+        for come in self._answers(list(asked.values()), sampling) if asked else ():
+            new = {places[at]: one for at, one in come.items()}
+            if answered := {key: _pack(one) for key, one in new.items() if one.finished not in _REFUSED}:
+                self._store.write(answered)
+            found |= new
+        return [found[key] for key in keys]
+
+    def close(self) -> None:
+        """Closes the store; the next request opens it again."""
+        self._store.close()
+
+    def _find(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
+        return {key: _unpack(value) for key, value in self._store.read(list(dict.fromkeys(keys))).items()}
+
+    def _answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterable[Mapping[int, Completion]]:
+        answers = getattr(self.lm, "answers", None)
+        if answers is None:
+            return [dict(enumerate(self.lm.complete(requests, sampling)))]
+        coming: Iterable[Mapping[int, Completion]] = answers(requests, sampling)
+        return coming
 
 
 def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping[str, Any]) -> list[bytes]:
@@ -59,14 +96,12 @@ def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping
     return keys
 
 
-def _pack(paid: Paid) -> bytes:
-    one = paid.completion
+def _pack(one: Completion) -> bytes:
     fields = [[field.name, field.text, field.ended] for field in one.fields]
-    held = [one.text, one.finished, fields, paid.model, paid.tokens_in, paid.tokens_out, paid.dollars]
-    return json.dumps(held).encode()
+    return json.dumps([one.text, one.finished, fields]).encode()
 
 
-def _unpack(value: bytes) -> Paid:
-    text, finished, fields, *cost = json.loads(value)
+def _unpack(value: bytes) -> Completion:
+    text, finished, fields, *_ = json.loads(value)  # earlier versions kept the cost as well
     filled = tuple(Filled(name, text, 0, 0, ended) for name, text, ended in fields)
-    return Paid(Completion(text, finished=finished, fields=filled), *cost)
+    return Completion(text, finished=finished, fields=filled)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from cotune.inference.calls import CallStore, Paid, call_keys
 from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
 from cotune.inference.response_format import read_reply, response_format
 from cotune.programs.layout import Field
@@ -22,13 +21,12 @@ _THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)
 class OpenAILM:
     """An LM behind an endpoint with chat completions: hosted, vLLM, SGLang, llama.cpp, Ollama, a proxy.
 
-    Requests are under way side by side, and are sent again when the server is busy, slow or gone for a moment. Every
-    answer is stored as it comes. Completions have no ids: prompts can be tuned for such an LM, weights cannot.
+    Requests are under way side by side, and are sent again when the server is busy, slow or gone for a moment.
+    Completions have no ids: prompts can be tuned for such an LM, weights cannot. `StoredLM` keeps them as they come.
 
     Args:
         model: its name at the endpoint.
         endpoint: URL of the API, up to and with its version.
-        completions: file of the store of answers, so that none is paid for twice; null or "off" keeps none.
         key_variable: name of the environment variable that holds the key. The key itself is never an option.
         concurrency: requests under way at once.
         timeout: seconds that one try may take.
@@ -42,7 +40,7 @@ class OpenAILM:
 
     Attributes:
         usage: what the completions have cost so far.
-        answered_by: answers by the model that gave them, those from the store included.
+        answered_by: answers by the model that gave them.
 
     Raises:
         ImportError: the openai client is not installed.
@@ -53,7 +51,6 @@ class OpenAILM:
         self,
         model: str,
         endpoint: str = HOSTED,
-        completions: str | None = None,
         key_variable: str = "OPENAI_API_KEY",
         concurrency: int = 16,
         timeout: float = 120.0,
@@ -69,7 +66,6 @@ class OpenAILM:
         self._endpoint = Endpoint(
             endpoint, model, key_variable=key_variable, concurrency=concurrency, timeout=timeout, tries=tries
         )
-        self._store = CallStore(completions) if completions and completions != "off" else None
         self.usage = Usage()
         self.answered_by: Counter[str] = Counter()
 
@@ -86,61 +82,44 @@ class OpenAILM:
             "extra": self.extra,
         }
 
-    def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
-        """What the store has of these completions. Nothing is asked and nothing counted."""
-        keys = call_keys(requests, sampling, self.identity)
-        found = self._store.find(keys) if self._store else {}
-        return [found[key].completion if key in found else None for key in keys]
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion for each request, in their order; equal requests are asked once.
 
         A request that the endpoint refuses gives a completion "too_long" or "refused", while others are answered.
 
         Raises:
-            EndpointError: the endpoint does not answer, or refuses all. What it answered before is stored.
+            EndpointError: the endpoint does not answer, or refuses all.
         """
-        keys = call_keys(requests, sampling, self.identity)
-        paid = self._store.find(keys) if self._store else {}
-        self.usage += Usage(stored=len(paid))
-        for one in paid.values():
-            self._note_model(one.model)
-        found = {key: one.completion for key, one in paid.items()}
-        asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
-        found |= self._ask(asked, sampling)
-        return [found[key] for key in keys]
+        names = list(map(repr, requests))
+        asked = dict(zip(names, requests, strict=True))
+        found: dict[int, Completion] = {}
+        for come in self.answers(list(asked.values()), sampling):
+            found |= come
+        at = {name: place for place, name in enumerate(asked)}
+        return [found[at[name]] for name in names]
 
-    complete = generate
-
-    def close(self) -> None:
-        """Ends the connection and closes the store; the next request opens both again."""
-        self._endpoint.close()
-        if self._store:
-            self._store.close()
-
-    def _ask(self, asked: Mapping[bytes, Request], sampling: Sampling) -> dict[bytes, Completion]:
-        """Has requests answered, and stores the answers as they come."""
-        keys, retries = list(asked), self._endpoint.retries
-        found: dict[bytes, Completion] = {}
+    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[dict[int, Completion]]:
+        """The same by their places, as they come: each time, all that have come since."""
+        retries = self._endpoint.retries
         refused: list[str] = []
-        bodies = [self._body(request, sampling) for request in asked.values()]
+        bodies = [self._body(request, sampling) for request in requests]
         try:
             for come in self._endpoint.answers(bodies) if bodies else ():
-                paid: dict[bytes, Paid] = {}
+                found: dict[int, Completion] = {}
                 for at, said in come:
-                    key = keys[at]
                     if isinstance(said, Answer):
-                        paid[key] = self._paid(asked[key], said)
-                        found[key] = paid[key].completion
+                        found[at] = self._paid(requests[at], said)
                     else:
-                        found[key] = Completion("", finished="too_long" if said.too_long else "refused")
+                        found[at] = Completion("", finished="too_long" if said.too_long else "refused")
                         refused += [] if said.too_long else [said.why]
-                if self._store:
-                    self._store.keep(paid)
+                yield found
         finally:
             self.usage += Usage(retries=self._endpoint.retries - retries)
-        self._check_refused(refused, len(found))
-        return found
+        self._check_refused(refused, len(requests))
+
+    def close(self) -> None:
+        """Ends the connection; the next request makes a new one."""
+        self._endpoint.close()
 
     def _check_refused(self, refused: Sequence[str], total: int) -> None:
         if not refused:
@@ -170,9 +149,8 @@ class OpenAILM:
             **self.extra,
         }
 
-    def _paid(self, request: Request, answer: Answer) -> Paid:
+    def _paid(self, request: Request, answer: Answer) -> Completion:
         """Reads and charges an answer."""
-        completion = _completion(request, answer, formatted=self.response_format == "auto")
         guessed = answer.tokens_in is None or answer.tokens_out is None
         tokens_in = answer.tokens_in or (_guess(*(m["content"] for m in request.messages)) if guessed else 0)
         tokens_out = answer.tokens_out or (_guess(answer.text) if guessed else 0)
@@ -183,7 +161,7 @@ class OpenAILM:
             print(f"{self._endpoint.url} does not say how many tokens it used; they are guessed from the texts.")
         self._note_model(answer.model)
         self.usage += Usage(1, 0, tokens_in, tokens_out, dollars, estimated=int(guessed))
-        return Paid(completion, answer.model, tokens_in, tokens_out, dollars)
+        return _completion(request, answer, formatted=self.response_format == "auto")
 
     def _note_model(self, answering: str) -> None:
         """Counts the model that answered, and says so once if it is another than was asked."""

@@ -17,14 +17,13 @@ from typing import Any
 from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.inference.rows import CompletionStoreError, RowStore
 from cotune.programs.layout import Layout
-from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
+from cotune.programs.lm import Completion, Filled, Sampling
 
 __all__ = [
     "FORMAT",
     "CompletionStore",
     "CompletionStoreError",
     "StoredEngine",
-    "StoredLM",
     "completion_keys",
     "completion_of",
 ]
@@ -111,36 +110,6 @@ class StoredEngine(Engine):
         return made
 
 
-class StoredLM:
-    """An LM without ids whose completions are kept, by the messages that asked for them.
-
-    Args:
-        lm: what answers requests that are not there.
-        store: where completions are kept.
-        identity: plain values by which the LM is known.
-    """
-
-    def __init__(self, lm: LM, store: CompletionStore, *, identity: Mapping[str, Any]) -> None:
-        self.lm, self.store, self._identity = lm, store, dict(identity)
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        keys = [self._key(request, sampling) for request in requests]
-        found = {key: completion_of((), known) for key, known in self.store.find(keys).items()}
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
-        if missing:
-            made = dict(zip(missing, self.lm.generate(list(missing.values()), sampling), strict=True))
-            answered = {key: done for key, done in made.items() if done.finished != "refused"}  # it may be, another day
-            self.store.keep({key: _generated_of(done) for key, done in answered.items()})
-            found |= made
-        return [found[key] for key in keys]
-
-    def _key(self, request: Request, sampling: Sampling) -> bytes:
-        drawn = request.seed if sampling.temperature > 0 else None
-        asked = [[dict(message) for message in request.messages], _plain(request.layout), request.adapter, drawn]
-        whole = json.dumps([FORMAT, "messages", self._identity, _asked(sampling), asked], sort_keys=True)
-        return hashlib.sha256(whole.encode()).digest()
-
-
 def completion_of(prompt_ids: Sequence[int], generated: Generated) -> Completion:
     """What an engine wrote as what an LM answers."""
     return Completion(
@@ -152,11 +121,6 @@ def completion_of(prompt_ids: Sequence[int], generated: Generated) -> Completion
         generated.forced,
         generated.log_probs,
     )
-
-
-def _generated_of(done: Completion) -> Generated:
-    assert done.finished != "refused"  # nothing was written
-    return Generated(list(done.completion_ids), done.text, done.finished, done.fields, done.forced, done.log_probs)
 
 
 def _asked(sampling: Sampling) -> dict[str, Any]:

@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
             dict.fromkeys(i for i in (self.encode.turn_end, self.tokenizer.eos_token_id, *ids) if i is not None)
         )
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         started, before = time.perf_counter(), self.completing.generated
         prompts = [Prompted(self.encode(r.messages), r.layout, r.seed) for r in requests]
@@ -246,8 +246,6 @@ class LanguageModel(nn.Module):
         self.usage.cached += len(prompts) - (self.completing.generated - before)
         self.usage.seconds += time.perf_counter() - started
         return results
-
-    complete = generate
 
     def _completion(self, prompt: Prompted, generated: Generated) -> Completion:
         """What was written, its thinking apart from the fields' texts; the ids hold both."""
@@ -272,7 +270,7 @@ class LanguageModel(nn.Module):
 
     @property
     def before_wave(self) -> Callable[[], None]:
-        """Called before each part of a `generate` that is one unit of work; what it raises stops there."""
+        """Called before each part of a `complete` that is one unit of work; what it raises stops there."""
         return self.completing.before_wave
 
     @before_wave.setter

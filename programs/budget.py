@@ -92,7 +92,7 @@ class BudgetedLM:
         """Wall time since the run began, the time before a stop included and that between not."""
         return (self._clock() - self._began) / 60
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """The LM's completions.
 
         Raises:
@@ -111,8 +111,6 @@ class BudgetedLM:
             wanted = wanted[len(wave) :]
         return [one for one in found if one is not None]
 
-    complete = generate
-
     def _wave(self) -> int | None:
         bounded = any(bound is not None for name, bound in self.budget._bounds() if name != "lm_calls")
         sizes = [self.budget.calls_left(self.spent), _WAVE if bounded else None]
@@ -122,7 +120,7 @@ class BudgetedLM:
         before: Usage | None = getattr(self.lm, "usage", None)
         done: list[Completion] = []
         try:
-            done = self.lm.generate(requests, sampling)
+            done = self.lm.complete(requests, sampling)
         finally:  # what an endpoint answered before it failed was paid as well
             after: Usage | None = getattr(self.lm, "usage", None)
             if isinstance(before, Usage) and isinstance(after, Usage):

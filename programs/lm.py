@@ -114,6 +114,6 @@ class LMUnavailableError(RuntimeError):
 class LM(Protocol):
     """Anything that completes chats in batches. Must not raise for one bad request among good ones."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of the requests."""
         ...

@@ -93,13 +93,13 @@ class Runner:
 
     def _completions(self, signatures: Sequence[Signature], requests: Sequence[Request]) -> list[Completion]:
         """The LM's completions. What cannot be read is asked for once more, if the LM is one that only gives text."""
-        completions = list(self.lm.generate(requests, self.sampling))
+        completions = list(self.lm.complete(requests, self.sampling))
         signed = list(zip(signatures, completions, strict=True))
         faults = {at: fault for at, (signature, one) in enumerate(signed) if (fault := self._fault(signature, one))}
         again = [
             _repair(requests[at], completions[at].text, self.form.repair(signatures[at], faults[at])) for at in faults
         ]
-        answers = self.lm.generate(again, self.sampling) if again else []
+        answers = self.lm.complete(again, self.sampling) if again else []
         for at, answer in zip(faults, answers, strict=True):
             if not self._fault(signatures[at], answer) and answer.finished not in ("too_long", "refused"):
                 completions[at] = replace(answer, repaired=True)

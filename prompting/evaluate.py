@@ -123,9 +123,9 @@ class CountingLM:
     def __init__(self, lm: LM) -> None:
         self._lm, self.calls = lm, 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
-        return self._lm.generate(requests, sampling)
+        return self._lm.complete(requests, sampling)
 
 
 def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple[Candidate, list[Candidate]]:

@@ -103,7 +103,7 @@ class Proposer:
             for text, seed in zip(asked, seeds, strict=True)
         ]
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_tokens)
-        return self.lm.generate(requests, sampling) if requests else []
+        return self.lm.complete(requests, sampling) if requests else []
 
     def read(self, completion: Completion, current: str, tried: Collection[str]) -> Written:
         """The instruction that a completion holds, and what is wrong with it.

@@ -37,7 +37,7 @@ class FakeLM:
         window: longest prompt in tokens (bytes); None for any length.
 
     Attributes:
-        batches: the requests of every `generate` call.
+        batches: the requests of every `complete` call.
         samplings: its sampling, call by call.
     """
 
@@ -55,7 +55,7 @@ class FakeLM:
         """Completions asked for."""
         return len(self.requests)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.batches.append(list(requests))
         self.samplings.append(sampling)
         return [self._complete(request, sampling) for request in requests]

@@ -15,14 +15,14 @@ class Kept:
     def __init__(self, lm: Any, store: dict[str, Completion], dies_at: int = -1) -> None:
         self.lm, self.store, self.left, self.asked = lm, store, dies_at, 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         if self.left == 0:
             raise KeyboardInterrupt
         self.left -= 1
         keys = [repr((request, sampling)) for request in requests]
         new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.store}
         self.asked += len(new)
-        self.store.update(zip(new, self.lm.generate(list(new.values()), sampling), strict=True))
+        self.store.update(zip(new, self.lm.complete(list(new.values()), sampling), strict=True))
         return [self.store[key] for key in keys]
 
 

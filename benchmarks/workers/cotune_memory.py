@@ -25,11 +25,11 @@ def run(*, model: str, requests: int, new: int, cache_tokens: int, threads: int)
     torch.set_num_threads(threads)
     lm = language_model(Endless, model, cache_tokens=cache_tokens)
     lm.load()
-    lm.generate([_request(-1)], Sampling(max_new_tokens=1))  # makes the merged copy
+    lm.complete([_request(-1)], Sampling(max_new_tokens=1))  # makes the merged copy
     asked = [_request(number) for number in range(requests)]
     _forget_peak()
     ready = psutil.Process().memory_info().rss
-    completions = lm.generate(asked, Sampling(max_new_tokens=new))
+    completions = lm.complete(asked, Sampling(max_new_tokens=new))
     return {
         "ready": ready,
         "peak": _peak(),

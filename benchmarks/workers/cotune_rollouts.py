@@ -30,7 +30,7 @@ class Engine:
         """Seconds of the batch (chats tokenised, text decoded) and the ids written, an end-of-turn token included."""
         requests = [Request(list(messages)) for messages in chats]
         started = time.perf_counter()
-        completions = self.lms[ends].generate(requests, Sampling(max_new_tokens=new))
+        completions = self.lms[ends].complete(requests, Sampling(max_new_tokens=new))
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "tokens": [list(completion.completion_ids) for completion in completions]}
 

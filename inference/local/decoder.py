@@ -17,8 +17,9 @@ from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending,
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
-from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, shared_prefix
+from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix
 from cotune.inference.local.sampling import log_probs, sample
+from cotune.inference.shared_prefix import shared_prefix
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
 from torch import Tensor

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cotune.inference.local.cascade import KeyValues
+from cotune.inference.shared_prefix import common, shared_prefix
 
 BLOCK = 128
 """Tokens of a prefix that are computed together. What is kept is reused in whole blocks, so that a prefix has the same
@@ -42,16 +43,6 @@ def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
             node.home.group += node.members
     groups += [node.group for node in nodes if node.group]
     return sorted((sorted(group) for group in groups), key=lambda group: group[0])
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, leaving each at least one of its own.
-
-    >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]]), shared_prefix([[1, 2], [1, 2]])
-    (2, 1)
-    """
-    ordered = [tuple(prompt) for prompt in prompts]  # what the extremes of the order share, all share
-    return min(_common(min(ordered), max(ordered)), min(map(len, ordered)) - 1)
 
 
 def group_cost(shared: int) -> int:
@@ -147,7 +138,7 @@ class PrefixCache:
         """The kept prefix that shares most whole blocks with these ids, and how many tokens those are."""
         key = tuple(ids)
         place = bisect.bisect(self._kept, key)
-        shared = {kept: _common(kept, key) // BLOCK * BLOCK for kept in self._kept[max(place - 1, 0) : place + 1]}
+        shared = {kept: common(kept, key) // BLOCK * BLOCK for kept in self._kept[max(place - 1, 0) : place + 1]}
         best = max(shared, key=lambda kept: shared[kept], default=None)
         return (self._states[best], shared[best]) if best is not None and shared[best] else None
 
@@ -163,8 +154,3 @@ class PrefixCache:
     def clear(self) -> None:
         self._kept.clear()
         self._states.clear()
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

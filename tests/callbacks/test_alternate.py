@@ -162,16 +162,15 @@ def test_dropout_acts_in_training_and_never_in_rollouts(tiny_model: Path, tmp_pa
                 lambda m, *_: modes.while_generating.append(m.training) if modes.rolling else None
             )
             modes.names.append(name)
-    real = fit.lm.generate
+    real = fit.lm.complete
 
-    def generate(requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         modes.rolling = True
         try:
             return real(requests, sampling)
         finally:
             modes.rolling = False
 
-    fit.lm.generate = generate  # type: ignore[method-assign]
     fit.run()
     assert modes.names
     assert not any(modes.while_generating)

@@ -9,7 +9,7 @@ from cotune.callbacks.alternation import (
     Action,
     Alternation,
     Collect,
-    Collected,
+    CollectionEnded,
     Event,
     Finish,
     RoundEnded,
@@ -22,11 +22,12 @@ from cotune.callbacks.alternation import (
     Step,
     Train,
 )
+from cotune.datamodules.formats import FormatError
 
 P, W, EACH = Step("p"), Step("w", rounds=2), Step("d", rounds=2, collects_each_round=True)
 ENDS: dict[type[Action], Event] = {  # type: ignore[valid-type]
     Search: Searched(),
-    Collect: Collected(),
+    Collect: CollectionEnded(),
     Train: RoundEnded(),
     Score: Scored(),
 }
@@ -59,7 +60,7 @@ def test_a_schedule_is_walked_to_its_end(steps: list[Step], wanted: str) -> None
 
 def test_a_stop_ends_the_weight_step_and_not_the_schedule() -> None:
     one = Alternation([W, W])
-    state = one.after(one.after(State(), Scored()), Collected())
+    state = one.after(one.after(State(), Scored()), CollectionEnded())
     stopped = one.after(state, RoundEnded(stop=True))
     assert (one.wanted(stopped), stopped.rounds) == (Score(), 1)
     names, _ = walked(one, stopped)
@@ -89,8 +90,9 @@ def test_a_record_of_another_format_is_refused_with_the_way_out(found: int | Non
     record = {**Alternation([P]).saved(State()), "format": found}
     if found is None:
         del record["format"]
-    with pytest.raises(StateError, match=rf"has format {'none' if found is None else found}.*reads 1.*--fresh"):
-        Alternation([P]).resumed(record)
+    said = rf'^"last.ckpt" has format {"none" if found is None else found}, .*reads 1\. .*--fresh'
+    with pytest.raises(FormatError, match=said):
+        Alternation([P]).resumed(record, "last.ckpt")
 
 
 def test_a_record_of_another_schedule_is_refused() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from cotune.datamodules.collate import shared_prefix
 from cotune.inference import Codec
 from cotune.inference.engine import Generated, Prompted
 from cotune.inference.local.decoder import Decoder, GenerationMemoryError
 from cotune.inference.local.prefixes import group_by_prefix, group_cost
+from cotune.inference.shared_prefix import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.programs import Request, Sampling
@@ -494,7 +494,7 @@ def test_the_embedded_model_writes_what_hugging_face_writes() -> None:
         Request([{"role": "system", "content": passage}, {"role": "user", "content": f"What follows {i} times {i}?"}])
         for i in range(32)
     ]
-    found = lm.generate(requests, Sampling(max_new_tokens=16))
+    found = lm.complete(requests, Sampling(max_new_tokens=16))
     prompts = [c.prompt_ids for c in found]
     assert 330 < shared_prefix(prompts) < 420
     expected = one_by_one(lm.model.eval(), prompts, 16, end_ids=lm.end_ids, window=lm.window)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from cotune.inference import StoredLM
 from cotune.inference.local import LocalEngine
-from cotune.inference.stored import CompletionStore, StoredLM
 from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
 from cotune.programs import Completion, Request, Sampling
@@ -113,11 +113,11 @@ def test_a_run_selects_its_engine(tiny_model: Path) -> None:
 
 def test_an_lm_without_ids_is_asked_once_for_each_request(tmp_path: Path) -> None:
     inner = FakeLM(lambda request: Completion(request.messages[-1]["content"] + "!", finished="stop"))
-    store = CompletionStore(tmp_path / "completions.sqlite")
+    store = str(tmp_path / "completions.sqlite")
     lm = StoredLM(inner, store, identity={"model": "some", "url": "here"})
-    first = lm.generate([*asked(3), *asked(1)], GREEDY)
+    first = lm.complete([*asked(3), *asked(1)], GREEDY)
     assert [done.text for done in first] == ["Question 0!", "Question 1!", "Question 2!", "Question 0!"]
-    assert lm.generate([*asked(3), *asked(1)], GREEDY) == first
+    assert lm.complete([*asked(3), *asked(1)], GREEDY) == first
     assert inner.calls == 3
     warm = Sampling(temperature=1.0, max_new_tokens=12)
     for requests, sampling in (
@@ -127,17 +127,19 @@ def test_an_lm_without_ids_is_asked_once_for_each_request(tmp_path: Path) -> Non
         (asked(1, seed=4), warm),
     ):
         calls = inner.calls
-        lm.generate(requests, sampling)
+        lm.complete(requests, sampling)
         assert inner.calls == calls + 1
-    lm.generate(asked(1, seed=9), GREEDY)
-    assert inner.calls == 7, "a seed decides only where something is drawn"
-    StoredLM(inner, store, identity={"model": "other"}).generate(asked(1), GREEDY)
-    assert inner.calls == 8
+    lm.complete(asked(1, seed=9), GREEDY)
+    assert inner.calls == 8, "a second opinion may be wanted where nothing is drawn, too"
+    StoredLM(inner, store, identity={"model": "other"}).complete(asked(1), GREEDY)
+    assert inner.calls == 9
+    with pytest.raises(ValueError, match="FakeLM has no `identity`"):
+        StoredLM(inner, store)
 
 
 def test_a_refused_request_is_not_kept(tmp_path: Path) -> None:
     answers = iter([Completion("", finished="refused"), Completion("now", finished="eos")])
     inner = FakeLM(lambda request: next(answers))
-    lm = StoredLM(inner, CompletionStore(tmp_path / "completions.sqlite"), identity={"model": "some"})
-    assert [lm.generate(asked(1), GREEDY)[0].text for _ in range(3)] == ["", "now", "now"]
+    lm = StoredLM(inner, str(tmp_path / "completions.sqlite"), identity={"model": "some"})
+    assert [lm.complete(asked(1), GREEDY)[0].text for _ in range(3)] == ["", "now", "now"]
     assert inner.calls == 2

@@ -346,8 +346,8 @@ def test_an_lm_tells_fields_and_forced_ids_and_stores_them(tiny_model: Path, tmp
     sampling = Sampling(0.8, 1.0, 20, log_probs=True)
     stored = {"completions": str(tmp_path / "completions.sqlite")}
     first, again, without = (loaded(tiny_model, **settings) for settings in (stored, stored, {}))
-    found = first.generate(asked, sampling)
-    assert found == again.complete(asked, sampling) == without.generate(asked, sampling)
+    found = first.complete(asked, sampling)
+    assert found == again.complete(asked, sampling) == without.complete(asked, sampling)
     assert again.usage.cached == 4
     for completion in found:
         why, answer = completion.fields
@@ -355,5 +355,5 @@ def test_an_lm_tells_fields_and_forced_ids_and_stores_them(tiny_model: Path, tmp
         assert answer.text.strip() in WORDS.texts
         assert len(completion.forced) == len(completion.log_probs) == len(completion.completion_ids)
         assert all(a.end <= b.start for a, b in pairwise(completion.fields))
-    other = first.generate([Request(asked[0].messages, layout=(*layout, Fixed(".")))], sampling)
+    other = first.complete([Request(asked[0].messages, layout=(*layout, Fixed(".")))], sampling)
     assert other[0].text.endswith(".")

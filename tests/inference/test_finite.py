@@ -56,4 +56,4 @@ def test_generation_stops_at_the_first_batch(tiny_model: Path, temperature: floa
     with torch.no_grad():
         lm.model.get_output_embeddings().weight[5] = torch.inf
     with pytest.raises(NotFiniteError, match="weights of the base"):
-        lm.generate(ASKED, Sampling(temperature=temperature, max_new_tokens=2))
+        lm.complete(ASKED, Sampling(temperature=temperature, max_new_tokens=2))

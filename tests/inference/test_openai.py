@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cotune.inference import StoredLM
 from cotune.inference.endpoint import EndpointError
 from cotune.inference.openai import OpenAILM
 from cotune.programs import Completion, Field, LMUnavailableError, Request, Sampling
@@ -31,15 +32,17 @@ def server() -> Iterator[EndpointServer]:
 
 
 @pytest.fixture
-def lm_at() -> Iterator[Callable[..., OpenAILM]]:
-    """Makes an LM that waits for milliseconds where a real one waits for seconds."""
+def lm_at() -> Iterator[Callable[..., Any]]:
+    """Makes an LM that waits for milliseconds where a real one waits for seconds; `completions` stores what it says."""
     made: list[OpenAILM] = []
 
-    def make(server: EndpointServer | str, **options: Any) -> OpenAILM:
-        lm = OpenAILM("m", server if isinstance(server, str) else server.url, **options)
+    def make(
+        server: EndpointServer | str, completions: str | None = None, model: str = "m", **options: Any
+    ) -> OpenAILM | StoredLM:
+        lm = OpenAILM(model, server if isinstance(server, str) else server.url, **options)
         lm._endpoint.first_wait = 0.001
         made.append(lm)
-        return lm
+        return lm if completions is None else StoredLM(lm, completions)
 
     yield make
     for lm in made:
@@ -84,7 +87,7 @@ def test_completions_stand_in_the_order_of_the_requests(server: EndpointServer, 
 def test_sampling_seed_and_stops_are_sent(server: EndpointServer, lm_at: Any) -> None:
     lm = lm_at(server, extra={"reasoning_effort": "low"})
     layout = (Field("answer", stops=("###", "\nquestion:")),)
-    lm.generate(asking("a", seed=2**40 + 7, layout=layout), Sampling(0.7, 0.9, 20))
+    lm.complete(asking("a", seed=2**40 + 7, layout=layout), Sampling(0.7, 0.9, 20))
     (body,) = server.bodies
     assert body.pop("messages") == [{"role": "user", "content": "a"}]
     assert body == {
@@ -100,30 +103,30 @@ def test_sampling_seed_and_stops_are_sent(server: EndpointServer, lm_at: Any) ->
 
 def test_a_server_that_takes_no_notice_of_stops_is_cut(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: "four\nquestion: and 3+3?"
-    (one,) = lm_at(server).generate(asking("2+2", layout=(Field("answer", stops=("\nquestion:",)),)), Sampling())
+    (one,) = lm_at(server).complete(asking("2+2", layout=(Field("answer", stops=("\nquestion:",)),)), Sampling())
     assert (one.text, one.finished) == ("four", "stop")
 
 
 def test_thinking_is_no_part_of_a_completion(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: "<think>\nIs it 4? It is.\n</think>\n\n4" if "2" in shouted(body) else "<think> on and"
-    assert texts(lm_at(server).generate(asking("2+2", "x"), Sampling())) == ["4", ""]
+    assert texts(lm_at(server).complete(asking("2+2", "x"), Sampling())) == ["4", ""]
 
 
 def test_a_completion_that_was_cut_says_so(server: EndpointServer, lm_at: Any) -> None:
     choice = {"index": 0, "message": {"role": "assistant", "content": "on and on"}, "finish_reason": "length"}
     server.answer = lambda body: Reply(changes={"choices": [choice]})
-    assert lm_at(server).generate(asking("a"), Sampling()) == [Completion("on and on", finished="length")]
+    assert lm_at(server).complete(asking("a"), Sampling()) == [Completion("on and on", finished="length")]
 
 
 def test_no_more_requests_are_under_way_than_allowed(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: Reply(shouted(body), wait=0.05)
-    lm_at(server, concurrency=3).generate(asking(*map(str, range(12))), Sampling())
+    lm_at(server, concurrency=3).complete(asking(*map(str, range(12))), Sampling())
     assert server.most == 3
 
 
 def test_equal_requests_are_asked_once(server: EndpointServer, lm_at: Any) -> None:
     lm = lm_at(server)
-    assert texts(lm.generate(asking("a", "b", "a"), Sampling())) == ["A", "B", "A"]
+    assert texts(lm.complete(asking("a", "b", "a"), Sampling())) == ["A", "B", "A"]
     assert (len(server.bodies), lm.usage.calls) == (2, 2)
 
 
@@ -148,13 +151,13 @@ def test_equal_requests_are_asked_once(server: EndpointServer, lm_at: Any) -> No
 def test_a_failure_that_passes_changes_no_completion(reply: Reply, server: EndpointServer, lm_at: Any) -> None:
     server.answer = failing(reply, times=2)
     lm = lm_at(server)
-    assert texts(lm.generate(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    assert texts(lm.complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
     assert (lm.usage.calls, lm.usage.retries, lm.usage.refused) == (8, 16, 0)
 
 
 def test_a_slow_answer_is_asked_for_again(server: EndpointServer, lm_at: Any) -> None:
     server.answer = failing(Reply("late", wait=1.5))
-    assert texts(lm_at(server, timeout=0.3).generate(asking("a"), Sampling())) == ["A"]
+    assert texts(lm_at(server, timeout=0.3).complete(asking("a"), Sampling())) == ["A"]
 
 
 def test_a_storm_of_429_is_waited_out_as_long_as_the_server_says(server: EndpointServer, lm_at: Any) -> None:
@@ -168,7 +171,7 @@ def test_a_storm_of_429_is_waited_out_as_long_as_the_server_says(server: Endpoin
 
     server.answer = answer
     lm = lm_at(server, tries=2)  # tries alone would not last
-    assert texts(lm.generate(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    assert texts(lm.complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
     assert lm.usage.retries <= 8
 
 
@@ -183,7 +186,7 @@ def test_a_wait_that_one_request_is_ordered_holds_for_all(server: EndpointServer
         return Reply(shouted(body), wait=0.3)
 
     server.answer = answer
-    lm_at(server, concurrency=2).generate(asking("a", "b", "c"), Sampling())
+    lm_at(server, concurrency=2).complete(asking("a", "b", "c"), Sampling())
     assert came["c"][0] >= came["a"][0] + 0.95  # b was answered long before
 
 
@@ -191,7 +194,7 @@ def test_a_wait_until_a_date_is_understood(server: EndpointServer, lm_at: Any) -
     date = formatdate(time.time() + 2, usegmt=True)
     server.answer = failing(Reply(status=503, error={"message": "later"}, headers={"retry-after": date}))
     began = time.monotonic()
-    lm_at(server).generate(asking("a"), Sampling())
+    lm_at(server).complete(asking("a"), Sampling())
     assert 0.9 < time.monotonic() - began < 5
 
 
@@ -204,7 +207,7 @@ def test_nobody_listening_is_one_error(lm_at: Any) -> None:
     with pytest.raises(
         EndpointError, match=rf'{url} does not answer for model "m": .*refused.*after 2 tries'
     ) as caught:
-        lm_at(url, tries=2).generate(asking("a", "b"), Sampling())
+        lm_at(url, tries=2).complete(asking("a", "b"), Sampling())
     assert isinstance(caught.value, LMUnavailableError)
     assert "\n" not in str(caught.value)
 
@@ -231,7 +234,7 @@ def test_a_failure_of_the_set_up_is_one_error_without_the_key(
     server.answer = lambda body: Reply(status=status, error=error)
     lm = lm_at(server, tries=3)
     with pytest.raises(EndpointError, match=said) as caught:
-        lm.generate(asking("a"), Sampling())
+        lm.complete(asking("a"), Sampling())
     assert KEY not in str(caught.value)
     assert server.keys[0] == f"Bearer {KEY}"
     assert len(server.bodies) == (3 if status == 503 else 1)
@@ -240,14 +243,14 @@ def test_a_failure_of_the_set_up_is_one_error_without_the_key(
 def test_an_endpoint_that_refuses_everything_is_not_asked_everything(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: Reply(status=400, error={"message": "no such option"})
     with pytest.raises(EndpointError, match="refuses every request, status 400, no such option"):
-        lm_at(server, concurrency=2).generate(asking(*map(str, range(50))), Sampling())
+        lm_at(server, concurrency=2).complete(asking(*map(str, range(50))), Sampling())
     assert len(server.bodies) < 12
 
 
 def test_a_wait_for_hours_ends_the_run(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: Reply(status=429, error={"message": "tomorrow"}, headers={"retry-after": "80000"})
     with pytest.raises(EndpointError, match="asks to wait 80000 s"):
-        lm_at(server).generate(asking("a"), Sampling())
+        lm_at(server).complete(asking("a"), Sampling())
 
 
 def test_one_bad_request_spoils_no_other(
@@ -261,7 +264,7 @@ def test_one_bad_request_spoils_no_other(
     }
     server.answer = lambda body: replies.get(body["messages"][-1]["content"], shouted(body))
     lm = lm_at(server, tries=3, concurrency=1)
-    done = lm.generate(asking("a", "b", "c"), Sampling()) + lm.generate(asking("e"), Sampling())
+    done = lm.complete(asking("a", "b", "c"), Sampling()) + lm.complete(asking("e"), Sampling())
     assert [one.finished for one in done] == ["eos", "too_long", "refused", "eos"]
     assert (lm.usage.calls, lm.usage.refused) == (2, 1)
     assert "refuses a request, which gets no answer: status 400, content policy" in capsys.readouterr().out
@@ -276,7 +279,7 @@ def test_a_request_that_breaks_the_server_is_refused_while_others_are_answered(
         return shouted(body)
 
     server.answer = answer
-    done = lm_at(server, tries=3, concurrency=2).generate(asking("b", *"acdefgh"), Sampling())
+    done = lm_at(server, tries=3, concurrency=2).complete(asking("b", *"acdefgh"), Sampling())
     assert [one.finished for one in done] == ["refused", *["eos"] * 7]
 
 
@@ -286,10 +289,10 @@ def test_what_was_answered_before_the_endpoint_was_lost_is_stored(
     server.answer = lambda body: Reply(status=401, error={"message": "no"}) if len(server.bodies) > 5 else shouted(body)
     store = str(tmp_path / "calls.sqlite")
     with pytest.raises(EndpointError):
-        lm_at(server, completions=store, concurrency=1).generate(asking(*LETTERS), Sampling())
+        lm_at(server, completions=store, concurrency=1).complete(asking(*LETTERS), Sampling())
     server.answer = shouted
     lm = lm_at(server, completions=store)
-    assert texts(lm.generate(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    assert texts(lm.complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
     assert (lm.usage.stored, lm.usage.calls) == (5, 3)
 
 
@@ -308,7 +311,7 @@ def test_a_parameter_that_is_not_taken_is_left_out_and_named(
 ) -> None:
     server.answer = lambda body: Reply(status=400, error=error) if name in body else shouted(body)
     lm = lm_at(server, concurrency=1)
-    assert texts(lm.generate(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    assert texts(lm.complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
     assert len(server.bodies) == 9  # learnt once
     assert capsys.readouterr().out.count(f'"m" does not take {name}; it is left out.') == 1
 
@@ -316,7 +319,7 @@ def test_a_parameter_that_is_not_taken_is_left_out_and_named(
 def test_the_newer_name_of_the_token_limit_is_found(server: EndpointServer, lm_at: Any) -> None:
     said = {"message": "'max_tokens' is not supported: use 'max_completion_tokens' instead.", "param": "max_tokens"}
     server.answer = lambda body: Reply(status=400, error=said) if "max_tokens" in body else shouted(body)
-    lm_at(server).generate(asking("a"), Sampling(max_new_tokens=9))
+    lm_at(server).complete(asking("a"), Sampling(max_new_tokens=9))
     assert server.bodies[-1]["max_completion_tokens"] == 9
 
 
@@ -327,7 +330,7 @@ def test_cost_comes_from_the_answer_or_from_the_prices(server: EndpointServer, l
     usage = {"prompt_tokens": 1000, "completion_tokens": 100}
     server.answer = lambda body: Reply(changes={"usage": {**usage, **({"cost": 0.5} if shouted(body) == "B" else {})}})
     lm = lm_at(server, prices={"m": [2.0, 10.0], "other": [1, 1]})
-    lm.generate(asking("a", "b"), Sampling())
+    lm.complete(asking("a", "b"), Sampling())
     assert lm.usage.dollars == pytest.approx(0.003 + 0.5)
     assert (lm.usage.tokens_in, lm.usage.tokens_out, lm.usage.estimated) == (2000, 200, 0)
     with pytest.raises(ValueError, match='prices have no "m"; they have other'):
@@ -339,7 +342,7 @@ def test_tokens_that_an_answer_does_not_count_are_guessed_and_said(
 ) -> None:
     server.answer = lambda body: Reply("x" * 40, changes={"usage": None})
     lm = lm_at(server)
-    lm.generate(asking("y" * 400, "z" * 400), Sampling())
+    lm.complete(asking("y" * 400, "z" * 400), Sampling())
     assert (lm.usage.tokens_in, lm.usage.tokens_out, lm.usage.estimated) == (200, 20, 2)
     assert capsys.readouterr().out.count("does not say how many tokens it used") == 1
 
@@ -350,7 +353,7 @@ def test_another_model_answering_is_said_once(
     server.answer = lambda body: Reply("x", changes={"model": "m-mini" if shouted(body) == "C" else "m-2026-01-01"})
     lm = lm_at(server, completions=str(tmp_path / "calls.sqlite"))
     for _ in range(2):
-        lm.generate(asking("a", "b", "c"), Sampling())
+        lm.complete(asking("a", "b", "c"), Sampling())
     assert lm.answered_by == {"m-2026-01-01": 4, "m-mini": 2}
     assert capsys.readouterr().out.count('"m" was asked and "m-mini" answers') == 1
 
@@ -363,7 +366,7 @@ def test_the_key_stands_nowhere_but_in_the_request(
 ) -> None:
     monkeypatch.setenv("OTHER_KEY", KEY)
     lm = lm_at(server, key_variable="OTHER_KEY", completions=str(tmp_path / "calls.sqlite"))
-    lm.generate(asking("a"), Sampling())
+    lm.complete(asking("a"), Sampling())
     assert server.keys == [f"Bearer {KEY}"]
     assert KEY not in f"{lm!r} {lm.identity} {vars(lm)} {vars(lm._endpoint)} {copy.deepcopy(lm)}"
     lm.close()
@@ -380,21 +383,21 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated() -> None:
 def test_the_hosted_endpoint_asks_for_a_key_before_it_is_asked(lm_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(EndpointError, match="set the environment variable OPENAI_API_KEY"):
-        lm_at("https://api.openai.com/v1").generate(asking("a"), Sampling())
+        lm_at("https://api.openai.com/v1").complete(asking("a"), Sampling())
 
 
 def test_a_copy_of_the_lm_connects_itself(server: EndpointServer, lm_at: Any) -> None:
     lm = lm_at(server)
-    lm.generate(asking("a"), Sampling())
+    lm.complete(asking("a"), Sampling())
     twin = copy.deepcopy(lm)
-    assert texts(twin.generate(asking("b"), Sampling())) == ["B"]
+    assert texts(twin.complete(asking("b"), Sampling())) == ["B"]
     twin.close()
 
 
 def test_it_serves_threads_side_by_side(server: EndpointServer, lm_at: Any) -> None:
     lm, found = lm_at(server), {}
     threads = [
-        threading.Thread(target=lambda n=n: found.update({n: texts(lm.generate(asking(f"t{n}"), Sampling()))}))
+        threading.Thread(target=lambda n=n: found.update({n: texts(lm.complete(asking(f"t{n}"), Sampling()))}))
         for n in range(4)
     ]
     for thread in threads:
@@ -409,10 +412,10 @@ def test_it_serves_threads_side_by_side(server: EndpointServer, lm_at: Any) -> N
 
 def test_a_stored_answer_is_not_paid_again(server: EndpointServer, lm_at: Any, tmp_path: Path) -> None:
     store = str(tmp_path / "completions.sqlite")
-    lm_at(server, completions=store).generate(asking("a", "b"), Sampling())
+    lm_at(server, completions=store).complete(asking("a", "b"), Sampling())
     again = lm_at(server, completions=store)
     assert [one and one.text for one in again.known(asking("a", "x"), Sampling())] == ["A", None]
-    assert texts(again.generate(asking("a", "b", "c"), Sampling())) == ["A", "B", "C"]
+    assert texts(again.complete(asking("a", "b", "c"), Sampling())) == ["A", "B", "C"]
     assert (again.usage.stored, again.usage.calls, len(server.bodies)) == (2, 1, 3)
 
 
@@ -422,13 +425,13 @@ def test_a_request_that_differs_in_anything_is_asked_again(server: EndpointServe
     others = [asking("b", seed=1), asking("a", seed=2), asking("a", seed=1, layout=(Field("x"),))]
     others.append(asking("a", seed=1, layout=(Field("x", stops=("s",)),)))
     lm = lm_at(server, completions=store)
-    lm.generate(base, Sampling())
+    lm.complete(base, Sampling())
     for request in others:
-        lm.generate(request, Sampling())
+        lm.complete(request, Sampling())
     for sampling in (Sampling(0.5), Sampling(max_new_tokens=9), Sampling(top_p=0.5)):
-        lm.generate(base, sampling)
-    OpenAILM("other", server.url, completions=store).generate(base, Sampling())
-    lm_at(server, completions=store, extra={"k": 1}).generate(base, Sampling())
+        lm.complete(base, sampling)
+    lm_at(server, completions=store, model="other").complete(base, Sampling())
+    lm_at(server, completions=store, extra={"k": 1}).complete(base, Sampling())
     assert len(server.bodies) == 1 + len(others) + 3 + 2
 
 
@@ -436,10 +439,10 @@ def test_a_killed_run_pays_no_answered_call_again(server: EndpointServer, tmp_pa
     store = str(tmp_path / "completions.sqlite")
     server.answer = lambda body: Reply(shouted(body), wait=0.05)
     code = (
-        "from cotune.inference.openai import OpenAILM; from cotune.programs import Request, Sampling; import sys;"
-        f"lm = OpenAILM('m', {server.url!r}, completions={store!r}, concurrency=2);"
+        "from cotune.inference import OpenAILM, StoredLM; from cotune.programs import Request, Sampling; import sys;"
+        f"lm = StoredLM(OpenAILM('m', {server.url!r}, concurrency=2), {store!r});"
         "asked = [Request([{'role': 'user', 'content': str(n)}]) for n in range(40)];"
-        "print([one.text for one in lm.generate(asked, Sampling())])"
+        "print([one.text for one in lm.complete(asked, Sampling())])"
     )
     first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     while len(server.bodies) < 15:

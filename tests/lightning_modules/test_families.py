@@ -76,7 +76,7 @@ def test_a_chat_without_a_user_turn_after_the_system_text_opens_with_the_system_
 def test_each_architecture_generates_and_takes_a_training_step(family: str, tmp_path: Path) -> None:
     lm = LanguageModel(str(FAMILIES[family].save(tmp_path / "m")), device="cpu", lora=LoRA(r=4, alpha=8))
     lm.load(seed=0)
-    done = lm.generate([Request(MESSAGES), Request(MESSAGES[:1] + MESSAGES[-1:])], Sampling(max_new_tokens=5))
+    done = lm.complete([Request(MESSAGES), Request(MESSAGES[:1] + MESSAGES[-1:])], Sampling(max_new_tokens=5))
     assert [len(completion.completion_ids) > 0 for completion in done] == [True, True]
     pairs = [Pair(c.prompt_ids, (*c.completion_ids, lm.end_ids[0])) for c in done]
     trained = [p for p in lm.model.parameters() if p.requires_grad]

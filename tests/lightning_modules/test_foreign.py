@@ -219,11 +219,11 @@ def test_decoding_sees_a_head_that_is_trained_whole(tiny_model: Path, tmp_path: 
     lm = loaded(tiny_model, adapter=str(folder), merge_while_generating=merge)
     assert str(lm.attached) == "LoRA r 8, alpha 16 on q_proj, v_proj; whole: lm_head"
     asked = [Request([{"role": "user", "content": "hello"}])]
-    lm.generate(asked, Sampling(max_new_tokens=1))
+    lm.complete(asked, Sampling(max_new_tokens=1))
     head = dict(lm.model.named_parameters())["base_model.model.lm_head.modules_to_save.default.weight"]
     with torch.no_grad():
         head.copy_(head.roll(1, 0))
-    (done,) = lm.generate(asked, Sampling(max_new_tokens=1))
+    (done,) = lm.complete(asked, Sampling(max_new_tokens=1))
     logits = lm.model.eval()(input_ids=torch.tensor([done.prompt_ids])).logits[0, -1]
     assert done.completion_ids == (int(logits.argmax()),)
 
@@ -243,7 +243,7 @@ def test_biases_of_an_adapter_are_not_lost_in_the_merged_copy(tmp_path: Path) ->
     peft.save_pretrained(folder)
     asked = [Request([{"role": "user", "content": text}]) for text in ("hello", "bye")]
     said = [
-        loaded(base, adapter=str(folder), merge_while_generating=merge).generate(asked, Sampling(max_new_tokens=6))
+        loaded(base, adapter=str(folder), merge_while_generating=merge).complete(asked, Sampling(max_new_tokens=6))
         for merge in (True, False)
     ]
     assert said[0] == said[1]

@@ -56,7 +56,7 @@ def asks(*contents: str, **settings: Any) -> list[Request]:
 def test_completions_hold_the_ids_they_were_generated_from_and_as(tiny_model: Path) -> None:
     lm = loaded(tiny_model)
     request, other = asks("hello", "good day")
-    first, second = lm.generate([request, other], Sampling(max_new_tokens=6))
+    first, second = lm.complete([request, other], Sampling(max_new_tokens=6))
     assert list(first.prompt_ids) == lm.encode(request.messages)
     assert list(second.prompt_ids) == lm.encode(other.messages)
     assert 1 <= len(first.completion_ids) <= 6
@@ -70,10 +70,10 @@ def test_kept_prompts_are_not_read_again(tiny_model: Path) -> None:
     read = list[int]()
     lm.model.register_forward_pre_hook(lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True)
     requests = asks("what is this?", "and what is that?")
-    first = lm.generate(requests, Sampling(max_new_tokens=1))
+    first = lm.complete(requests, Sampling(max_new_tokens=1))
     assert sum(read) > 2
     read.clear()
-    assert [c.completion_ids for c in lm.generate(requests, Sampling(max_new_tokens=1))] == [
+    assert [c.completion_ids for c in lm.complete(requests, Sampling(max_new_tokens=1))] == [
         c.completion_ids for c in first
     ]
     assert read == [2]  # the last token of each
@@ -81,17 +81,17 @@ def test_kept_prompts_are_not_read_again(tiny_model: Path) -> None:
 
 def test_the_merged_copy_writes_what_base_and_adapter_write(tiny_model: Path) -> None:
     merged, apart = loaded(tiny_model), loaded(tiny_model, merge_while_generating=False)
-    before = merged.generate(asks("hello", "bye"), Sampling(max_new_tokens=8))
+    before = merged.complete(asks("hello", "bye"), Sampling(max_new_tokens=8))
     for lm in (merged, apart):
         disturb(lm)
-    found = merged.generate(asks("hello", "bye"), Sampling(max_new_tokens=8))
-    assert found == apart.generate(asks("hello", "bye"), Sampling(max_new_tokens=8))
+    found = merged.complete(asks("hello", "bye"), Sampling(max_new_tokens=8))
+    assert found == apart.complete(asks("hello", "bye"), Sampling(max_new_tokens=8))
     assert found != before  # the copy made for the first generation is not used for the second
 
 
 def test_a_prompt_over_the_window_is_too_long_and_its_neighbour_is_answered(tiny_model: Path) -> None:
     lm = loaded(tiny_model)
-    long, short = lm.generate(asks("x" * 2000, "x"), Sampling(max_new_tokens=3))
+    long, short = lm.complete(asks("x" * 2000, "x"), Sampling(max_new_tokens=3))
     assert (long.text, long.completion_ids, long.finished) == ("", (), "too_long")
     assert len(long.prompt_ids) > 2000
     assert short.completion_ids
@@ -102,9 +102,9 @@ def test_a_prompt_over_the_window_is_too_long_and_its_neighbour_is_answered(tiny
 
 def test_usage_can_be_read_as_a_difference(tiny_model: Path) -> None:
     lm = loaded(tiny_model)
-    lm.generate(asks("a"), Sampling(max_new_tokens=2))
+    lm.complete(asks("a"), Sampling(max_new_tokens=2))
     earlier = dict(vars(lm.usage))
-    lm.generate(asks("a", "b"), Sampling(max_new_tokens=2))
+    lm.complete(asks("a", "b"), Sampling(max_new_tokens=2))
     assert lm.usage.since(earlier)["calls"] == 2
 
 
@@ -130,9 +130,9 @@ def test_generating_leaves_every_module_in_the_mode_it_had(
     monkeypatch.setattr(decoder, "generate", watched)
     if fails:
         with pytest.raises(RuntimeError, match="inside"):
-            lm.generate(asks("a"), Sampling(max_new_tokens=2))
+            lm.complete(asks("a"), Sampling(max_new_tokens=2))
     else:
-        lm.generate(asks("a"), Sampling(max_new_tokens=2))
+        lm.complete(asks("a"), Sampling(max_new_tokens=2))
     assert inside == [False]
     assert {name: module.training for name, module in lm.model.named_modules()} == before
 
@@ -142,7 +142,7 @@ def test_training_after_generating_reaches_every_weight_of_the_adapter(tiny_mode
     lm = loaded(tiny_model, dtype=dtype)
     disturb(lm)
     assert all_gradients(lm)
-    lm.generate(asks("a", "b"), Sampling(max_new_tokens=4))
+    lm.complete(asks("a", "b"), Sampling(max_new_tokens=4))
     assert all_gradients(lm)
 
 
@@ -191,7 +191,7 @@ def test_a_saved_adapter_loads_as_the_beginning_of_another_run(tiny_model: Path,
     again = loaded(tiny_model, adapter=str(tmp_path / "adapter"))
     assert again.fingerprint() == lm.fingerprint()
     asked = asks("a", "b")
-    assert again.generate(asked, Sampling(max_new_tokens=6)) == lm.generate(asked, Sampling(max_new_tokens=6))
+    assert again.complete(asked, Sampling(max_new_tokens=6)) == lm.complete(asked, Sampling(max_new_tokens=6))
     assert all_gradients(again)
 
 
@@ -279,7 +279,7 @@ def converted(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[A
 
 def test_a_gguf_file_is_converted_and_loaded(tmp_path: Path, converted: list[tuple[Any, ...]]) -> None:
     (tmp_path / "some.gguf").write_bytes(b"GGUF")
-    assert loaded(tmp_path / "some.gguf").generate(asks("a"), Sampling(max_new_tokens=1))
+    assert loaded(tmp_path / "some.gguf").complete(asks("a"), Sampling(max_new_tokens=1))
     loaded(tmp_path, gguf_file="some.gguf")
     assert converted == [(tmp_path, "some.gguf")] * 2
 
@@ -341,10 +341,10 @@ def test_a_quantised_base_generates_and_then_still_trains(
     lm = quantised(wide_model, kind, **settings)
     disturb(lm)
     before = digest(lm)
-    first = lm.generate(asks("a", "bb"), Sampling(max_new_tokens=5))
+    first = lm.complete(asks("a", "bb"), Sampling(max_new_tokens=5))
     assert all_gradients(lm)
     assert digest(lm) == before
-    assert lm.generate(asks("a", "bb"), Sampling(max_new_tokens=5)) == first
+    assert lm.complete(asks("a", "bb"), Sampling(max_new_tokens=5)) == first
 
 
 def test_four_bit_layers_are_kept_from_repacking_themselves(wide_model: Path) -> None:
@@ -352,7 +352,7 @@ def test_four_bit_layers_are_kept_from_repacking_themselves(wide_model: Path) ->
     from bitsandbytes.nn import Linear4bit
 
     lm = quantised(wide_model, "nf4")
-    lm.generate(asks("a"), Sampling(max_new_tokens=2))
+    lm.complete(asks("a"), Sampling(max_new_tokens=2))
     layers = [module for module in lm.model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 14
     assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
@@ -368,7 +368,7 @@ def test_the_adapter_of_a_quantised_base_stays_in_full_precision(wide_model: Pat
 def test_of_a_quantised_base_only_the_head_is_copied(wide_model: Path) -> None:
     lm = quantised(wide_model, "nf4")
     disturb(lm)
-    lm.generate(asks("a"), Sampling(max_new_tokens=2))
+    lm.complete(asks("a"), Sampling(max_new_tokens=2))
     assert [name.rpartition(".")[2] for name in local(lm).merged._copies] == ["lm_head"]
 
 
@@ -400,6 +400,6 @@ def test_what_a_model_thinks_stands_beside_its_answer(tiny_model: Path, tmp_path
     lm = LanguageModel(str(folder), lora=LoRA(r=2))
     lm.load()
     lm.use(Thinks())
-    (done,) = lm.generate([Request([{"role": "user", "content": "which?"}])], Sampling())
+    (done,) = lm.complete([Request([{"role": "user", "content": "which?"}])], Sampling())
     assert (done.thinking, done.text, [field.text for field in done.fields]) == ("hm", "red", ["red"])
     assert "</think>" in lm.tokenizer.decode(done.completion_ids)

@@ -55,7 +55,7 @@ def test_a_checkpoint_that_is_quantised_already_generates_and_trains(
         str(saved_quantised(tmp_path / "saved", wide_model, kind, double=double)), device="cpu", lora=LoRA(r=4)
     )
     lm.load()
-    assert lm.generate([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=4))[0].completion_ids
+    assert lm.complete([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=4))[0].completion_ids
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients(lm))
     assert quantized_as(lm.config) == f"bitsandbytes {kind}" + (" with double quantisation" if double else "")
 
@@ -132,7 +132,7 @@ def test_what_bitsandbytes_says_in_vain_is_not_shown_and_the_rest_is(
     folder = saved_quantised(tmp_path / "saved", wide_model, "int8")
     lm = LanguageModel(str(folder), device="cpu", lora=LoRA(r=4))
     lm.load()
-    lm.generate([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=2))
+    lm.complete([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=2))
     assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
     logging.getLogger("bitsandbytes.autograd._functions").warning("something else")
     assert "something else" in caplog.text

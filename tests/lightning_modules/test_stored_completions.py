@@ -62,7 +62,7 @@ def store(tmp_path: Path) -> Path:
 def test_a_second_process_generates_nothing_and_counts_what_was_asked(tiny_model: Path, store: Path) -> None:
     first, second, without = (loaded(tiny_model, path) for path in (store, store, None))
     requests = [*asked(6), *asked(2)]
-    answers = [lm.generate(requests, DRAWN) for lm in (first, second, without)]
+    answers = [lm.complete(requests, DRAWN) for lm in (first, second, without)]
     assert answers[0] == answers[1] == answers[2]
     assert (first.waves, second.waves, without.waves) == ([6], [], [6]), "equal requests are generated once"
     usages = [asdict(lm.usage) for lm in (first, second, without)]
@@ -76,28 +76,28 @@ def test_a_second_process_generates_nothing_and_counts_what_was_asked(tiny_model
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
 def test_only_what_decides_a_completion_makes_it_another(tiny_model: Path, store: Path, sampling: Sampling) -> None:
     lm = loaded(tiny_model, store)
-    lm.generate(asked(3), sampling)
+    lm.complete(asked(3), sampling)
     others = [replace(request, seed=request.seed + 100) for request in asked(3)]
-    lm.generate(others, sampling)
+    lm.complete(others, sampling)
     assert lm.waves == ([3] if sampling is GREEDY else [3, 3]), "a seed decides only where something is drawn"
-    lm.generate([replace(request, layout=UNTIL_E) for request in asked(3)], sampling)
-    lm.generate(asked(3), Sampling(temperature=sampling.temperature, max_new_tokens=4))
+    lm.complete([replace(request, layout=UNTIL_E) for request in asked(3)], sampling)
+    lm.complete(asked(3), Sampling(temperature=sampling.temperature, max_new_tokens=4))
     assert lm.waves[-2:] == [3, 3]
 
 
 def test_untrained_adapters_share_completions_and_trained_ones_do_not(tiny_model: Path, store: Path) -> None:
     first, second = loaded(tiny_model, store, seed=0), loaded(tiny_model, store, seed=1)
     assert first.fingerprint() != second.fingerprint()
-    assert first.generate(asked(3), GREEDY) == second.generate(asked(3), GREEDY)
+    assert first.complete(asked(3), GREEDY) == second.complete(asked(3), GREEDY)
     assert second.waves == []
     untrained = first.adapter_state()
     disturb(first)
-    first.generate(asked(3), GREEDY)
+    first.complete(asked(3), GREEDY)
     disturb(second)
-    second.generate(asked(3), GREEDY)
+    second.complete(asked(3), GREEDY)
     assert (first.waves, second.waves) == ([3, 3], [3]), "B is equal, A is not"
     first.load_adapter_state(untrained)
-    first.generate(asked(3), GREEDY)
+    first.complete(asked(3), GREEDY)
     assert first.waves == [3, 3]
 
 
@@ -108,7 +108,7 @@ def test_how_an_adapter_is_applied_is_part_of_what_it_is(
     lms = [loaded(tiny_model, store), loaded(tiny_model, store, **settings)]
     for lm in lms:
         disturb(lm)
-        lm.generate(asked(2), GREEDY)
+        lm.complete(asked(2), GREEDY)
     assert [lm.waves for lm in lms] == [[2], [2]]
 
 
@@ -119,9 +119,9 @@ def test_an_optimiser_step_makes_another_adapter(tiny_model: Path, store: Path) 
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     before = lm.adapter_state()
-    lm.generate(asked(1), GREEDY)
+    lm.complete(asked(1), GREEDY)
     optimizer.step()
-    lm.generate(asked(1), GREEDY)
+    lm.complete(asked(1), GREEDY)
     assert lm.waves == [1, 1]
     assert any(not torch.equal(before[name], tensor) for name, tensor in lm.adapter_state().items())
 
@@ -130,7 +130,7 @@ def test_other_weights_under_the_same_path_are_another_base(tiny_model: Path, st
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     first = loaded(folder, store)
-    first.generate(asked(2), GREEDY)
+    first.complete(asked(2), GREEDY)
     name = first.base_identity()
     assert name == loaded(tiny_model, None).base_identity(), "the content counts, not the place"
     weights = folder / "model.safetensors"
@@ -138,7 +138,7 @@ def test_other_weights_under_the_same_path_are_another_base(tiny_model: Path, st
     data[-1] ^= 1
     weights.write_bytes(data)
     second = loaded(folder, store)
-    second.generate(asked(2), GREEDY)
+    second.complete(asked(2), GREEDY)
     assert second.waves == [2]
     assert second.base_identity() != name
 
@@ -148,7 +148,7 @@ def test_a_call_broken_off_goes_on_at_the_wave_where_it_stopped(
 ) -> None:
     monkeypatch.setattr("cotune.inference.engine.WAVE", 4)
     whole = loaded(tiny_model, None)
-    expected = whole.generate(asked(10), DRAWN)
+    expected = whole.complete(asked(10), DRAWN)
     first = loaded(tiny_model, store)
 
     def stop() -> None:
@@ -157,10 +157,10 @@ def test_a_call_broken_off_goes_on_at_the_wave_where_it_stopped(
 
     first.before_wave = stop
     with pytest.raises(KeyboardInterrupt):
-        first.generate(asked(10), DRAWN)
+        first.complete(asked(10), DRAWN)
     assert first.usage.calls == 0, "a call counts once it is answered"
     second = loaded(tiny_model, store)
-    assert second.generate(asked(10), DRAWN) == expected
+    assert second.complete(asked(10), DRAWN) == expected
     assert (whole.waves, first.waves, second.waves) == ([4, 4, 2], [4, 4], [2])
     assert second.usage.calls == 10
 
@@ -170,8 +170,8 @@ def test_a_wave_holds_what_is_missing_of_it_whatever_is_asked_beside(
 ) -> None:
     monkeypatch.setattr("cotune.inference.engine.WAVE", 4)
     lm = loaded(tiny_model, store)
-    lm.generate(asked(2, first=4), GREEDY)
-    lm.generate(asked(10), GREEDY)
+    lm.complete(asked(2, first=4), GREEDY)
+    lm.complete(asked(10), GREEDY)
     assert sum(lm.waves) == 10
     assert max(lm.waves) <= 4
 
@@ -182,7 +182,7 @@ def test_off_and_null_keep_nothing(tiny_model: Path, tmp_path: Path, monkeypatch
     for completions in (None, "off", ""):
         lm = Watched(str(tiny_model), completions=completions, lora=LoRA(r=4), device="cpu")
         lm.load()
-        lm.generate(requests, GREEDY)
-        lm.generate(requests, GREEDY)
+        lm.complete(requests, GREEDY)
+        lm.complete(requests, GREEDY)
         assert lm.waves == [2, 2]
     assert not list(tmp_path.iterdir())

@@ -37,11 +37,11 @@ class StoringLM(FakeLM):
     def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
         return [self.answered.get(echo(request)) for request in requests]
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         for request in requests:
             if echo(request) == "down":
                 raise ConnectionError("down")
-            (self.answered[echo(request)],) = super().generate([request], sampling)
+            (self.answered[echo(request)],) = super().complete([request], sampling)
             self.usage += Usage(calls=1, tokens_in=10, dollars=0.01)
         return [self.answered[echo(request)] for request in requests]
 
@@ -49,24 +49,24 @@ class StoringLM(FakeLM):
 def test_calls_are_never_exceeded_and_those_that_it_lasts_for_are_made() -> None:
     fake = FakeLM(echo)
     lm = BudgetedLM(fake, Budget(lm_calls=5))
-    lm.generate(asking(1, 2, 3), Sampling())
+    lm.complete(asking(1, 2, 3), Sampling())
     with pytest.raises(BudgetSpentError, match=r"budget is spent: lm_calls 5 \(so far 5 calls, .*set a larger budget"):
-        lm.generate(asking(4, 5, 6, 7), Sampling())
+        lm.complete(asking(4, 5, 6, 7), Sampling())
     assert [echo(request) for request in fake.requests] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_budget_that_is_just_enough_stops_nothing() -> None:
     lm = BudgetedLM(FakeLM(echo), Budget(lm_calls=3))
     assert [one.text for one in lm.complete(asking(1, 2, 3), Sampling())] == ["1", "2", "3"]
-    assert lm.generate([], Sampling()) == []
+    assert lm.complete([], Sampling()) == []
 
 
 def test_what_is_known_is_free_when_nothing_is_left() -> None:
     storing = StoringLM()
-    storing.generate(asking(1, 2), Sampling())
+    storing.complete(asking(1, 2), Sampling())
     lm = BudgetedLM(storing, Budget(lm_calls=1))
-    assert [one.text for one in lm.generate(asking(1, 3, 2), Sampling())] == ["1", "3", "2"]
-    assert [one.text for one in lm.generate(asking(2, 1, 3), Sampling())] == ["2", "1", "3"]
+    assert [one.text for one in lm.complete(asking(1, 3, 2), Sampling())] == ["1", "3", "2"]
+    assert [one.text for one in lm.complete(asking(2, 1, 3), Sampling())] == ["2", "1", "3"]
     assert lm.spent.calls == 1
 
 
@@ -74,39 +74,39 @@ def test_what_is_known_is_free_when_nothing_is_left() -> None:
 def test_tokens_and_dollars_are_looked_at_between_waves(bound: Any, calls: int) -> None:
     storing = StoringLM()
     with pytest.raises(BudgetSpentError, match=f"{next(iter(bound))} {next(iter(bound.values()))}"):
-        BudgetedLM(storing, Budget(**bound)).generate(asking(*range(100)), Sampling())
+        BudgetedLM(storing, Budget(**bound)).complete(asking(*range(100)), Sampling())
     assert storing.usage.calls == calls
 
 
 def test_minutes_are_counted_on_through_a_stop() -> None:
     now = iter([0.0, 30.0, 70.0, 70.0])
     lm = BudgetedLM(FakeLM(echo), Budget(minutes=2), minutes=1, clock=lambda: next(now))
-    lm.generate(asking(1), Sampling())
+    lm.complete(asking(1), Sampling())
     with pytest.raises(BudgetSpentError, match=r"minutes 2 .*2\.2 minutes"):
-        lm.generate(asking(2), Sampling())
+        lm.complete(asking(2), Sampling())
 
 
 def test_a_larger_budget_goes_on_from_what_was_spent() -> None:
     spent = BudgetedLM(FakeLM(echo), Budget(lm_calls=2))
     with pytest.raises(BudgetSpentError):
-        spent.generate(asking(1, 2, 3), Sampling())
+        spent.complete(asking(1, 2, 3), Sampling())
     lm = BudgetedLM(FakeLM(echo), Budget(lm_calls=3), spent=spent.spent)
-    lm.generate(asking(3), Sampling())
+    lm.complete(asking(3), Sampling())
     with pytest.raises(BudgetSpentError):
-        lm.generate(asking(4), Sampling())
+        lm.complete(asking(4), Sampling())
 
 
 def test_what_was_answered_before_a_failure_is_charged() -> None:
     storing = StoringLM()
     lm = BudgetedLM(storing, Budget(lm_calls=10))
     with pytest.raises(ConnectionError):
-        lm.generate(asking(1, 2, "down"), Sampling())
+        lm.complete(asking(1, 2, "down"), Sampling())
     assert lm.spent.calls == 2
 
 
 def test_an_lm_without_a_usage_is_charged_by_its_ids() -> None:
     lm = BudgetedLM(FakeLM(echo), Budget())
-    lm.generate(asking("ab"), Sampling())
+    lm.complete(asking("ab"), Sampling())
     assert (lm.spent.calls, lm.spent.tokens_in, lm.spent.tokens_out) == (1, len("user\nab"), 3)
 
 

@@ -101,7 +101,7 @@ def test_a_verdict_that_cannot_be_read_is_a_failure_of_the_metric() -> None:
 
 
 class Gone(FakeLM):
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Any:
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> Any:
         raise LMUnavailableError("the judge is gone")
 
 

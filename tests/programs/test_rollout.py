@@ -201,8 +201,8 @@ def test_field_names_in_the_data_do_not_move_the_parser() -> None:
 
 def test_an_lm_that_loses_a_completion_is_a_broken_set_up() -> None:
     class Lossy(FakeLM):
-        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-            return super().generate(requests, sampling)[1:]
+        def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+            return super().complete(requests, sampling)[1:]
 
     with pytest.raises(ValueError, match="zip"):
         run(Loop(1), doubles(1, 2), Lossy(doubling))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from cotune.datamodules.formats import check_format
+from cotune.storage.formats import check_format
 
 FORMAT = 1
 """Of a state's record in a checkpoint."""

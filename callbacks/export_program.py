@@ -10,6 +10,7 @@ from typing import Any
 from cotune.callbacks.alternate import ended
 from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
+from cotune.inference.local.transformers_internals import commit_of
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
@@ -88,7 +89,7 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
         "model": lm.name,
         "name": on_hub or str(Path(lm.source).expanduser().resolve()),
         "on_hub": on_hub is not None,
-        "revision": None if here else getattr(lm.config, "_commit_hash", None),
+        "revision": None if here else commit_of(lm.config),
         "gguf_file": lm.gguf_file,
         "gguf": source.get("file", ""),
         "quantization": quantized_as(lm.model.config),

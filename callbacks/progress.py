@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from cotune.lightning_modules.lightning_internals import DescribedBar
 from cotune.prompting import Candidate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -84,7 +85,7 @@ class StepProgress:
         self._console.print(f"{self._title}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-class TrainingBar(RichProgressBar):
+class TrainingBar(DescribedBar):
     """Lightning's bar in the words of the schedule, with the loss and the latest val score; gone when it is over.
 
     Args:
@@ -105,13 +106,8 @@ class TrainingBar(RichProgressBar):
         text, _, batches, clock, _ = super().configure_columns(trainer)
         return [text, BarColumn(bar_width=10), batches, clock]
 
-    def _get_train_description(self, current_epoch: int) -> str:
+    def description(self) -> str:
         return self._title().replace("[", r"\[")  # the bar reads it as markup
-
-    def _stop_progress(self) -> None:
-        if self.progress is not None:
-            self.progress.live.transient = True
-        super()._stop_progress()
 
 
 def say(line: str) -> None:

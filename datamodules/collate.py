@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from cotune.inference.shared_prefix import shared_prefix
+from cotune.programs.shared_prefix import shared_prefix
 from torch import Tensor
 
 

@@ -10,7 +10,8 @@ import yaml
 from cotune.callbacks import Alternate
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from cotune.lightning_modules.lightning_internals import PlainCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from cotune.fit.cli import CotuneCLI, check_option_groups
 from cotune.fit.run_identity import counted_options
@@ -31,14 +32,14 @@ def parts_of(words: Sequence[str]) -> Parts:
     """The parts of `cotune fit` with these words; exits with one line, as that would, if they are wrong."""
     cli = _Unrun(list(words[1:] if words[:1] == ["fit"] else words))
     options = counted_options(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, format="yaml")))
-    return Parts(cli.model, cli.datamodule, cast(Alternate, cli._get(cli.config_init, "alternate")), options)
+    return Parts(cli.model, cli.datamodule, cast(Alternate, cli.config_init["alternate"]), options)
 
 
 class _Unrun(CotuneCLI):
     """Parses and makes the parts, and leaves run folder, trainer and everything else alone."""
 
     def _run(self, args: ArgsType) -> None:
-        LightningCLI.__init__(
+        PlainCLI.__init__(
             self,
             model_class=ProgramModule,
             datamodule_class=TraceDataModule,
@@ -62,8 +63,8 @@ class _Unrun(CotuneCLI):
 
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate(self.config)
-        self.datamodule = self._get(self.config_init, "data")
-        self.model = self._get(self.config_init, "model")
+        self.datamodule = self.config_init["data"]
+        self.model = self.config_init["model"]
 
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         pass  # this process draws nothing, and says nothing of seeds

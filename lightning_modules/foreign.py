@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.inference.local.out_of_memory import is_out_of_memory
+from cotune.inference.local.transformers_internals import holds_adapter
 
 KINDS = (
     'Give "embedded" (SmolLM2-135M-Instruct, needs no network), a local folder with config.json and weights, '
@@ -113,7 +114,7 @@ def check_weights(name: str, base: Any, info: Mapping[str, Any]) -> None:
     Raises:
         ModelNotFoundError: there are some.
     """
-    if getattr(base, "_hf_peft_config_loaded", False):
+    if holds_adapter(base):
         raise ModelNotFoundError(
             f'model "{name}" is, or holds, an adapter. Name its base by model.lm.model, and the folder of the adapter '
             "(hf download it) by model.lm.adapter."

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from cotune.inference.local.torch_internals import written
 from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 Part = Literal["experts", "head", "vision"]
 """What "all-linear" leaves out: experts held as one parameter, the output head, and all outside of the text model."""
@@ -171,7 +174,7 @@ class _Parts:
                 self.odd.append(name)
             elif isinstance(layer, nn.Linear | Conv1D):
                 self.linear.append(name)
-            elif not isinstance(layer, nn.modules.conv._ConvNd):
+            elif not isinstance(layer, _CONVOLUTIONS):
                 held = ((own, p) for own, p in layer.named_parameters(recurse=False) if p.dim() == 3 and len(p) > 1)
                 self.experts += [f"{name}.{own}" for own, _ in held]
 
@@ -273,7 +276,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """A value that changes whenever a parameter of the adapter is written or moved; in this process only."""
-    return tuple((p._version, p.data_ptr()) for p in model.parameters() if p.requires_grad)
+    return tuple(written(p) for p in model.parameters() if p.requires_grad)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cotune.inference.local.transformers_internals import make_plain
 from cotune.lightning_modules.embedded import gguf_source
 from cotune.lightning_modules.foreign import load_adapter, reading
 from cotune.lightning_modules.language_model import LanguageModel
@@ -51,28 +52,6 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return into
-
-
-def make_plain(model: Any, name: str) -> None:
-    """Makes a model whose weights were unpacked say so: else it calls itself quantised and refuses to be saved."""
-    model.is_quantized = False
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if hasattr(model, flag):
-            setattr(model, flag, False)
-    for owner, attribute in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(owner, attribute):
-            delattr(owner, attribute)
-    model.config._name_or_path = name
-    if conversions := getattr(model, "_weight_conversions", None):  # saving would pack the weights again, and cannot
-        model._weight_conversions = [conversion for conversion in conversions if _can_be_undone(conversion)]
-
-
-def _can_be_undone(conversion: Any) -> bool:
-    try:
-        conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _full_precision(lm: LanguageModel) -> tuple[Any, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cotune.inference.local.transformers_internals import commit_of
 from cotune.lightning_modules.lora import fingerprint, lora_layers, weights_version
 from cotune.storage.durable import file_sum
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def base_identity(source: str, config: Any, *, sum_of: Callable[[Path], str] = f
     """
     folder = Path(source)
     if not folder.is_dir():
-        return f"{source}@{getattr(config, '_commit_hash', None)}"
+        return f"{source}@{commit_of(config)}"
     paths = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _FILES)
     listed = [(path.name, sum_of(path)) for path in paths]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

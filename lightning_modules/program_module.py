@@ -124,6 +124,7 @@ class ProgramModule(LightningModule):
         self.skips = Skips(skip_limits)
         self._gradients = BatchGradients(micro_batch_size)
         self.objective: Objective = Rejection()
+        self._precision: Any = None  # the trainer's
         self._size = 0.0  # what the batch at hand counts as, and
         self._accumulated = 0.0  # what the gradients are the mean over so far: tokens, for most objectives
         # Checkpoints hold the adapter alone: the base never changes, and is checked by what is missing on load.
@@ -131,6 +132,7 @@ class ProgramModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_plugin(self.trainer)
+        self._precision = self.trainer.precision_plugin
 
     def configure_model(self) -> None:
         self.lm.load(seed=self.seed)
@@ -265,7 +267,7 @@ class ProgramModule(LightningModule):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _loss_scaler(self) -> Any:
-        return getattr(self.trainer.precision_plugin, "scaler", None) if self._trainer is not None else None
+        return getattr(self._precision, "scaler", None)
 
     def _skip(self, what: str, rows: Sequence[str]) -> None:
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from cotune.inference.local.transformers_internals import bits_of
 from torch import nn
 
 Quantization = Literal["nf4", "fp4", "int8"]
@@ -33,9 +34,10 @@ def quantized_as(config: Any) -> str:
     if not found:
         return ""
     settings = found if isinstance(found, Mapping) else found.to_dict()
-    if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
+    bits = bits_of(settings)
+    if bits == 8:
         return "bitsandbytes int8"
-    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+    if bits == 4:
         twice = " with double quantisation" if settings.get("bnb_4bit_use_double_quant") else ""
         return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4-bit')}{twice}"
     method = settings.get("quant_method", "an unknown method")

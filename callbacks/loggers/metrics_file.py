@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cotune.lightning_modules.lightning_internals import WholeWriter
 from cotune.storage.durable import explained, write_whole
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -25,11 +27,9 @@ class MetricsFile(CSVLogger):
         super().__init__(str(path.parent), name=path.name, version="", flush_logs_every_n_steps=1)
         self.path, self._keep = path / ExperimentWriter.NAME_METRICS_FILE, keep
 
-    @property
-    def experiment(self) -> Any:
-        if self._experiment is None:
-            self._experiment = _Writer(str(self.path.parent), keep=self._keep)
-        return self._experiment
+    @cached_property
+    def experiment(self) -> Any:  # each row is written as it comes, so the base class has nothing to finish
+        return _Writer(str(self.path.parent), keep=self._keep)
 
     def forget(self, *, step: int, boundaries: int) -> None:
         """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again."""
@@ -39,7 +39,7 @@ class MetricsFile(CSVLogger):
         write_whole(self.path, _csv_text(names, [row for row in rows if _behind(row, step, boundaries)]))
 
 
-class _Writer(ExperimentWriter):
+class _Writer(WholeWriter):
     def __init__(self, folder: str, *, keep: bool) -> None:
         self._keep = keep
         super().__init__(folder)
@@ -48,18 +48,16 @@ class _Writer(ExperimentWriter):
         with explained(Path(self.metrics_file_path)):
             super().save()
 
-    def _check_log_dir_exists(self) -> None:
-        """Called when the writer is made. The base class deletes the file, with a warning."""
+    def begin(self) -> None:
         path = Path(self.metrics_file_path)
         if not self._keep:
             path.unlink(missing_ok=True)
         elif path.is_file():
             self.metrics_keys, _ = _read(path)
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """The base class empties the file before it writes the rows anew: a kill would lose them."""
+    def rewrite(self, names: list[str]) -> None:
         path = Path(self.metrics_file_path)
-        write_whole(path, _csv_text(fieldnames, _read(path)[1]))
+        write_whole(path, _csv_text(names, _read(path)[1]))
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -49,8 +49,6 @@ class RunLogger(WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        if self._experiment is not None:
-            return self._experiment
         from wandb.errors import Error
 
         try:

@@ -17,7 +17,7 @@ import yaml
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import Checkpoints
@@ -33,7 +33,7 @@ from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, Stop
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import TraceDataModule
 from cotune.fit.config_files import check_config_files
-from cotune.fit.help_page import arrange
+from cotune.fit.help_page import arrange, options_of
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
 from cotune.fit.run_identity import (
@@ -48,6 +48,7 @@ from cotune.fit.run_identity import (
 )
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules.lightning_internals import PlainCLI
 from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
@@ -73,24 +74,13 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The base class would print a page of usage first, and the message would be lost behind it.
-        print(f"cotune: error: {explain(message, self._options())}", file=sys.stderr)
+        print(f"cotune: error: {explain(message, options_of(self))}", file=sys.stderr)
         sys.exit(2)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        if "alternate.schedule" in self._options() and self.prog.split()[-1] in _LIGHTNINGS:
+        if "alternate.schedule" in options_of(self) and self.prog.split()[-1] in _LIGHTNINGS:
             arrange(self)
         return super().format_help(*args, **kwargs)
-
-    def _options(self) -> dict[str, Any]:
-        """Options and their types, the subcommands' included."""
-        found: dict[str, Any] = {}
-        for action in self._actions:
-            if isinstance(action.choices, dict):  # the subcommands
-                for parser in action.choices.values():
-                    found |= parser._options()
-            else:
-                found[action.dest] = getattr(action, "_typehint", None)
-        return found
 
 
 class SaveConfig(SaveConfigCallback):
@@ -113,7 +103,7 @@ class RunFinishedError(Exception):
     """The run in the folder has come to its end, and there is nothing to do."""
 
 
-class CotuneCLI(LightningCLI):
+class CotuneCLI(PlainCLI):
     """`cotune fit | validate | test`."""
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -154,7 +144,7 @@ class CotuneCLI(LightningCLI):
         # Lightning's predict would run over the test set; `cotune predict` answers new rows from an export. Each one's
         # parser takes a quarter of a second to build, so only that of the one asked for is.
         names = [name for name in _LIGHTNINGS if self._asked in (name, "")]
-        return {name: LightningCLI.subcommands()[name] for name in names}
+        return {name: PlainCLI.subcommands()[name] for name in names}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # As the base class does, with a parser that suggests.
@@ -173,10 +163,6 @@ class CotuneCLI(LightningCLI):
         parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
         for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
-
-    def _parse_ckpt_path(self) -> None:
-        # Lightning would let values saved in the checkpoint override those on the command line, without a word.
-        pass
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -273,9 +259,9 @@ class CotuneCLI(LightningCLI):
         with refused_options(), placed_loggers(self.config[self.subcommand], self.run_folder.path):
             super().instantiate_classes()
 
-    def _set_seed(self) -> None:
+    def set_seed(self) -> None:
         with refused_options():
-            super()._set_seed()
+            super().set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -300,8 +286,9 @@ class CotuneCLI(LightningCLI):
             config.trainer["enable_progress_bar"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
         _show_steps(trainer.callbacks)  # type: ignore[attr-defined]
-        self._dump_config()
-        model = redacted(self.config_dump["model"])
+        # With what is linked to other options, the seed: an export is built again from it.
+        made = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
+        model = redacted(made[self.subcommand]["model"])
         # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
         trainer.callbacks.insert(0, StopOnSignal(self.signals))  # type: ignore[attr-defined]
         trainer.callbacks += [FindContradictions(), SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]

@@ -1,4 +1,8 @@
-"""The --help of fit, validate and test: the questions people have first, options of the chosen classes among them."""
+"""The --help of fit, validate and test: the questions people have first, options of the chosen classes among them.
+
+Of argparse and jsonargparse this file alone uses what they do not promise. tests/test_internals.py says from
+which version it was read, and fails if it goes.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,18 @@ _HELP = {
     "ckpt_path": 'a checkpoint to start from, "last" for the newest of the run; a stopped fit goes on without it',
     "weights_only": argparse.SUPPRESS,  # checkpoints are never read otherwise
 }
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A parser's options and their types, the subcommands' included."""
+    found: dict[str, Any] = {}
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # the subcommands
+            for inner in action.choices.values():
+                found |= options_of(inner)
+        else:
+            found[action.dest] = getattr(action, "_typehint", None)
+    return found
 
 
 def arrange(parser: LightningArgumentParser) -> None:

@@ -7,12 +7,14 @@ The tokens of all rows stand behind one another in a batch of one, without paddi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from cotune.inference.local.torch_internals import flash
+from cotune.inference.local.transformers_internals import attending_by
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
@@ -207,16 +209,9 @@ class _Options:
     sinks: Tensor | None = None
 
 
-@contextmanager
-def attending(model: Any) -> Iterator[None]:
+def attending(model: Any) -> AbstractContextManager[None]:
     """The model's layers call this attention inside, and what they called before afterwards."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attending_by(model.config.get_text_config(), NAME)
 
 
 @contextmanager
@@ -287,10 +282,7 @@ def _attention(
     if fused and causal and queries.shape[2] == keys.shape[2] and _BLOCK < queries.shape[2] <= _KEYS_AT_ONCE:
         return _causal_blocks(queries, keys, values, options)
     if fused and (bias is None or options.window is None):  # the kernel returns NaN where a window hides all keys
-        read, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, causal, attn_mask=bias, scale=options.scale
-        )
-        return read, lse
+        return flash(queries, keys, values, scale=options.scale, causal=causal, bias=bias)
     if causal:
         bias = _bias(torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).tril())
     return _in_parts(queries, keys, values, bias, options)

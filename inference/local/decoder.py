@@ -19,9 +19,9 @@ from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
 from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix
 from cotune.inference.local.sampling import log_probs, sample
-from cotune.inference.shared_prefix import shared_prefix
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
+from cotune.programs.shared_prefix import shared_prefix
 from torch import Tensor
 
 _PREFILL = {"cpu": 1024, "cuda": 8192}

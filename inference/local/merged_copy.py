@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
+from cotune.inference.local.torch_internals import onednn_has_bf16, onednn_layout, onednn_product, written
 from torch import Tensor, nn
 
 _ROWS = 64
@@ -94,7 +95,7 @@ class _Linear:
         adapter = [] if self.module is self.base else list(self.module.parameters())
         factors = [] if self.module is self.base else [*self.module.scaling.items(), *self.module.active_adapters]
         weights = [self.base.weight, *adapter]
-        return (self.base.weight.dtype, *((p._version, p.data_ptr()) for p in weights), *factors)
+        return (self.base.weight.dtype, *map(written, weights), *factors)
 
     def merged(self) -> Tensor:
         weight = self.base.weight
@@ -133,19 +134,18 @@ def _can_merge(layer: Any) -> bool:
 def _can_lay_out(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32 or bool(bf16)
+    bf16 = weight.dtype == torch.bfloat16 and onednn_has_bf16()
+    return weight.dtype == torch.float32 or bf16
 
 
 def _laid_out(weight: Tensor) -> Tensor:
     """The weight as oneDNN's products read it; as it is where they cannot."""
     if not _can_lay_out(weight):
         return weight
-    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
-    return laid_out
+    return onednn_layout(weight.detach().contiguous(), _ROWS)
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     if not weight.is_mkldnn:
         return lambda x: F.linear(x, weight, bias)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return lambda x: onednn_product(x, weight, bias)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from cotune.inference.local.cascade import KeyValues
-from cotune.inference.shared_prefix import common, shared_prefix
+from cotune.programs.shared_prefix import common, shared_prefix
 
 BLOCK = 128
 """Tokens of a prefix that are computed together. What is kept is reused in whole blocks, so that a prefix has the same

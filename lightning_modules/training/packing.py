@@ -13,8 +13,8 @@ over its rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules.collate import Batch
 from cotune.inference.local.out_of_memory import is_out_of_memory
+from cotune.inference.local.torch_internals import flash, flash_backward
+from cotune.inference.local.transformers_internals import attending_by, attention_of
 from cotune.lightning_modules.findings import findings
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -98,7 +100,7 @@ def pack(batch: Batch, device: torch.device) -> Packed:
 
 def forward(model: Any, packed: Packed, **options: Any) -> Any:
     """What the model says of a packed batch; `options` go to it as they are."""
-    with _attending(model.config.get_text_config(), NAME):
+    with attending_by(model.config.get_text_config(), NAME):
         return model(
             input_ids=packed.ids,
             # Masks of four dimensions are handed on as they are. The attention below needs none; any other would
@@ -109,17 +111,6 @@ def forward(model: Any, packed: Packed, **options: Any) -> Any:
             families=packed.families,
             **options,
         )
-
-
-@contextmanager
-def _attending(config: Any, name: str) -> Iterator[None]:
-    """The model's layers call the attention of that name inside, and what they called before afterwards."""
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ def checkpoint_layers(model: Any) -> None:
     # The attention that a layer was computed with is the one that it has to be computed with again.
     options = {
         "use_reentrant": False,
-        "context_fn": lambda: (nullcontext(), _attending(config, config._attn_implementation)),
+        "context_fn": lambda: (nullcontext(), attending_by(config, attention_of(config))),
     }
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "activation_checkpointing_enable"):
@@ -329,7 +320,7 @@ def _read_shared(family: Family, query: Tensor, key: Tensor, value: Tensor, scal
     """What the prefix reads of itself, and the log-sum-exps of its scores."""
     heads, place = query.shape[1] // key.shape[1], family.shared
     states = (query[:, :, place], _per_head(key[:, :, place], heads), _per_head(value[:, :, place], heads))
-    return _flash(*states, scale=scale, causal=True)
+    return flash(*states, scale=scale, causal=True)
 
 
 def _read_own(family: Family, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -337,12 +328,12 @@ def _read_own(family: Family, query: Tensor, key: Tensor, value: Tensor, scale: 
     heads, grid = query.shape[1] // key.shape[1], _Grid(family.lengths, query.device)
     own_query, own_key, own_value = (states[:, :, family.own] for states in (query, key, value))
     grids = (grid.of(own_query), grid.of(_per_head(own_key, heads)), grid.of(_per_head(own_value, heads)))
-    read, lse = _flash(*grids, scale=scale, causal=True)
+    read, lse = flash(*grids, scale=scale, causal=True)
     read, lse = grid.back(read), grid.back(lse[..., None])[..., 0]
     if not family.prefix:
         return read, lse
     shared_key, shared_value = key[:, :, family.shared], value[:, :, family.shared]
-    more, more_lse = _flash(_grouped(own_query, heads), shared_key, shared_value, scale=scale)
+    more, more_lse = flash(_grouped(own_query, heads), shared_key, shared_value, scale=scale)
     more, more_lse = more.reshape(read.shape), more_lse.reshape(lse.shape)
     share = torch.sigmoid(more_lse - lse)[..., None].to(more.dtype)
     return torch.lerp(read, more, share), torch.logaddexp(lse, more_lse)
@@ -353,7 +344,7 @@ def _shared_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the prefix's queries, keys and values, by what the prefix reads of itself."""
     heads, place = query.shape[1] // key.shape[1], family.shared
-    d_query, d_key, d_value = _flash_backward(
+    d_query, d_key, d_value = flash_backward(
         gradient[:, :, place],
         query[:, :, place],
         _per_head(key[:, :, place], heads),
@@ -372,7 +363,7 @@ def _own_backward(
     """Gradients of own queries, keys and values, by what own tokens read of their row."""
     heads, place = query.shape[1] // key.shape[1], family.own
     grid = _Grid(family.lengths, query.device)
-    rows = _flash_backward(
+    rows = flash_backward(
         grid.of(gradient[:, :, place]),
         grid.of(query[:, :, place]),
         grid.of(_per_head(key[:, :, place], heads)),
@@ -391,7 +382,7 @@ def _across_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of own queries and of the prefix's keys and values, by what own tokens read of the prefix."""
     heads, place = query.shape[1] // key.shape[1], family.own
-    d_query, d_key, d_value = _flash_backward(
+    d_query, d_key, d_value = flash_backward(
         _grouped(gradient[:, :, place], heads),
         _grouped(query[:, :, place], heads),
         key[:, :, family.shared],
@@ -428,31 +419,6 @@ class _Grid:
         grid_RSHD = grid_RHSD.transpose(1, 2)
         states_NHD = grid_RSHD.flatten(0, 1) if self.even else grid_RSHD[self.filled_RS]
         return states_NHD.transpose(0, 1)[None]
-
-
-def _flash(query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
-    """(R, H, S, D) what the queries read, and (R, H, S) the log-sum-exps of their scores."""
-    read, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=None, scale=scale
-    )
-    return read, lse
-
-
-def _flash_backward(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    read: Tensor,
-    lse: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key, value, read, lse, 0.0, causal, attn_mask=None, scale=scale
-    )
-    return found
 
 
 def _grouped(states_1HND: Tensor, heads: int) -> Tensor:

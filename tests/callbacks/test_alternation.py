@@ -22,7 +22,7 @@ from cotune.callbacks.alternation import (
     Step,
     Train,
 )
-from cotune.datamodules.formats import FormatError
+from cotune.storage.formats import FormatError
 
 P, W, EACH = Step("p"), Step("w", rounds=2), Step("d", rounds=2, collects_each_round=True)
 ENDS: dict[type[Action], Event] = {  # type: ignore[valid-type]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cotune.datamodules import Batch, Bearing, Pair, collate
-from cotune.inference.shared_prefix import shared_prefix
+from cotune.programs.shared_prefix import shared_prefix
 
 
 def random_pairs(rng: random.Random) -> list[Pair]:

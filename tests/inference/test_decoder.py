@@ -14,11 +14,11 @@ from cotune.inference import Codec
 from cotune.inference.engine import Generated, Prompted
 from cotune.inference.local.decoder import Decoder, GenerationMemoryError
 from cotune.inference.local.prefixes import group_by_prefix, group_cost
-from cotune.inference.shared_prefix import shared_prefix
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.programs import Request, Sampling
 from cotune.programs.layout import Field
+from cotune.programs.shared_prefix import shared_prefix
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -155,7 +155,7 @@ def test_lightning_calls_what_is_overridden() -> None:
         (ExperimentWriter.save, ("self._rewrite_with_new_header(",)),
         (CSVLogger.finalize, ("self._experiment is None",)),
         (RichProgressBar.on_train_epoch_start, ("self._get_train_description(",)),
-        (RichProgressBar.on_train_end, ("self._stop_progress()",)),
+        (RichProgressBar.teardown, ("self._stop_progress()",)),
     ):
         source = inspect.getsource(method)
         assert all(one in source for one in called), (method.__qualname__, called, read_from("lightning"))

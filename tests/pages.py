@@ -32,6 +32,12 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
+def shown(page: Path, line: str) -> Block:
+    """The one block of a page that holds this line."""
+    (found,) = [block for block in blocks(page) if line in block.text.splitlines()]
+    return found
+
+
 def commands(page: Path) -> list[list[str]]:
     """The words of each `cotune` command in bash blocks, without variables before it and comments behind it."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]

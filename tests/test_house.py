@@ -52,6 +52,15 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=named)
 
 
 @each_module
+def test_no_function_is_longer_than_a_screen(path: Path) -> None:
+    """Nor more complex than ruff's C901 allows, which pyproject.toml sets to 20."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert {name: lines for name, lines in long.items() if lines > 60} == {}
+
+
+@each_module
 def test_imports_go_one_way(path: Path) -> None:
     folder = top_folder(path)
     allowed = MAY_IMPORT[folder] | {folder}

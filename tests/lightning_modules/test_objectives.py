@@ -278,8 +278,7 @@ def test_rows_that_make_a_coupled_loss_no_number_are_named_alone(model: Any, mon
     assert computing.not_finite(model, trained(model), given, found) == ["row 3"]
 
 
-def test_an_objective_of_ones_own_needs_forty_lines_and_no_edit_here(tiny_model: Path, tmp_path: Path) -> None:
-    assert len(Path(own_objective.__file__).read_text().splitlines()) <= 40
+def test_an_objective_of_ones_own_needs_no_edit_here(tiny_model: Path, tmp_path: Path) -> None:
     fits = {}
     for name, objective in (("theirs", own_objective.LeaveOneOut()), ("ours", None)):
         fit = tiny_fit(

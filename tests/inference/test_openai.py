@@ -348,10 +348,10 @@ def test_tokens_that_an_answer_does_not_count_are_guessed_and_said(
 
 
 def test_another_model_answering_is_said_once(
-    server: EndpointServer, lm_at: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    server: EndpointServer, lm_at: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.answer = lambda body: Reply("x", changes={"model": "m-mini" if shouted(body) == "C" else "m-2026-01-01"})
-    lm = lm_at(server, completions=str(tmp_path / "calls.sqlite"))
+    lm = lm_at(server)
     for _ in range(2):
         lm.complete(asking("a", "b", "c"), Sampling())
     assert lm.answered_by == {"m-2026-01-01": 4, "m-mini": 2}

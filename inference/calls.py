@@ -35,6 +35,9 @@ class StoredLM:
             raise ValueError(f"{type(lm).__name__} has no `identity`; give one, e.g. its name and where it runs.")
         self._store, self._stored = RowStore(completions), 0
 
+    def __repr__(self) -> str:
+        return f"StoredLM({self.lm!r}, {str(self._store.path)!r})"
+
     @property
     def usage(self) -> Usage:
         """The LM's, and how many completions the store had."""
@@ -62,8 +65,9 @@ class StoredLM:
         return [found[key] for key in keys]
 
     def close(self) -> None:
-        """Closes the store; the next request opens it again."""
+        """Closes the store, and what the LM holds open; the next request opens both again."""
         self._store.close()
+        getattr(self.lm, "close", lambda: None)()
 
     def _find(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         return {key: _unpack(value) for key, value in self._store.read(list(dict.fromkeys(keys))).items()}

@@ -368,7 +368,7 @@ def test_the_key_stands_nowhere_but_in_the_request(
     lm = lm_at(server, key_variable="OTHER_KEY", completions=str(tmp_path / "calls.sqlite"))
     lm.complete(asking("a"), Sampling())
     assert server.keys == [f"Bearer {KEY}"]
-    assert KEY not in f"{lm!r} {lm.identity} {vars(lm)} {vars(lm._endpoint)} {copy.deepcopy(lm)}"
+    assert KEY not in f"{lm!r} {lm.identity} {vars(lm.lm)} {vars(lm.lm._endpoint)} {copy.deepcopy(lm)}"
     lm.close()
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 

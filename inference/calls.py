@@ -94,7 +94,8 @@ def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping
     for request in requests:
         own = shared.copy()
         layout = [[type(part).__name__, asdict(part)] for part in request.layout]
-        asked = [[dict(message) for message in request.messages], layout, request.seed]
+        adapter = [] if request.adapter == "default" else [request.adapter]  # older keys name none
+        asked = [[dict(message) for message in request.messages], layout, request.seed, *adapter]
         own.update(json.dumps(asked, sort_keys=True).encode())
         keys.append(own.digest())
     return keys

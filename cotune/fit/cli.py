@@ -66,7 +66,10 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _LIGHTNINGS = ("fit", "validate", "test")
-_ROOMS = ("programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks")
+_ROOMS = (
+    *("storage", "programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks"),
+    *("reporting", "experiments"),
+)
 
 
 class Parser(LightningArgumentParser):

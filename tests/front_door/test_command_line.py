@@ -368,7 +368,7 @@ def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     monkeypatch.setenv("WANDB_API_KEY", "canary-123")
     monkeypatch.setenv("WANDB_MODE", "offline")
     said = run(*fit(tiny_model, "--trainer.logger", "WandbLogger", schedule="w"))
-    wandb.teardown()
+    wandb.finish()
     assert said.code == 0, said.err
     assert list(Path("runs/tiny/wandb").glob("offline-run-*"))
     files = [path for path in Path().rglob("*") if path.is_file()]

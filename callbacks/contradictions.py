@@ -11,7 +11,7 @@ from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
 from cotune.datamodules import TraceDataModule
 from cotune.lightning_modules import ProgramModule
-from cotune.programs import Example, FieldTypeError, Metric, Program, Rollout
+from cotune.programs import Example, FieldTypeError, Form, Metric, Program, Rollout, Signature
 from cotune.programs.demos import label_text
 from cotune.programs.faults import raised, shown
 from cotune.programs.metrics import COMPARE_FIELDS
@@ -28,9 +28,9 @@ class ContradictionError(ValueError):
 class FindContradictions(Callback, BoundaryListener):
     """Looks, before the model is loaded, whether labels can be reached, and at the first predictions, whether they are.
 
-    Refused are labels that no prediction has, that are no value of their field's type, or that the metric scores below
-    `bootstrapping.threshold` against themselves; and prompts that never fit the model's window. Where that cannot be
-    known for sure a line says so.
+    Refused are labels that no prediction has, that are no value of their field's type, that the metric scores below
+    `bootstrapping.threshold` against themselves, or that the form can never write; and prompts that never fit the
+    model's window. Where that cannot be known for sure a line says so.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,8 @@ class FindContradictions(Callback, BoundaryListener):
         if isinstance(pl_module, ProgramModule) and isinstance(data, TraceDataModule):
             examples = _used(data, stage)
             check_fields(pl_module.program, data.metric, examples)
-            for line in check_gold(data.metric, examples, threshold=data.bootstrapping.threshold):
+            found = check_texts(pl_module.program, pl_module.form, examples)
+            for line in found + check_gold(data.metric, examples, threshold=data.bootstrapping.threshold):
                 say(line)
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
@@ -91,6 +92,28 @@ def check_fields(program: Program, metric: Metric, examples: Sequence[Example]) 
                 )
 
 
+def check_texts(program: Program, form: Form, examples: Sequence[Example]) -> list[str]:
+    """Looks whether the form can write each label so that it is read back. Returns what to say of those it cannot.
+
+    Raises:
+        ContradictionError: it can write none of a field's labels.
+    """
+    found = []
+    signatures = [stage.signature for stage in program.stages.values()]
+    for signature, name in ((one, name) for one in signatures for name in one.outputs):
+        labels = [e for e in examples if e.labels.get(name) is not None]
+        wrong = [(e, why) for e in labels if (why := _unwritable(form, signature, name, e.labels[name]))]
+        if wrong:
+            said = (
+                f"example {wrong[0][0].id}: the form {type(form).__name__} cannot write the label {name} so that "
+                f"it is read back: {wrong[0][1]}. So it is with {len(wrong)} of {len(labels)} labels"
+            )
+            if len(wrong) == len(labels):
+                raise ContradictionError(f"{said}. Mend the data, or take another model.form.")
+            found.append(f"{said}; they are never shown as demos")
+    return list(dict.fromkeys(found))
+
+
 def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float) -> list[str]:
     """Asks the metric about the labels themselves, which should be right. Returns what to say.
 
@@ -119,6 +142,11 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     if wrong and len(wrong) == asked:
         raise ContradictionError(_below_one(metric, wrong, asked, threshold))
     found = [_below_one(metric, wrong, asked, threshold)] if wrong else []
+    if asked < len(examples):
+        found.append(
+            f"whether the metric scores labels as right was tried on {asked} of {len(examples)} examples: more would "
+            f"have taken longer than {_MOST_SECONDS:g} s"
+        )
     if unasked:
         first = f"whether the metric scores labels as right could not be tried on {len(unasked)} of {asked} examples"
         found.append(f"{first} ({unasked[0]})")
@@ -205,7 +233,7 @@ def _no_field(label: str, labels: Sequence[str], fields: Sequence[str], said: st
     return f'the label "{label}" {said} {", ".join(fields) or "nothing"}. Labels are compared by name: {column}.'
 
 
-def _no_value(signature: Any, name: str, label: Any) -> str:
+def _no_value(signature: Signature, name: str, label: Any) -> str:
     """Why a label is no value of its field's type; "" where it is one, or one of its several answers is."""
     several = label if isinstance(label, (list, tuple)) and label else [label]
     why = ""
@@ -217,6 +245,14 @@ def _no_value(signature: Any, name: str, label: Any) -> str:
         else:
             return ""
     return why
+
+
+def _unwritable(form: Form, signature: Signature, name: str, label: Any) -> str:
+    """Why the form cannot write a label so that it is read back; "" where it can, or it is no text at all."""
+    try:
+        return form.unwritable(signature, {name: label_text(signature, name, label)})
+    except (FieldTypeError, TypeError):
+        return ""  # other checks say so
 
 
 class _Asked(dict[str, Any]):

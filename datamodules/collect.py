@@ -297,7 +297,7 @@ def collect(
 ) -> Collected:
     """Runs the program on each example until enough runs succeed, or the attempts are used up; keeps all runs."""
     attempts: list[Attempt] = []
-    pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples)
+    pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples, runner.form)
     # Later attempts see only the unsolved, among which faults may well be the most without being many.
     warmer = replace(runner.sampling, temperature=options.temperature, top_p=1.0)
     later = replace(runner, sampling=warmer, max_error_rate=1.0)

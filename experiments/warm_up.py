@@ -71,7 +71,7 @@ def _timed(parts: Parts, examples: Sequence[Example]) -> tuple[list[Rollout], fl
 def _run(parts: Parts, examples: Sequence[Example]) -> list[Rollout]:
     module, data = parts.module, parts.data
     prompts = dict(module.initial_prompts)
-    rng, shown = random.Random(0), labelled_demos(module.program, data.splits.train)
+    rng, shown = random.Random(0), labelled_demos(module.program, data.splits.train, module.form)
     asked = {example.id for example in examples}
     for stage, prompt in prompts.items():
         drawn = draw_demos(shown.get(stage, ()), _DEMOS, rng, exclude_sources=asked)

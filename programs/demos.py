@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cotune.programs.example import Example
+from cotune.programs.form import Form
 from cotune.programs.layout import Schema
 from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
@@ -16,13 +17,16 @@ from cotune.programs.types import as_text, syntax_of
 from cotune.programs.values import gold_text
 
 
-def labelled_demos(program: Program, examples: Sequence[Example]) -> dict[str, list[Demo]]:
+def labelled_demos(program: Program, examples: Sequence[Example], form: Form | None = None) -> dict[str, list[Demo]]:
     """Demos that need no run: a stage's inputs taken from the example's inputs, its outputs from the labels.
 
     A stage has one for every example that gives ALL of its inputs and at least one of its outputs; outputs without a
     label are left out of the demo, and the form shows them as not given. But a stage that reasons has none where the
     labels lack its reasoning: shown answers without reasoning, an LM stops reasoning (13 tokens an answer instead of
     138 were seen). A value of None counts as not there. Fields are matched by name.
+
+    Args:
+        form: leaves out what it cannot write so that it is read back (`Form.unwritable`).
 
     Returns:
         Stage -> demos, in the order of the examples. A stage with none is not a key.
@@ -40,7 +44,7 @@ def labelled_demos(program: Program, examples: Sequence[Example]) -> dict[str, l
     found: dict[str, list[Demo]] = {}
     for name, stage in program.stages.items():
         made = [_labelled(stage.signature, example) for example in examples]
-        demos = [demo for demo in made if demo is not None]
+        demos = [demo for demo in made if demo and not (form and form.unwritable(stage.signature, demo.outputs))]
         if demos:
             found[name] = demos
     return found

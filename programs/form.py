@@ -124,15 +124,20 @@ class Form(ABC):
     def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
         """Why these outputs cannot be read back from what `write` makes of them; "" where they can.
 
-        A text that holds what marks another field's beginning would be cut there by every reader.
+        A text that holds what marks another field's beginning would be cut there by every reader, and one that holds a
+        stop of its own field can be written by no LM. Outputs that are not given count as missing.
         """
-        complete = {name: text.strip() for name, text in outputs.items()}
+        texts = {name: text.strip() for name, text in outputs.items()}
+        for part in self.layout(signature):
+            if isinstance(part, Field) and any(stop in texts.get(part.name, "") for stop in part.stops):
+                return f'"{part.name}" holds text that ends its field in this form: {_short(texts[part.name])}'
+        complete = {name: texts.get(name, self.missing) for name in signature.outputs}
         try:
             read = self.parse(signature, self.write(signature, complete))
         except ParseError as error:
             return str(error)
-        wrong = [name for name in complete if read.get(name) != complete[name]]
-        return f'"{wrong[0]}" holds text that marks a field in this form: {_short(complete[wrong[0]])}' if wrong else ""
+        wrong = [name for name, text in texts.items() if read[name] != text]
+        return f'"{wrong[0]}" holds text that marks a field in this form: {_short(texts[wrong[0]])}' if wrong else ""
 
 
 class ReasonThenFill(Form):
@@ -277,6 +282,10 @@ class Json(Form):
 
     def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
         return self.parse(signature, completion.text)  # JSON says itself where its values end
+
+    def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
+        empty = [name for name, text in outputs.items() if not text.strip()]
+        return f'"{empty[0]}" is empty' if empty else ""  # a JSON text holds any other
 
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
         start = text.find("{")

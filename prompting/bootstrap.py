@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cotune.programs import Demo, Example, Faults, Prompts, Rollout, faults_of
-from cotune.programs.demos import hide_own_demos, hinted
+from cotune.programs import Demo, Example, Faults, Prompts, Rollout, Runner, faults_of
+from cotune.programs.demos import hide_own_demos, hinted, labelled_demos
 from cotune.programs.faults import merged
 from cotune.prompting.search import SearchTask
 
@@ -72,7 +72,8 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
             last.update({r.example.id: r for r in done})
             faults = merged(faults, faults_of(done))
     done = list(last.values())  # updating keeps the place of the first attempt: train order
-    solved = [Solved(r.example.id, demos_of(r)) for r in done if _solved(r, task.threshold)]
+    passed = [r for r in done if _solved(r, task.threshold)]
+    solved = [Solved(r.example.id, demos_of(r, task.runner)) for r in passed]
     notes = _notes(task, done, len(solved), attempts, tries)
     reasons = any(stage.signature.reasoning for stage in task.runner.program.stages.values())
     if reasons and len(solved) < min(enough, len(done)):
@@ -80,20 +81,36 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
         told = _run(task, prompts, unsolved, tries, hints=True)
         faults = merged(faults, faults_of(told))
         made = [r for r in told if _solved(r, task.threshold) and not _speaks_of_a_hint(r)]
-        solved += [Solved(r.example.id, demos_of(r), hinted=True) for r in made]
+        solved += [Solved(r.example.id, demos_of(r, task.runner), hinted=True) for r in made]
+        passed += made
         notes.append(
             f"bootstrap: {len(made)} of {len(told)} unsolved examples gave reasoning once shown the gold answer"
         )
+    demos = sum(len(of_stage) for one in solved for of_stage in one.demos.values())
+    notes += _left_out("demos of runs", sum(len(r.steps) for r in passed), demos)
     return Bootstrapped(tuple(solved), tuple(notes), faults)
 
 
-def demos_of(rollout: Rollout) -> dict[str, tuple[Demo, ...]]:
-    """Stage -> a demo for each of its calls in the rollout, in order."""
+def demos_of(rollout: Rollout, runner: Runner) -> dict[str, tuple[Demo, ...]]:
+    """Stage -> a demo for each of its calls in the rollout, in order, less those that the form cannot write."""
     found: dict[str, tuple[Demo, ...]] = {}
     for step in rollout.steps:
         demo = Demo(dict(step.inputs), dict(step.outputs), source=rollout.example.id)
-        found[step.stage] = (*found.get(step.stage, ()), demo)
+        if not runner.form.unwritable(runner.program.stages[step.stage].signature, demo.outputs):
+            found[step.stage] = (*found.get(step.stage, ()), demo)
     return found
+
+
+def labelled_pool(task: SearchTask) -> tuple[dict[str, list[Demo]], list[str]]:
+    """The labelled demos of train that the form can write, and what a log should say about the others."""
+    program, form = task.runner.program, task.runner.form
+    kept, made = labelled_demos(program, task.train, form), labelled_demos(program, task.train)
+    return kept, _left_out("labelled demos", *(sum(map(len, pool.values())) for pool in (made, kept)))
+
+
+def _left_out(what: str, made: int, kept: int) -> list[str]:
+    said = f"{made - kept} of {made} {what} left out: the form cannot write them so that they are read back"
+    return [said] if kept < made else []
 
 
 def _run(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import count
 
 from cotune.programs import Demo, Prompts, prompts_id
-from cotune.programs.demos import draw_demos, labelled_demos
-from cotune.prompting.bootstrap import HINTED, Solved, bootstrap
+from cotune.programs.demos import draw_demos
+from cotune.prompting.bootstrap import HINTED, Solved, bootstrap, labelled_pool
 from cotune.prompting.evaluate import CountingLM, Proposal, choose, go_on
 from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least, generator
 
@@ -78,8 +78,8 @@ class RandomDemoSearch(PromptSearch):
         task = replace(task, runner=replace(task.runner, lm=calls))
         start = task.initial if self.restart else task.incumbent
         made = bootstrap(task, start, attempts=self.attempts, enough=self.max_demos)
-        labelled = labelled_demos(task.runner.program, task.train)
-        proposals, notes = [Proposal(task.initial, "zero-shot")], list(made.notes)
+        labelled, left_out = labelled_pool(task)
+        proposals, notes = [Proposal(task.initial, "zero-shot")], [*made.notes, *left_out]
         for why, demos in self.demo_sets(made.solved, labelled, task.seed):
             if any(demos.values()):
                 proposals.append(Proposal(with_demos(start, demos), why, parent=prompts_id(start)))

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cotune.programs import LM, Demo, Example, Program, Prompt, Prompts, prompts_id
-from cotune.programs.demos import labelled_demos
 from cotune.programs.faults import merged
-from cotune.prompting.bootstrap import HINTED, Bootstrapped, Solved, bootstrap
+from cotune.prompting.bootstrap import HINTED, Solved, bootstrap, labelled_pool
 from cotune.prompting.demos import DemoSet, RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, error_notes, race_against, score_candidate
 from cotune.prompting.propose import Proposer, Spent, cut, fenced, proposal_seed, same
@@ -109,23 +108,25 @@ class JointSearch(PromptSearch):
         start = task.initial if self.demos.restart else task.incumbent
         made = bootstrap(task, start, attempts=self.demos.attempts, enough=self.demos.max_demos)
         instructions, rejected = self._instructions(task, proposer, start, stages, made.solved)
-        space = _Space(start, instructions, self._demo_sets(task, stages, made))
+        labelled, left_out = labelled_pool(task)
+        space = _Space(start, instructions, self._demo_sets(task, stages, made.solved, labelled))
         found = choose(task, [Proposal(start, "zero-shot" if self.demos.restart else "incumbent")])
         trials = _Trials(task, space, found, self.racing)
         while len(trials.tried) <= self.trials or spent.total < task.lm_calls:
             wanted = self.width if spent.total < task.lm_calls else min(self.width, self.trials + 1 - len(trials.tried))
             if wanted < 1 or not trials.round(wanted):
                 break
-        notes = [*made.notes, *_rejected_notes(rejected), *found.notes, *trials.notes(), spent.note()]
+        notes = [*made.notes, *left_out, *_rejected_notes(rejected), *found.notes, *trials.notes(), spent.note()]
         faults = merged(made.faults, *(candidate.faults for candidate in trials.scored))
         best = trials.best
         return Found(best.prompts, best.score, tuple(trials.scored), tuple(notes), faults, tuple(rejected), spent.calls)
 
-    def _demo_sets(self, task: SearchTask, stages: Sequence[str], made: Bootstrapped) -> list[tuple[str, DemoSet]]:
+    def _demo_sets(
+        self, task: SearchTask, stages: Sequence[str], solved: Sequence[Solved], labelled: DemoSet
+    ) -> list[tuple[str, DemoSet]]:
         """The sets by name, of the stages that may change; those that are empty for all are left out."""
-        labelled = labelled_demos(task.runner.program, task.train)
         sets: list[tuple[str, DemoSet]] = []
-        for why, demos in self.demos.demo_sets(made.solved, labelled, task.seed)[: self.num_demo_sets]:
+        for why, demos in self.demos.demo_sets(solved, labelled, task.seed)[: self.num_demo_sets]:
             of_stages = {stage: demos[stage] for stage in stages if demos.get(stage)}
             if of_stages:
                 sets.append((why, of_stages))

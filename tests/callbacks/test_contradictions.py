@@ -11,6 +11,7 @@ from cotune.callbacks.contradictions import (
     check_fields,
     check_gold,
     check_predictions,
+    check_texts,
     check_window,
     cut_note,
     window_note,
@@ -19,7 +20,9 @@ from cotune.programs import (
     Completion,
     Example,
     Failure,
+    Json,
     Predict,
+    ReasonThenFill,
     Rollout,
     Score,
     Step,
@@ -72,6 +75,24 @@ def test_labels_that_the_metric_scores_as_wrong_are_said_with_the_count_and_refu
     assert "example e1: the metric strict" in said
     assert "1 of 3 labels" in said
     assert check_gold(strict, labelled("red"), threshold=1.0) == []
+
+
+def test_labels_that_the_form_cannot_write_are_said_with_the_reason_and_refused_where_it_can_write_none() -> None:
+    program, broken = Predict("question -> answer", reasoning=True), "yes\nquestion: and then?"
+    (said,) = check_texts(program, ReasonThenFill(), labelled("red", broken, 3, None))
+    assert said.startswith("example e1: the form ReasonThenFill cannot write the label answer so that it is read back")
+    assert "ends its field in this form: 'yes" in said
+    assert "1 of 3 labels" in said
+    with pytest.raises(ContradictionError, match=r"2 of 2 labels\. Mend the data, or take another"):
+        check_texts(program, ReasonThenFill(), labelled(broken, broken))
+    assert check_texts(program, Json(), labelled(broken, ["a", broken])) == []
+
+
+def test_asking_a_slow_metric_ends_and_says_of_how_many_labels_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("cotune.callbacks.contradictions.time.monotonic", lambda: next(clock))
+    (said,) = check_gold(exact_match, labelled(*"abcdefghij"), threshold=1.0)
+    assert said.startswith("whether the metric scores labels as right was tried on 5 of 10 examples")
 
 
 def test_a_threshold_below_1_is_all_that_a_label_must_reach() -> None:

@@ -197,3 +197,17 @@ def test_a_stage_that_reasons_is_shown_no_labels_without_reasoning() -> None:
     assert demos
     assert all(demo.outputs["reasoning"] for demo in demos)
     assert '"labels-only" skipped: there are no demos for it' in found.notes
+
+
+def test_demos_that_the_form_cannot_write_are_never_offered_and_are_counted() -> None:
+    broken = "4\nnumber: 5"
+    lm = FakeLM(lambda request: doubling(request) if asked(request, "number") != "1" else "Answer: Answer: 2")
+    train = [*doubles(1, 3), Example.of({"number": 2}, {"answer": broken}, id="2")]
+    made = task(lm, Loop(1), train, metric=lambda example, prediction: 1.0)
+    found = RandomDemoSearch(num_candidates=2).search(made)
+    demos = [demo.outputs["answer"] for candidate in found.candidates for demo in candidate.prompts["double"].demos]
+    assert demos
+    assert broken not in demos
+    assert "Answer: 2" not in demos
+    assert any(note.startswith("1 of 3 demos of runs left out") for note in found.notes)
+    assert any(note.startswith("1 of 3 labelled demos left out") for note in found.notes)

@@ -204,6 +204,12 @@ def adapter_settings(name: str) -> dict[str, Any]:
     return _json(f'adapter "{name}"', Path(name).expanduser() / "adapter_config.json")
 
 
+def named_adapter(name: str) -> str:
+    """An adapter's name, and the base that it says it was trained on: a run should have that one, too."""
+    base = adapter_settings(name).get("base_model_name_or_path")
+    return f"the adapter {name}" + (f", which was trained on {base}" if base else "")
+
+
 def _check_files(kind: str, name: str, folder: Path) -> None:
     what = f'{kind} "{name}"'
     for file in sorted(path for path in folder.iterdir() if path.is_file()):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from cotune.datamodules.thinking import told_apart
 from cotune.inference import Codec
 from cotune.inference.engine import Engine, Generated, Prompted
 from cotune.inference.local import LocalEngine
+from cotune.inference.local.merged_copy import base_alone
 from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
+from cotune.lightning_modules.choice_scores import choice_scores
 from cotune.lightning_modules.findings import Findings, find, findings, remember
 from cotune.lightning_modules.foreign import (
     KINDS,
@@ -26,6 +29,7 @@ from cotune.lightning_modules.foreign import (
     check_tokenizer,
     check_weights,
     load_adapter,
+    named_adapter,
     reading,
 )
 from cotune.lightning_modules.lora import (
@@ -206,7 +210,7 @@ class LanguageModel(nn.Module):
     @property
     def remarks(self) -> list[str]:
         """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
-        begins = [f"begins from the adapter {self.adapter}"] if self.adapter is not None else []
+        begins = [f"begins from {named_adapter(self.adapter)}"] if self.adapter is not None else []
         return begins + findings(self.model).remarks
 
     @property
@@ -238,7 +242,7 @@ class LanguageModel(nn.Module):
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             for i, generated in zip(places, made, strict=True):
-                results[i] = self._completion(prompts[i], generated)
+                results[i] = self._scored(requests[i], self._completion(prompts[i], generated))
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.completion_ids) for r in results)
@@ -250,6 +254,12 @@ class LanguageModel(nn.Module):
     def _completion(self, prompt: Prompted, generated: Generated) -> Completion:
         """What was written, its thinking apart from the fields' texts; the ids hold both."""
         return told_apart(completion_of(prompt.ids, generated), prompt.layout, self.encode.thinking)
+
+    def _scored(self, request: Request, done: Completion) -> Completion:
+        if not request.scores:
+            return done
+        with nullcontext() if request.adapter else base_alone(self.model):
+            return replace(done, scores=choice_scores(self.model, self.codec, request.layout, done))
 
     def use(self, engine: Engine) -> None:
         """Generates with this engine from now on, in place of a `LocalEngine`."""

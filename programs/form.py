@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -140,7 +141,22 @@ class Form(ABC):
         return f'"{wrong[0]}" holds text that marks a field in this form: {_short(texts[wrong[0]])}' if wrong else ""
 
 
-class ReasonThenFill(Form):
+class _Named(Form):
+    """Fields begin with their names, at the start of a line."""
+
+    def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
+        found = super().read(signature, completion)
+        if isinstance(self.layout(signature)[0], Field):  # no name is put there, and some LMs write it
+            first = signature.outputs[0]
+            if mark := _marker(first).match(found[first]):
+                found[first] = found[first][mark.end() :]
+        return found
+
+    def parse(self, signature: Signature, text: str) -> dict[str, str]:
+        return _split_at_markers(signature.outputs, text)
+
+
+class ReasonThenFill(_Named):
     """Reasoning first, in the LM's own way; then each remaining field behind its name. The default.
 
     Nothing in the prompt talks of a format, since being asked for one takes small LMs out of their reasoning: the
@@ -164,11 +180,8 @@ class ReasonThenFill(Form):
             parts += [Fixed(f"{before}{name}:"), _field(signature, name, lead=" ", stops=stops)]
         return tuple(parts)
 
-    def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        return _split_at_markers(signature.outputs, text)
 
-
-class Lines(Form):
+class Lines(_Named):
     """A field a line, `name: value`, and the prompt says so; a stage with one output gives the bare value.
 
     LMs that follow a format well do so with this one; smaller ones stop reasoning when asked for lines.
@@ -196,9 +209,6 @@ class Lines(Form):
             stops = _marks(following[0]) if following else _next_example(signature)
             parts += [Fixed(f"\n{name}:" if parts else f"{name}:"), _field(signature, name, lead=" ", stops=stops)]
         return tuple(parts)
-
-    def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        return _split_at_markers(signature.outputs, text)
 
 
 class Tags(Form):
@@ -339,6 +349,12 @@ def _next_example(signature: Signature) -> tuple[str, ...]:
     return tuple(f"\n{name}:" for name in signature.inputs)
 
 
+@functools.cache
+def _marker(name: str) -> re.Pattern[str]:
+    words = re.escape(name).replace("_", "[ _]")  # "Final Answer:" is how LMs write final_answer
+    return re.compile(rf"^[ \t*#]*{words}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+
+
 def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
     """Field -> text after its marker. Markers count at the start of a line, in the order of the fields, once each, in
     any letter case; text before the first marker belongs to the first field.
@@ -349,9 +365,7 @@ def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     current, start, position = names[0], 0, 0
     for index, name in enumerate(names):
-        words = re.escape(name).replace("_", "[ _]")  # "Final Answer:" is how LMs write final_answer
-        marker = re.compile(rf"^[ \t*#]*{words}[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
-        match = marker.search(text, position)
+        match = _marker(name).search(text, position)
         if match is None:
             continue
         if index > 0:

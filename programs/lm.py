@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from cotune.programs.layout import FREE, Layout
@@ -46,12 +46,14 @@ class Request:
         messages: the chat, ending with the user's turn.
         layout: the completion's fixed texts and fields.
         adapter: name of the adapter that is to answer; "" for the base alone.
+        scores: the completion is to say how likely each choice of its fields was.
     """
 
     messages: Sequence[Message]
     seed: int = 0
     layout: Layout = FREE
     adapter: str = "default"
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class Completion:
             0; before top-p). 0 for what was put there.
         repaired: it answers a second request, because what was written at first could not be read.
         thinking: what a reasoning model wrote before its answer; no part of `text`, but of `completion_ids`.
+        scores: where the request asks for them, for each field with choices that was filled in: choice -> the
+            log-probability, in nats, of all its tokens together behind what stands before it, among all texts. That of
+            a choice which begins another is no smaller than the other's.
     """
 
     text: str
@@ -104,6 +109,18 @@ class Completion:
     log_probs: tuple[float, ...] = ()
     repaired: bool = False
     thinking: str = ""
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def put_there(self) -> tuple[tuple[int, int], ...]:
+        """Where the text is an engine's and not the LM's: (start, end) of the fixed texts around its fields."""
+        spans, place = [], 0
+        for filled in self.fields:
+            start = max(self.text.find(filled.text, place), place)
+            spans.append((place, start))
+            place = start + len(filled.text)
+        end = len(self.text) if self.fields else place
+        return tuple(span for span in (*spans, (place, end)) if span[0] < span[1])
 
 
 class LMUnavailableError(RuntimeError):

@@ -7,9 +7,10 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cotune.programs.layout import Choices
 from cotune.programs.prompt import Prompt
 from cotune.programs.signature import Signature
-from cotune.programs.types import as_text
+from cotune.programs.types import as_text, syntax_of
 
 Outputs = Mapping[str, Any]
 """What a stage call gives back: output field -> value, text where the signature names no other type."""
@@ -28,13 +29,16 @@ class Call:
 
     stage: str
     inputs: Mapping[str, str]
+    scores: bool = False
 
 
 @dataclass(frozen=True)
 class Stage:
     """One kind of LM call of a program. Its name, the attribute it is assigned to, is its identity.
 
-    The signature may be given in its short form, or as a class body (`Signature.of`).
+    The signature may be given in its short form, or as a class body (`Signature.of`). With `scores` the outputs hold
+    "scores", too: field -> choice -> log-probability of the choice (see `Completion.scores`), for the fields that have
+    choices. It needs an LM in this process, and a form with a place for each field, which JSON is not.
 
     >>> class Echo(Program):
     ...     say = Stage("text -> answer")
@@ -46,14 +50,20 @@ class Stage:
 
     signature: Signature
     name: str = ""
+    scores: bool = False
 
-    def __init__(self, signature: Signature | str | type, name: str = "") -> None:
+    def __init__(self, signature: Signature | str | type, name: str = "", scores: bool = False) -> None:
         if isinstance(signature, str):
             signature = Signature.parse(signature)
         elif not isinstance(signature, Signature):
             signature = Signature.of(signature)
         object.__setattr__(self, "signature", signature)
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "scores", scores)
+        if scores and "scores" in signature.outputs:
+            raise ValueError(f'the stage {signature} has a field "scores", under which scores=True gives its own.')
+        if scores and not any(isinstance(syntax_of(signature.type_of(name)), Choices) for name in signature.outputs):
+            raise ValueError(f"scores=True: no output of {signature} has choices; give one the type Literal[...].")
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.name and self.name != name:
@@ -76,7 +86,7 @@ class Stage:
         if missing or unknown:
             said = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
             raise TypeError(f'stage "{self.name}" {said}; its inputs are {", ".join(expected) or "none"}.')
-        return Call(self.name, {name: self.signature.shown(name, inputs[name]) for name in expected})
+        return Call(self.name, {name: self.signature.shown(name, inputs[name]) for name in expected}, self.scores)
 
 
 class Program(ABC):

@@ -21,6 +21,7 @@ class Predict(Program):
         reasoning: put a `reasoning` field before the outputs (chain of thought), as the paper's programs do.
         types: type of any field that the signature names none for, as a signature writes it; a list of texts stands for
             the choices of a field.
+        scores: predictions hold "scores", too: field -> choice -> log-probability, for each field with choices.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class Predict(Program):
         descriptions: dict[str, str] | None = None,
         reasoning: bool = False,
         types: dict[str, str | list[str]] | None = None,
+        scores: bool = False,
     ) -> None:
         parsed = Signature.parse(signature, instruction=instruction, descriptions=descriptions, types=types)
-        self.predict = Stage(with_reasoning(parsed) if reasoning else parsed)
+        self.predict = Stage(with_reasoning(parsed) if reasoning else parsed, scores=scores)
 
     def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:
         return (yield self.predict(**inputs))

@@ -180,7 +180,7 @@ class _Run:
 
     def request(self, form: Form, signature: Signature, prompts: Prompts, seed: int) -> Request:
         messages = form.render(signature, prompts[self.call.stage], self.call.inputs)
-        return Request(messages, seed=seed, layout=form.layout(signature))
+        return Request(messages, seed=seed, layout=form.layout(signature), scores=self.call.scores)
 
     def take(self, form: Form, signature: Signature, request: Request, completion: Completion) -> bool:
         """Records the completion as a step and resumes the program with its outputs. False when the run has ended."""
@@ -197,6 +197,10 @@ class _Run:
             self._fail("format", f'stage "{self.call.stage}": {error}')
         except FieldTypeError as error:
             self._fail("type", f'stage "{self.call.stage}": {error}')
+        if self.call.scores and self.error is None:
+            values["scores"] = completion.scores
+            if not completion.scores:
+                self._fail("program", f'stage "{self.call.stage}" asks for scores, and {_NO_SCORES}')
         self.steps.append(step)
         return self.error is None and self.advance(values)
 
@@ -229,6 +233,11 @@ class _Run:
             # Now, and not whenever it is collected. Its clean-up may raise, but the rollout says already why it failed.
             with suppress(Exception):
                 self.generator.close()
+
+
+_NO_SCORES = (
+    "there are none: they need an LM in this process, and a form with a place for each field, which JSON is not"
+)
 
 
 def _read(form: Form, signature: Signature, completion: Completion) -> tuple[dict[str, str], dict[str, Any]]:

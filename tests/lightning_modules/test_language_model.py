@@ -6,6 +6,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from cotune.inference import Filling, Plan
 from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.inference.local import LocalEngine
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, embedded
+from cotune.lightning_modules.choice_scores import choice_scores
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError
-from cotune.programs import Request, Sampling
+from cotune.programs import ReasonThenFill, Request, Sampling, Signature
 from losses import completion_loss
 from tiny import save_tiny_model, save_wide_model, tiny_tokenizer
 from transformers import AutoConfig, AutoTokenizer
@@ -63,6 +66,43 @@ def test_completions_hold_the_ids_they_were_generated_from_and_as(tiny_model: Pa
     written = list(first.completion_ids)
     assert first.text == lm.tokenizer.decode(written, skip_special_tokens=True)
     assert first.finished == ("eos" if written[-1] in lm.end_ids else "length")
+
+
+CHOICES = ("red", "blue", "dark blue")
+
+
+@pytest.mark.parametrize("signature", ["question -> answer", "question -> reasoning, answer"])
+@pytest.mark.parametrize("adapter", ["default", ""])
+def test_scores_are_those_of_a_plain_loop_over_the_choices(tiny_model: Path, signature: str, adapter: str) -> None:
+    lm = loaded(tiny_model)
+    disturb(lm)
+    layout = ReasonThenFill().layout(Signature.parse(signature, types={"answer": list(CHOICES)}))
+    request = Request([{"role": "user", "content": "which?"}], layout=layout, adapter=adapter, scores=True)
+    (done,) = lm.generate([request], Sampling(max_new_tokens=8))
+    filled = done.fields[-1]
+    before = [*done.prompt_ids, *done.completion_ids[: filled.start]]
+    for choice, score in done.scores["answer"].items():
+        ids = lm.codec.encode(f" {choice}" if filled.start else choice)
+        with torch.no_grad(), nullcontext() if adapter else lm.model.disable_adapter():
+            told = lm.model.eval()(input_ids=torch.tensor([[*before, *ids]])).logits[0].log_softmax(-1)
+        plain = sum(float(told[len(before) - 1 + place, token]) for place, token in enumerate(ids))
+        assert score == pytest.approx(plain, abs=1e-4)
+    assert tuple(done.scores["answer"]) == CHOICES
+
+
+def test_scores_read_what_all_choices_share_once_and_are_made_only_where_asked_for(tiny_model: Path) -> None:
+    lm = loaded(tiny_model)
+    layout = ReasonThenFill().layout(Signature.parse("question -> answer", types={"answer": list(CHOICES)}))
+    asked = Request([{"role": "user", "content": "which? " * 20}], layout=layout, scores=True)
+    (done,) = lm.generate([replace(asked, scores=False)], Sampling())
+    assert done.scores == {}
+    read = list[int]()
+    lm.model.get_base_model().model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    choice_scores(lm.model, lm.codec, layout, done)
+    own = sum(1 + len(lm.codec.encode(choice)) for choice in CHOICES)
+    assert read[-1] == len(done.prompt_ids) - 1 + own
 
 
 def test_kept_prompts_are_not_read_again(tiny_model: Path) -> None:

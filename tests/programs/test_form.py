@@ -168,6 +168,13 @@ def test_fields_that_an_engine_filled_in_are_read_by_position_whatever_they_hold
     assert ReasonThenFill().read(TWO, completion) == {"reasoning": said, "answer": "5"}
 
 
+@pytest.mark.parametrize("said", ["Answer: 5", "**answer**: 5", "5"])
+def test_a_name_that_the_lm_writes_before_a_field_that_comes_first_is_no_part_of_it(said: str) -> None:
+    assert ReasonThenFill().read(ONE, Completion(said, fields=(Filled("answer", said, 0, 2, "eos"),))) == {
+        "answer": "5"
+    }
+
+
 values = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).map(str.strip).filter(bool)
 pieces = st.lists(st.sampled_from(["answer:", "\n", "**", "<answer>", "[[ ## answer ## ]]", '"', "a", " "]), max_size=8)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cotune.programs import Call, Predict, Program, Prompt, Signature, Stage
-from cotune.programs.program import as_text
+from cotune.programs.program import StageError, as_text
 from fakes import Branch, Loop
 
 PLAIN = Signature.parse("number -> answer")
@@ -87,3 +87,14 @@ def test_values_become_text(value: object, text: str) -> None:
 def test_what_has_no_text_raises(value: object) -> None:
     with pytest.raises(TypeError):
         as_text(value)
+
+
+@pytest.mark.parametrize(
+    "held", [[Stage("a -> b")], {"first": Stage("a -> b")}, (Stage("a -> b"),)], ids=["list", "dict", "tuple"]
+)
+def test_stages_that_stand_where_they_have_no_name_are_refused(held: object) -> None:
+    class Hops(Loop):
+        hops = held
+
+    with pytest.raises(StageError, match=rf"Hops\.hops: stages in a {type(held).__name__} have no name"):
+        _ = Hops().stages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -597,3 +598,26 @@ def test_texts_that_cannot_be_read_are_asked_for_together_and_once() -> None:
     assert [len(batch) for batch in lm.batches] == [3, 3]
     assert [rollout.score for rollout in done] == [1, 0, 1]
     assert all(rollout.steps[0].completion.repaired for rollout in done)
+
+
+def test_scores_reach_the_prediction_and_an_lm_without_them_is_a_fault_of_the_program() -> None:
+    class Scoring(FakeLM):
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+            assert all(request.scores for request in requests)
+            return [
+                replace(one, scores={"answer": {"a": -1.0, "b": -2.0}}) for one in super().generate(requests, sampling)
+            ]
+
+    program = Predict("number -> answer", types={"answer": ["a", "b"]}, scores=True)
+    (done,) = run(program, doubles(1), Scoring(lambda request: "a"))
+    assert done.prediction == {"answer": "a", "scores": {"answer": {"a": -1.0, "b": -2.0}}}
+    (done,) = run(program, doubles(1), FakeLM(lambda request: "a"), max_error_rate=1.0)
+    assert done.error is not None
+    assert "asks for scores, and there are none: they need an LM in this process" in done.error.message
+
+
+def test_scores_need_a_field_with_choices() -> None:
+    with pytest.raises(ValueError, match=r"no output of .* has choices"):
+        Predict("number -> answer", scores=True)
+    with pytest.raises(ValueError, match='has a field "scores"'):
+        Stage(Signature.parse("number -> scores: bool"), scores=True)

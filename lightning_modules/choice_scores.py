@@ -1,0 +1,42 @@
+"""How likely each choice of a field was: all of them in one pass, which reads what stands before them once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cotune.datamodules.collate import Pair, collate
+from cotune.inference.codec import Codec
+from cotune.inference.local.engine import evaluating
+from cotune.lightning_modules.loss import exact_dtype, log_probs
+from cotune.programs.layout import Choices, Field, Layout
+from cotune.programs.lm import Completion
+
+
+@torch.no_grad()
+def choice_scores(model: Any, codec: Codec, layout: Layout, done: Completion) -> dict[str, dict[str, float]]:
+    """Field -> choice -> the log-probability, in nats, of the choice's tokens behind the prompt and what was written
+    before the field; for every field with choices that was filled in.
+
+    The ids of a choice are those that would be put there if it were a fixed text. Probabilities are the LM's own, over
+    its whole vocabulary, at temperature 1.
+    """
+    fields = {part.name: part for part in layout if isinstance(part, Field)}
+    found = {}
+    for filled in done.fields:
+        part = fields.get(filled.name)
+        if part is None or not isinstance(part.syntax, Choices):
+            continue
+        written = done.completion_ids[: filled.start]
+        lead = part.lead if written else ""
+        context = codec.decode(written) if written else ""
+        rows = [
+            Pair((*done.prompt_ids, *written), codec.ids_behind(written, context, lead + text))
+            for text in part.syntax.texts
+        ]
+        batch = collate([rows])
+        bearing = batch.bearing(model.device, exact_dtype(model))
+        with evaluating(model):
+            told, _ = log_probs(model, batch, bearing.ids)
+        found[filled.name] = dict(zip(part.syntax.texts, bearing.by_row(told[:, 0]).tolist(), strict=True))
+    return found

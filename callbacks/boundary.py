@@ -32,7 +32,7 @@ class Boundary:
         epochs: training epochs of the step, rounds included; 0 of a prompt step.
         epoch: the epoch whose adapter was kept (from 1), after a weight step.
         averaged: how many epochs' adapters the kept one is the average of; 0 where it is an epoch's own.
-        diagnosis: passed, wrong, unreadable, won and lost examples; see `diagnose`.
+        diagnosis: passed, wrong, closed, out-of-type, unreadable, won and lost examples; see `diagnose`.
         coverage: whose traces passed, after a weight step; see `trace_coverage`.
         tested: rollouts on test, where Alternate was asked for them; no choice is made by them.
         test_cost: what those cost, which `cost` leaves out.

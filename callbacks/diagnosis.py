@@ -1,4 +1,4 @@
-"""Diagnosis: what a step won and lost on val, unreadable answers apart from wrong ones, and whose traces passed."""
+"""Diagnosis: what a step won and lost on val, wrong answers apart from missing ones, and whose traces passed."""
 
 from __future__ import annotations
 
@@ -28,17 +28,22 @@ def diagnose(
         before: example id -> score at the boundary before; None at the first.
 
     Returns:
-        `passed` and `wrong`: how many examples; the rest failed. `unreadable`: stage -> how many examples' runs ended
-        there, because the completion did not parse. `by_label`: label -> [passed, examples], where labels repeat.
+        `passed`, `wrong`, `closed` (as wrong, with a text that was closed at its limit), `out_of_type`: how many
+        examples; the rest failed. `unreadable`: stage -> how many examples' runs ended there without an answer.
+        `by_label`: label -> [passed, examples], where labels repeat.
         `set_metrics`: name -> [value, low, high], where any are asked for.
         `won` and `lost`: ids of examples that pass now and did not before, and the other way round.
     """
     passed = {r.example.id for r in done if r.error is None and r.score >= threshold}
     failed = [r for r in done if r.error is not None]
+    missed = [r for r in done if r.error is None and r.example.id not in passed]
+    closed = [r for r in missed if any(step.closed for step in r.steps)]
     unreadable = Counter(r.steps[-1].stage for r in failed if r.error and r.error.kind == "format" and r.steps)
     found: dict[str, Any] = {
         "passed": len(passed),
-        "wrong": len(done) - len(passed) - len(failed),
+        "wrong": len(missed) - len(closed),
+        "closed": len(closed),
+        "out_of_type": sum(r.error is not None and r.error.kind == "type" for r in failed),
         "unreadable": dict(sorted(unreadable.items())),
         "by_label": by_label([r.example for r in done], passed),
     }

@@ -81,6 +81,7 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
 
     `name` is what others can load: the Hub id where there is one, else the folder on this machine. `quantization` says
     how the weights were held, e.g. "bitsandbytes nf4", "" for unquantised; `gguf` names the file they were read from.
+    `identity` and `tokenizer` are hashes of the base's files and of the tokenizer's tokens: `load` compares them.
     """
     source = gguf_source(lm.source)
     here = Path(lm.source).expanduser().is_dir()
@@ -95,6 +96,8 @@ def describe_base(lm: LanguageModel) -> dict[str, Any]:
         "quantization": quantized_as(lm.model.config),
         "by_run": {"quantization": lm.quantization, "double_quantization": lm.double_quantization},
         "dtype": str(lm.dtype).removeprefix("torch."),
+        "identity": lm.base_identity(),
+        "tokenizer": lm.encode.vocabulary(lm.name).tokenizer,
     }
 
 

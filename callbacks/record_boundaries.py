@@ -104,6 +104,8 @@ def rollout_record(rollout: Rollout) -> dict[str, Any]:
                 "messages": [dict(message) for message in step.messages],
                 "completion": step.completion.text,
                 **({"thinking": step.completion.thinking} if step.completion.thinking else {}),
+                **({"put_there": put} if (put := step.completion.put_there) else {}),
+                **({"closed": step.closed} if step.closed else {}),
                 "finished": step.completion.finished,
                 "prompt_tokens": len(step.completion.prompt_ids),
                 "completion_tokens": len(step.completion.completion_ids),

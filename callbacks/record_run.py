@@ -61,7 +61,8 @@ class RecordRun(Callback, BoundaryListener):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._alternate is not None and self._alternate.finished:
             made = summary(self._alternate, seed=getattr(pl_module, "seed", 0))
-            self._write(trainer, pl_module, {**made, "durability": self._durability(pl_module)})
+            more = {"adapter": str(pl_module.lm.attached), "durability": self._durability(pl_module)}
+            self._write(trainer, pl_module, {**made, **more})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer, "summary.json")

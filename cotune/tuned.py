@@ -11,7 +11,7 @@ from typing import Any
 
 from cotune.build import build_module
 from cotune.callbacks.export_program import FORMAT
-from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.programs import Example, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
 from cotune.storage.formats import check_format
@@ -65,7 +65,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
 
     Raises:
         ExportError: no export, one whose weights are damaged, one that does not say how to build its program, or one
-            of a program with other stages.
+            of a program with other stages, of another base or of another tokenizer.
         BuildError: a class that it names cannot be imported or takes other arguments now.
         ModelNotFoundError: the base model is not there.
 
@@ -82,6 +82,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
         raise ExportError(
             "the LM of the given module is loaded already; give a module that is not, or use it as it is."
         )
+    _check_base(folder, described.get("base") or {}, module.lm)
     module.lm.adapter = str(folder / "adapter")
     with _no_bar():
         module.configure_model()
@@ -152,6 +153,19 @@ def _check_weights(folder: Path) -> None:
             raise ExportError(
                 f'"{weights}" is not what was exported (its SHA-256 differs). Copy it or export it again.'
             )
+
+
+def _check_base(folder: Path, base: Mapping[str, Any], lm: LanguageModel) -> None:
+    """Refuses an LM that the adapter was not tuned on: it would load where shapes fit, and write nonsense."""
+    lm.load_tokenizer()
+    fix = "Load the export with the LM that it was tuned on."
+    if base.get("tokenizer", own := lm.encode.vocabulary(lm.name).tokenizer) != own:
+        raise ExportError(
+            f'"{folder}" was tuned on "{base["name"]}", whose tokenizer is another than that of "{lm.name}". {fix}'
+        )
+    # Under the name that it had, it is the same; otherwise its files say, which takes as long as reading them.
+    if "identity" in base and lm.name != base["model"] and lm.base_identity() != base["identity"]:
+        raise ExportError(f'"{folder}" was tuned on "{base["name"]}", and "{lm.name}" has other files. {fix}')
 
 
 def program_inputs(program: Program) -> tuple[list[str], list[str]]:

@@ -176,6 +176,7 @@ class Collected:
             more=len(self.successes) - len(solved),
             repeated=outcomes["passed"] - len(self.successes),
             gold=sum(trace.gold for trace in traces),
+            canonical=self.vocabulary.canonical_share([trace.completion_ids for trace in traces]),
             too_long=sum("too_long" in found for found in ends),
             cut_off=sum("length" in found for found in ends),
         )
@@ -260,6 +261,8 @@ class Report:
     """of the failed runs, those that ended at a prompt that does not fit the window"""
     cut_off: int = 0
     """of the failed runs, those with a completion cut at max_new_tokens"""
+    canonical: float | None = None
+    """of the traces, the share whose ids are those that the tokenizer gives their text; None where nobody knows"""
 
     @property
     def solved(self) -> int:
@@ -268,9 +271,9 @@ class Report:
     def __str__(self) -> str:
         why = {
             "wrong answer": self.wrong,
-            "unreadable": self.format,
+            "closed at the limit": self.cut,
             "out of type": self.type,
-            "cut at max_new_tokens": self.cut,
+            "no answer": self.format,
         }
         why |= {f"{kind} faults": getattr(self, kind) for kind in KINDS}
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
@@ -278,7 +281,8 @@ class Report:
         more = f", {self.more} further traces of them" if self.more else ""
         gold = f", {self.gold} unsolved ones with their gold answer" if self.gold else ""
         solved = f"{self.solved} of {self.examples} examples solved{hinted}"
-        return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed})"
+        ids = f"; {self.canonical:.0%} of the traces as the tokenizer writes them" if self.canonical is not None else ""
+        return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed}){ids}"
 
 
 class NoTracesError(RuntimeError):

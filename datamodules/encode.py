@@ -31,12 +31,20 @@ class Vocabulary:
     Attributes:
         tokenizer: SHA-256 of its tokens with their ids, and of its end of turn; "" where nobody knows.
         base: name of the LM that reads and writes them.
+        canonical: whether ids of a completion are those that the tokenizer gives their text.
     """
 
     tokenizer: str = ""
     base: str = ""
     encode: Callable[[str], Sequence[int]] = lambda text: ()
     decode: Callable[[Sequence[int]], str] = lambda ids: ""
+    canonical: Callable[[Sequence[int]], bool] = lambda ids: False
+
+    def canonical_share(self, completions: Sequence[Sequence[int]]) -> float | None:
+        """The share of completions that is canonical; None without any, or where nobody knows whose ids they are."""
+        if not self.tokenizer or not completions:
+            return None
+        return sum(map(self.canonical, completions)) / len(completions)
 
 
 class ChatTemplateError(ValueError):
@@ -103,7 +111,12 @@ class ChatEncoder:
 
     def vocabulary(self, base: str) -> Vocabulary:
         """What this tokenizer's ids mean, for the LM of that name."""
-        return Vocabulary(self._digest, base, self.text, self._tokenizer.decode)
+        return Vocabulary(self._digest, base, self.text, self._tokenizer.decode, self._canonical)
+
+    def _canonical(self, ids: Sequence[int]) -> bool:
+        ends = (self.turn_end, self._tokenizer.eos_token_id)
+        runs = [[i for i in part if i not in ends] for part, plain in self._runs(ids) if plain]
+        return all(self.text(self.decode(run), closes_thinking=False) == run for run in runs)
 
     @functools.cached_property
     def _digest(self) -> str:

@@ -107,7 +107,7 @@ def _cell_lines(cell: Mapping[str, Any]) -> list[str]:
     equal = any(row["to_equal_calls"] for row in rows)
     papers = _paper_heading(cell)
     heads = ["strategy", "test", "− p → p", *(["− p → p, equal calls"] if equal else []), "LM calls", "seconds"]
-    heads += ["unreadable", "seeds × examples", *([papers] if papers else [])]
+    heads += ["no answer", "seeds × examples", *([papers] if papers else [])]
     lines = [f"## {cell['task']}, {cell['lm']}, {cell['preset']}", "", _joined(heads)]
     lines.append(_joined(["---"] + ["---:"] * (len(heads) - 1)))
     for row in rows:

@@ -184,7 +184,7 @@ def _tested(own: Path, record: Mapping[str, Any]) -> Tested:
             f"{path} cannot be read ({error}). A table needs it: leave record.max_megabytes above 0. Remove the folder "
             f"{own} to run it again; completions that are stored are not generated again."
         ) from error
-    unreadable = sum((row["error"] or {}).get("kind") == "format" for row in rows)
+    unreadable = sum((row["error"] or {}).get("kind") in ("format", "type") for row in rows)
     return Tested({row["example"]: float(row["score"]) for row in rows}, unreadable)
 
 

@@ -8,7 +8,7 @@ import torch
 from cotune.datamodules.collate import Pair, collate
 from cotune.inference.codec import Codec
 from cotune.inference.local.engine import evaluating
-from cotune.lightning_modules.loss import exact_dtype, log_probs
+from cotune.lightning_modules.training.loss import exact_dtype, log_probs
 from cotune.programs.layout import Choices, Field, Layout
 from cotune.programs.lm import Completion
 

@@ -24,7 +24,18 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     records, damage = read_history(folder / "history.jsonl")
     kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
-    for name in ("after", "val score", "won", "lost", "wrong", "format failures", "LM calls", "seconds"):
+    for name in (
+        "after",
+        "val score",
+        "won",
+        "lost",
+        "wrong",
+        "closed at limit",
+        "out of type",
+        "no answer",
+        "LM calls",
+        "seconds",
+    ):
         # On a narrow terminal the heads of numbers are broken, never a prefix.
         table.add_column(name, justify="left" if name == "after" else "right", no_wrap=name == "after")
     for record in records:
@@ -33,7 +44,7 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
             record["prefix"] + (" *" if best else ""),
             f"{record['val_score']:.3f}",
             *_diagnosed(record),
-            str(record["failures"].get("format", 0)),
+            *(str(record["failures"].get(kind, 0)) for kind in ("type", "format")),
             f"{record['lm_calls']:,}",
             f"{record['seconds']:.0f}",
             style="bold" if best else None,
@@ -106,10 +117,10 @@ def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _diagnosed(record: Mapping[str, Any]) -> list[str]:
-    """Cells of examples won, lost and wrong; empty where the record has none."""
+    """Cells of examples won, lost, wrong and closed at a limit; empty where the record has none."""
     found = record.get("diagnosis") or {}
     moved = [str(len(found[name])) if name in found else "" for name in ("won", "lost")]
-    return [*moved, str(found["wrong"]) if found else ""]
+    return [*moved, *(str(found[name]) if name in found else "" for name in ("wrong", "closed"))]
 
 
 def fault_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -81,6 +81,20 @@ def outcome(row: Json, threshold: float) -> str:
     return "right" if row["score"] >= threshold else "wrong"
 
 
+def failure(kind: str) -> str:
+    """What a rollout of this kind of error is called in the singular."""
+    return {"format": "missing answer", "type": "out-of-type answer"}.get(kind, f"{kind} failure")
+
+
+def pieces(step: Json) -> list[tuple[bool, str]]:
+    """A completion's text in pieces, each with whether the engine put it there; one piece where that is not known."""
+    text, place, found = step["completion"], 0, list[tuple[bool, str]]()
+    for start, end in step.get("put_there", ()):
+        found += [(False, text[place:start]), (True, text[start:end])]
+        place = end
+    return [(put, piece) for put, piece in (*found, (False, text[place:])) if piece]
+
+
 def said(row: Json) -> str:
     """What the program answered, in a line: the predicted values that have labels, or all of them."""
     if row["prediction"] is None:
@@ -112,20 +126,22 @@ def by_label(run: RunRecord, ways: Sequence[Journey]) -> list[dict[str, Any]]:
 
 
 def by_stage(prefix: Prefix, threshold: float) -> list[dict[str, Any]]:
-    """What a prefix's stages did on val: calls, how many in runs that succeeded, unreadable, cut; mean tokens."""
+    """What a prefix's stages did on val: calls; how many in runs that succeeded, that ended there without an answer or
+    with a value out of type, and with a text closed at its limit; mean tokens."""
     rows = prefix.rollouts or ()
     calls = [(step, row, place + 1 == len(row["steps"])) for row in rows for place, step in enumerate(row["steps"])]
     table = []
     for stage in dict.fromkeys(step["stage"] for step, _, _ in calls):
         own = [(step, row, last) for step, row, last in calls if step["stage"] == stage]
-        failed = sum(last and row["error"] is not None and row["error"]["kind"] == "format" for _, row, last in own)
+        failed = Counter(row["error"]["kind"] for _, row, last in own if last and row["error"] is not None)
         table.append(
             {
                 "stage": stage,
                 "calls": len(own),
                 "right": sum(outcome(row, threshold) == "right" for _, row, _ in own),
-                "format": failed,
-                "cut": sum(step["finished"] == "length" for step, _, _ in own),
+                "format": failed["format"],
+                "type": failed["type"],
+                "closed": sum(step["finished"] == "length" or bool(step.get("closed")) for step, _, _ in own),
                 "prompt_tokens": sum(step["prompt_tokens"] for step, _, _ in own) / len(own),
                 "completion_tokens": sum(step["completion_tokens"] for step, _, _ in own) / len(own),
             }

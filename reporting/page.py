@@ -27,8 +27,7 @@ _KEY_SETTINGS = {
     "signature": "model.program.signature",
     "model": "model.lm.model",
     "quantisation": "model.lm.quantization",
-    "LoRA rank": "model.lm.lora.r",
-    "LoRA alpha": "model.lm.lora.alpha",
+    "LoRA rank asked for": "model.lm.lora.r",
     "optimiser": "model.optimizer.class_path",
     "learning rate": "model.optimizer.lr",
     "schedule": "alternate.schedule",
@@ -105,9 +104,9 @@ def render_report(run: RunRecord, *, examples: int = 60, now: datetime | None = 
             labels=journeys.by_label(run, ways),
             stages=[(p, journeys.by_stage(p, run.threshold)) for p in run.prefixes if p.rollouts],
             traces=[(p, journeys.trace_counts(p)) for p in run.prefixes if p.traces],
-            format_failures=_format_failures(run),
+            unanswered=_unanswered(run),
             costs=costs(run),
-            key_settings=key_settings(run.config),
+            key_settings=key_settings(run.config, str(run.summary.get("adapter", ""))),
             now=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
             version=version("cotune"),
         )
@@ -156,7 +155,12 @@ def environment() -> jinja2.Environment:
         "demo_fields": demo_fields,
         "last_part": lambda value: str(value).rpartition(".")[2] if isinstance(value, str) else value,
     }
-    made.globals |= {"clipped": clipped, "outcome": journeys.outcome}
+    made.globals |= {
+        "clipped": clipped,
+        "outcome": journeys.outcome,
+        "pieces": journeys.pieces,
+        "failure": journeys.failure,
+    }
     made.globals |= {"prompt_changes": prompt_changes, "same_values": same_values}
     return made
 
@@ -207,9 +211,15 @@ def costs(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def key_settings(config: Json) -> list[tuple[str, Any]]:
-    """The settings that say what the run was; those that are not known are left out."""
+def key_settings(config: Json, adapter: str) -> list[tuple[str, Any]]:
+    """The settings that say what the run was; those that are not known are left out.
+
+    Args:
+        adapter: what the model had, in words, where the run has said so.
+    """
     found = [(name, setting(config, path, None)) for name, path in _KEY_SETTINGS.items()]
+    if adapter:
+        found = [("adapter", adapter) if name.startswith("LoRA") else (name, value) for name, value in found]
     sizes = setting(config, "data.sizes", None)
     if isinstance(sizes, Mapping):
         found.append(("sizes", ", ".join(f"{part} {size}" for part, size in sizes.items())))
@@ -302,11 +312,11 @@ def _groups(run: RunRecord, ways: Sequence[Journey], examples: int) -> list[dict
     return groups
 
 
-def _format_failures(run: RunRecord) -> list[dict[str, Any]]:
-    """Prefixes with completions that could not be read, {"prefix", "rows"}."""
+def _unanswered(run: RunRecord) -> list[dict[str, Any]]:
+    """Prefixes with runs that ended without an answer, {"prefix", "rows"}."""
     found = []
     for prefix in run.prefixes:
-        rows = [row for row in prefix.rollouts or () if row["error"] and row["error"]["kind"] == "format"]
+        rows = [row for row in prefix.rollouts or () if row["error"] and row["error"]["kind"] in ("format", "type")]
         if rows:
             found.append({"prefix": prefix, "rows": rows})
     return found

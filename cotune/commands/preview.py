@@ -115,6 +115,9 @@ def summary(batches: EpochBatches) -> list[str]:
     sizes = sorted({len(plan) for plan in batches.plan})
     of = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} or {sizes[-1]}"
     lines = [f"{len(rows)} pairs of {examples} examples, in {len(batches)} batches of {of}"]
+    share = batches.maker.vocabulary.canonical_share([row.pair.completion_ids for row in rows])
+    if share is not None:
+        lines.append(f"{share:.0%} of the completions have the ids that the tokenizer gives their text")
     for stage in dict.fromkeys(row.trace.stage for row in rows):
         own = [row for row in rows if row.trace.stage == stage]
         prompt = sum(len(row.pair.prompt_ids) for row in own) / len(own)

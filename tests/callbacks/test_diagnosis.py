@@ -1,13 +1,14 @@
-"""Diagnosis: what is counted as wrong, unreadable, won and lost."""
+"""Diagnosis: what is counted as wrong, closed at its limit, out of type, without an answer, won and lost."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from cotune.callbacks.diagnosis import advice_without_traces, by_label, diagnose, trace_coverage
 from cotune.datamodules import Bootstrapping, Report, Trace
-from cotune.programs import Completion, Example, Failure, Rollout, Step
+from cotune.programs import Completion, Example, Failure, Filled, Rollout, Step
 from cotune.reporting.closing_table import coverage_lines, set_metric_lines
 
 
@@ -27,7 +28,17 @@ def test_unreadable_answers_are_counted_at_their_stage_and_apart_from_wrong_ones
     ]
     found = diagnose(done, None, threshold=1)
     assert (found["passed"], found["wrong"], found["unreadable"]) == (1, 1, {"hop": 1, "last": 1})
+    assert (found["closed"], found["out_of_type"]) == (0, 0)
     assert "won" not in found
+
+
+def test_answers_closed_at_their_limit_and_out_of_type_are_counted_apart() -> None:
+    cut = Completion("so", fields=(Filled("reasoning", "so", 0, 1, "length"),))
+    done = [rollout("a", 0), rollout("b", 0), rollout("c", 1), rollout("d", 0)]
+    done[1:3] = [replace(one, steps=(replace(one.steps[0], completion=cut),)) for one in done[1:3]]
+    done[3] = replace(done[3], error=Failure("type", "no number"))
+    found = diagnose(done, None, threshold=1)
+    assert [found[name] for name in ("passed", "wrong", "closed", "out_of_type", "unreadable")] == [1, 1, 1, 1, {}]
 
 
 def test_won_and_lost_are_about_passing_and_not_about_any_change_of_score() -> None:

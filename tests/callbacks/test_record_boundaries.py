@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from cotune.callbacks.record_boundaries import RecordBoundaries, rollout_lines, rollout_record
-from cotune.programs import Completion, Example, Failure, Rollout, prompts_from_dict, prompts_id
+from cotune.programs import Completion, Example, Failure, Filled, Rollout, prompts_from_dict, prompts_id
 from cotune.programs.rollout import Step
+from cotune.reporting.journeys import pieces
 from tiny_fit import BrokenOffError, Fit, tiny_fit
 
 
@@ -79,6 +80,17 @@ def test_a_long_text_is_cut_in_its_middle_and_says_so() -> None:
     (line,) = rollout_lines([_rollout("e", "a" * 300 + "b" * 300)], max_bytes=10**6, max_characters=200)
     text = json.loads(line)["steps"][0]["completion"]
     assert text == "a" * 100 + " […400 characters left out…] " + "b" * 100
+
+
+def test_a_record_tells_what_the_engine_put_there_and_which_text_it_closed() -> None:
+    text = "so\n\nanswer: 4"
+    fields = (Filled("reasoning", "so", 0, 1, "length"), Filled("answer", " 4", 5, 6, "eos"))
+    done = _rollout("e", text)
+    step = replace(done.steps[0], completion=Completion(text, fields=fields))
+    (recorded,) = rollout_record(replace(done, steps=(step,)))["steps"]
+    assert recorded["closed"] == ("reasoning",)
+    assert pieces(recorded) == [(False, "so"), (True, "\n\nanswer:"), (False, " 4")]
+    assert pieces(rollout_record(done)["steps"][0]) == [(False, text)]
 
 
 def test_a_text_that_no_file_can_hold_does_not_end_the_run() -> None:

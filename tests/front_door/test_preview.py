@@ -62,6 +62,7 @@ def test_trained_tokens_stand_between_marks(finished: Any, capsys: pytest.Captur
     assert shown == [lm.tokenizer.decode(row.ids[-row.trained :]) for row in trained_rows(batches)]
     assert "stage predict · example iris-" in said.out
     assert f"{len(shown)} pairs of " in said.out
+    assert "100% of the completions have the ids that the tokenizer gives their text" in said.out
 
 
 def test_demos_show_in_the_prompts_that_have_them(finished: Any) -> None:

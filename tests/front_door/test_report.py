@@ -107,7 +107,7 @@ def test_every_candidate_is_shown_with_its_score_parent_and_fate(tmp_path: Path)
     text = read(write_run(tmp_path / "run")).text
     assert "incumbent 0.500 4 of 4 – 0" in text
     assert "random 1 0.750 4 of 4 incumbent 1" in text
-    assert "random 2 0.250 1 of 4 incumbent 1 pruned 2 format failures" in text
+    assert "random 2 0.250 1 of 4 incumbent 1 pruned 2 missing answers" in text
     assert "a note of search 1" in text
     assert "a note of search 3" in text
 
@@ -132,11 +132,22 @@ def test_a_trace_shows_every_call_of_every_prefix(stages: int, tmp_path: Path) -
     assert reader.text.count("The same as after") >= 5  # step 3 changed nothing
 
 
+def test_what_the_engine_put_there_is_marked_in_a_completion(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    path = folder / "rollouts/val-0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["steps"][-1] |= {"completion": "so\n\nanswer: 4", "put_there": [[2, 11]], "closed": ["reasoning"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = render_report(read_run(folder))
+    assert 'so<span class="put">\n\nanswer:</span> 4' in page
+    assert "closed at the limit: reasoning" in page
+
+
 def test_a_format_failure_is_told_from_a_wrong_answer(tmp_path: Path) -> None:
     text = read(write_run(tmp_path / "run")).text
-    assert "Format failures" in text
+    assert "No answer" in text
     assert 'ex-4 no "answer" here completion of answer: wrong 4' in text
-    assert "cut at the longest completion" in text
+    assert "closed at the limit" in text
 
 
 def test_gold_answers_are_told_from_what_the_program_solved(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.tasks.iris import iris_examples
 from cotune.programs import Rollout
+from tiny import save_tiny_model
 from tiny_fit import CurtLM, among
 
 import cotune
@@ -166,3 +167,15 @@ def test_the_inputs_of_a_program_are_the_arguments_of_run() -> None:
 
     assert program_inputs(Own("question -> answer")) == (["question"], ["hint"])
     assert program_inputs(Predict("context, question -> answer")) == (["context", "question"], [])
+
+
+def test_an_export_is_refused_on_another_tokenizer_and_on_another_base_of_the_same_shape(
+    finished: Any, tmp_path: Path
+) -> None:
+    program = finished.module.program
+    backwards = save_tiny_model(tmp_path / "backwards", backwards=True)
+    with pytest.raises(ExportError, match=r"tuned on .*, whose tokenizer is another than that of .*backwards"):
+        cotune.load(finished.export, module=ProgramModule(program, CurtLM(str(backwards), device="cpu")))
+    other = save_tiny_model(tmp_path / "other", seed=9)
+    with pytest.raises(ExportError, match=r"tuned on .*other\" has other files"):
+        cotune.load(finished.export, module=ProgramModule(program, CurtLM(str(other), device="cpu")))

@@ -63,6 +63,8 @@ ADAPTERS = ("", "default")
 """Whom a request can ask: the base alone, or the LoRA that is tuned."""
 
 DTYPES = ("float32", "bfloat16", "float16")
+_PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias")
+"""Settings of a generation_config by which transformers' own generate changes what a model says."""
 EMBEDDED = "embedded"
 """The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
 
@@ -211,6 +213,12 @@ class LanguageModel(nn.Module):
     def remarks(self) -> list[str]:
         """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
         begins = [f"begins from {named_adapter(self.adapter)}"] if self.adapter is not None else []
+        asked = self.generation_config.to_diff_dict()
+        left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
+        if left_out:
+            begins.append(
+                f"its generation_config asks for {', '.join(left_out)}: left out, its own probabilities decide"
+            )
         return begins + findings(self.model).remarks
 
     @property

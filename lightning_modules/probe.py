@@ -101,7 +101,7 @@ def small_copy(config: Any, build: Build, lengths: Sequence[int]) -> Any:
     """
     kinds = _kinds(build, config)
     failed: Exception | None = None
-    for narrow in (3, 2, 1, 0):
+    for narrow in (4, 3, 2, 1, 0):
         for layers in (2, 4, 8, _ALL):
             try:
                 small = _shrunk(config, lengths, layers=layers, narrow=narrow)
@@ -144,6 +144,8 @@ def _shrunk(config: Any, lengths: Sequence[int], *, layers: int, narrow: int) ->
             _thinner(part)
         if narrow >= 3:
             _fewer_heads(part)
+        if narrow >= 4 and isinstance(getattr(part, "head_dim", None), int) and hasattr(part, "hidden_size"):
+            part.hidden_size = min(part.hidden_size, 256)  # heads have a width of their own
     for owner, name, value in list(_lengths(small.get_text_config())):
         _put(owner, name, _FIRST + _STEP * list(lengths).index(value))
     return small
@@ -167,8 +169,10 @@ def _fewer_layers(config: Any, layers: int) -> None:
     if not isinstance(count, int) or count <= 2:
         return
     kinds = getattr(config, "layer_types", None)
+    sharing = count - (getattr(config, "num_kv_shared_layers", None) or 0)  # where layers begin that read others' keys
     if isinstance(kinds, list) and len(kinds) == count:
-        firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+        parts = [range(sharing), range(sharing, count)]
+        firsts = sorted({next(i for i in part if kinds[i] == kinds[j]) for part in parts for j in part})
         rest = [i for i in range(count) if i not in firsts]
         chosen = sorted([*firsts, *rest[: max(layers - len(firsts), 0)]])
     else:
@@ -177,7 +181,9 @@ def _fewer_layers(config: Any, layers: int) -> None:
         if isinstance(value, list | tuple) and len(value) == count:
             setattr(config, name, type(value)(value[i] for i in chosen))
     config.num_hidden_layers = len(chosen)
-    for name in ("num_kv_shared_layers", "max_window_layers", "first_k_dense_replace"):
+    if sharing < count:
+        config.num_kv_shared_layers = min(sum(i >= sharing for i in chosen), len(chosen) - 1)
+    for name in ("max_window_layers", "first_k_dense_replace"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value >= len(chosen):
             setattr(config, name, len(chosen) - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ class Runner:
         if len(sets) != len(examples):
             raise ValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
         signatures = {name: stage.signature for name, stage in self.program.stages.items()}
+        shared = _class_state(self.program)
         runs = [_Run(self.program, example) for example in examples]
         pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
         _report(progress, len(runs) - len(pending))
@@ -87,6 +89,13 @@ class Runner:
                 if run.take(self.form, signatures[run.call.stage], request, completion)
             ]
             _report(progress, before - len(pending))
+        if changed := [name for name, size in _class_state(self.program).items() if size != shared.get(name)]:
+            warnings.warn(
+                f"{type(self.program).__name__}.{changed[0]} belongs to the class, and runs changed it: they share "
+                "it, so that scores depend on what ran before, with other prompts and weights. Assign it in __init__, "
+                "and each run has its own.",
+                stacklevel=2,
+            )
         done = _all_scored(runs, self.metric, self.program)
         check_errors(done, max_error_rate=self.max_error_rate)
         return done
@@ -376,6 +385,15 @@ def _own_copy(program: Program) -> Program:
             with suppress(Exception):  # what cannot be copied is shared, as other objects are
                 vars(own)[name] = copy.deepcopy(value)
     return own
+
+
+def _class_state(program: Program) -> dict[str, int]:
+    """Name -> size of the lists, dicts and sets of a program's class, which all its runs share."""
+    found: dict[str, int] = {}
+    for cls in reversed(type(program).__mro__):
+        values = ((name, value) for name, value in vars(cls).items() if not name.startswith("__"))
+        found |= {name: len(value) for name, value in values if isinstance(value, (list, dict, set, bytearray))}
+    return {name: size for name, size in found.items() if name not in vars(program)}
 
 
 def _report(progress: Callable[[int], None] | None, ended: int) -> None:

@@ -616,6 +616,18 @@ def test_scores_reach_the_prediction_and_an_lm_without_them_is_a_fault_of_the_pr
     assert "asks for scores, and there are none: they need an LM in this process" in done.error.message
 
 
+def test_state_on_the_class_that_runs_change_is_warned_of() -> None:
+    class Cached(Loop):
+        seen: dict[str, str] = {}  # noqa: RUF012
+
+        def run(self, number: int) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+            self.seen[str(number)] = "seen"
+            return (yield from super().run(number))
+
+    with pytest.warns(UserWarning, match=r"Cached\.seen belongs to the class, and runs changed it"):
+        run(Cached(1), doubles(1, 2), FakeLM(doubling))
+
+
 def test_scores_need_a_field_with_choices() -> None:
     with pytest.raises(ValueError, match=r"no output of .* has choices"):
         Predict("number -> answer", scores=True)

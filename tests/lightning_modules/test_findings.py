@@ -13,11 +13,20 @@ from cotune.inference import Codec, Prompted
 from cotune.inference.local.decoder import Decoder
 from cotune.inference.local.plain import alone
 from cotune.lightning_modules import findings as known
+from cotune.lightning_modules import probe
 from cotune.lightning_modules.findings import Findings, Way, find, findings
 from cotune.lightning_modules.training import plain
 from cotune.programs import Sampling
 from losses import row_losses
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -102,6 +111,16 @@ def test_completions_are_those_of_the_models_own_generate(name: str) -> None:
 @pytest.mark.parametrize("name", FOUND)
 def test_each_way_is_known_to_fit_up_to_a_length(name: str) -> None:
     assert findings(model_of(name)) == FOUND[name]
+
+
+def test_a_small_copy_has_every_kind_of_layer_before_and_behind_where_layers_read_the_keys_of_others() -> None:
+    config = Gemma3nTextConfig()
+    shared, kinds = config.num_kv_shared_layers, set(config.layer_types)
+    assert shared > 1
+    probe._fewer_layers(config, 2)
+    begins = config.num_hidden_layers - config.num_kv_shared_layers
+    assert set(config.layer_types[:begins]) == set(config.layer_types[begins:]) == kinds
+    assert config.num_hidden_layers == 4
 
 
 def test_attention_dropout_by_any_name_is_noticed() -> None:

@@ -235,6 +235,13 @@ def test_a_saved_adapter_loads_as_the_beginning_of_another_run(tiny_model: Path,
     assert all_gradients(again)
 
 
+def test_what_a_generation_config_would_change_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.3}))
+    (said,) = loaded(folder).remarks
+    assert said.startswith("its generation_config asks for repetition_penalty 1.3: left out")
+
+
 def test_a_missing_adapter_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelNotFoundError, match=r'adapter ".*none" is not a folder that holds an adapter_config\.json'

@@ -94,7 +94,7 @@ class Runner:
                 f"{type(self.program).__name__}.{changed[0]} belongs to the class, and runs changed it: they share "
                 "it, so that scores depend on what ran before, with other prompts and weights. Assign it in __init__, "
                 "and each run has its own.",
-                stacklevel=2,
+                stacklevel=1,  # so that it is said once
             )
         done = _all_scored(runs, self.metric, self.program)
         check_errors(done, max_error_rate=self.max_error_rate)

@@ -54,7 +54,15 @@ _KNOWN = (
     "dataclass or a pydantic model"
 )
 _YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-_DATE = "[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_YEAR = "([1-9][0-9]{3}|0[1-9][0-9]{2}|00[1-9][0-9]|000[1-9])"
+_FOURTH = "(0[48]|[2468][048]|[13579][26])"
+_DAYS = (
+    "(0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])",
+    "(0[469]|11)-(0[1-9]|[12][0-9]|30)",
+    "02-(0[1-9]|1[0-9]|2[0-8])",
+)
+_DATE = f"({_YEAR}-({'|'.join(_DAYS)})|([0-9]{{2}}{_FOURTH}|{_FOURTH}00)-02-29)"
+"""The days of the calendar, and nothing else: a day that there is not would be no value."""
 
 
 def parse_type(text: str | Sequence[Any] | type) -> Any:

@@ -24,31 +24,17 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     records, damage = read_history(folder / "history.jsonl")
     kept = "the best on val" if summary["scores"][summary["best"]] == max(summary["scores"].values()) else "the last"
     table = Table(title=f"{folder.name}: {summary['schedule']}")
-    for name in (
-        "after",
-        "val score",
-        "won",
-        "lost",
-        "wrong",
-        "closed at limit",
-        "out of type",
-        "no answer",
-        "LM calls",
-        "seconds",
-    ):
-        # On a narrow terminal the heads of numbers are broken, never a prefix.
+    cells = [_cells(record) for record in records]
+    # Failures have columns where there are any. On a narrow terminal heads of numbers are broken, never a prefix.
+    shown = [
+        name for name in (cells or [{}])[0] if name not in _FAILURES or any(row[name] not in ("", "0") for row in cells)
+    ]
+    for name in ("after", *shown):
         table.add_column(name, justify="left" if name == "after" else "right", no_wrap=name == "after")
-    for record in records:
+    for record, row in zip(records, cells, strict=True):
         best = record["prefix"] == summary["best"]
-        table.add_row(
-            record["prefix"] + (" *" if best else ""),
-            f"{record['val_score']:.3f}",
-            *_diagnosed(record),
-            *(str(record["failures"].get(kind, 0)) for kind in ("type", "format")),
-            f"{record['lm_calls']:,}",
-            f"{record['seconds']:.0f}",
-            style="bold" if best else None,
-        )
+        first = record["prefix"] + (" *" if best else "")
+        table.add_row(first, *(row[name] for name in shown), style="bold" if best else None)
     console.print(table)
     tested = summary["test_score"]
     said = "not tested" if tested is None else f"test score {tested:.3f}"
@@ -116,11 +102,22 @@ def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _diagnosed(record: Mapping[str, Any]) -> list[str]:
-    """Cells of examples won, lost, wrong and closed at a limit; empty where the record has none."""
+_FAILURES = ("closed at limit", "out of type", "no answer")
+
+
+def _cells(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the table says of a boundary, by column; "" where the record does not know."""
     found = record.get("diagnosis") or {}
-    moved = [str(len(found[name])) if name in found else "" for name in ("won", "lost")]
-    return [*moved, *(str(found[name]) if name in found else "" for name in ("wrong", "closed"))]
+    moved = {name: str(len(found[name])) if name in found else "" for name in ("won", "lost")}
+    missed = {
+        name: str(found[key]) if key in found else ""
+        for name, key in (("wrong", "wrong"), ("closed at limit", "closed"))
+    }
+    failed = {
+        name: str(record["failures"].get(kind, 0)) for name, kind in (("out of type", "type"), ("no answer", "format"))
+    }
+    cost = {"LM calls": f"{record['lm_calls']:,}", "seconds": f"{record['seconds']:.0f}"}
+    return {"val score": f"{record['val_score']:.3f}", **moved, **missed, **failed, **cost}
 
 
 def fault_lines(summary: Mapping[str, Any]) -> list[str]:

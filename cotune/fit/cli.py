@@ -66,10 +66,6 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _LIGHTNINGS = ("fit", "validate", "test")
-_ROOMS = (
-    *("storage", "programs", "prompting", "datamodules", "inference", "lightning_modules", "callbacks"),
-    *("reporting", "experiments"),
-)
 
 
 class Parser(LightningArgumentParser):
@@ -396,7 +392,7 @@ def _find_own_modules() -> None:
 def _is_ours(error: BaseException) -> bool:
     """Whether cotune raised it on purpose, with a message for the user; anything else deserves its traceback."""
     package = Path(__file__).resolve().parents[1]
-    house = [package, *(package.parent / room for room in _ROOMS)]  # editable: rooms beside cotune/; installed: in it
+    house = [package, *(room.resolve() for room in package.iterdir() if room.is_dir())]  # links, if editable
     last = traceback.extract_tb(error.__traceback__)[-1]
     file = Path(last.filename).resolve()
     return any(file.is_relative_to(folder) for folder in house) and (last.line or "").startswith("raise ")

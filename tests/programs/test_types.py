@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -88,7 +89,6 @@ def test_choices_that_are_written_alike_are_refused() -> None:
         (bool, Choices(("yes", "no"))),
         (Mood, Choices(("good", "bad"))),
         (Literal[1, 2], Choices(("1", "2"))),
-        (date, Pattern("[0-9]{4}-[0-9]{2}-[0-9]{2}")),
     ],
 )
 def test_a_type_says_what_may_be_written(kind: Any, syntax: Any) -> None:
@@ -205,3 +205,20 @@ def test_reasoning_is_a_first_output_of_that_name_or_type() -> None:
     assert Signature.parse("q -> thoughts: Reasoning, answer").reasoning == "thoughts"
     assert Signature.parse("q -> reasoning: line, answer").reasoning == ""
     assert Signature.parse("q -> reasoning").reasoning == ""
+
+
+def test_a_date_may_be_any_day_that_there_is_and_no_other() -> None:
+    held = syntax_of(date)
+    assert isinstance(held, Pattern)
+    pattern = re.compile(held.regex)
+    for year in (1, 4, 99, 100, 400, 1900, 1999, 2000, 2024, 9999):
+        for month in range(14):
+            for number in range(33):
+                text = f"{year:04}-{month:02}-{number:02}"
+                try:
+                    day = date.fromisoformat(text)
+                except ValueError:
+                    assert not pattern.fullmatch(text)
+                else:
+                    assert pattern.fullmatch(day.isoformat())
+    assert not pattern.fullmatch("0000-01-01")

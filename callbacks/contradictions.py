@@ -37,9 +37,9 @@ class FindContradictions(Callback, BoundaryListener):
         self._fits = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._fits = self._fits or stage == "fit"
+        looked, self._fits = self._fits, self._fits or stage == "fit"  # a fit's look is at the sets of its test, too
         data = getattr(trainer, "datamodule", None)
-        if isinstance(pl_module, ProgramModule) and isinstance(data, TraceDataModule):
+        if not looked and isinstance(pl_module, ProgramModule) and isinstance(data, TraceDataModule):
             examples = _used(data, stage)
             check_fields(pl_module.program, data.metric, examples)
             found = check_texts(pl_module.program, pl_module.form, examples)

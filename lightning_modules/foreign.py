@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,11 @@ def adapter_settings(name: str) -> dict[str, Any]:
     return _json(f'adapter "{name}"', Path(name).expanduser() / "adapter_config.json")
 
 
-def named_adapter(name: str) -> str:
-    """An adapter's name, and the base that it says it was trained on: a run should have that one, too."""
-    base = adapter_settings(name).get("base_model_name_or_path")
-    return f"the adapter {name}" + (f", which was trained on {base}" if base else "")
+def named_adapter(name: str, bases: Collection[str]) -> str:
+    """An adapter's name; and the base that it says it was trained on, where that is none of these by its last part."""
+    base = adapter_settings(name).get("base_model_name_or_path") or ""
+    known = not base or Path(base).name in {Path(one).name for one in bases}
+    return f"the adapter {name}" + ("" if known else f", which was trained on another base ({base})")
 
 
 def _check_files(kind: str, name: str, folder: Path) -> None:

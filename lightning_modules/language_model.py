@@ -209,10 +209,15 @@ class LanguageModel(nn.Module):
         """The adapter that the loaded model has, whatever was asked for."""
         return attached(self.model)
 
+    def _names(self) -> list[str]:
+        from cotune.lightning_modules.embedded import HUB_ID
+
+        return [self.name, self.source, *([HUB_ID] if self.name == EMBEDDED else [])]
+
     @property
     def remarks(self) -> list[str]:
         """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
-        begins = [f"begins from {named_adapter(self.adapter)}"] if self.adapter is not None else []
+        begins = [f"begins from {named_adapter(self.adapter, self._names())}"] if self.adapter is not None else []
         asked = self.generation_config.to_diff_dict()
         left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
         if left_out:

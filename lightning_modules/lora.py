@@ -92,6 +92,7 @@ class Attached:
         targets: names of the adapted layers and parameters, without their places.
         whole: modules that are trained whole.
         left_out: experts, towers: what has no adapter, and its share of all weights.
+        variant: "rank-stabilised", "DoRA" or both, where it is not plain LoRA.
     """
 
     rank: str
@@ -99,10 +100,12 @@ class Attached:
     targets: tuple[str, ...]
     whole: tuple[str, ...] = ()
     left_out: Mapping[str, float] = field(default_factory=dict)
+    variant: str = ""
 
     def __str__(self) -> str:
         """In words, as a run's first lines have it."""
-        parts = [f"LoRA r {self.rank}, alpha {self.alpha} on {', '.join(self.targets)}"]
+        variant = f" ({self.variant})" if self.variant else ""
+        parts = [f"LoRA r {self.rank}, alpha {self.alpha}{variant} on {', '.join(self.targets)}"]
         if self.whole:
             parts.append(f"whole: {', '.join(self.whole)}")
         parts += [
@@ -131,6 +134,7 @@ def attached(model: Any) -> Attached:
         tuple(sorted({*places, *parameters})),
         tuple(sorted(config.modules_to_save or ())),
         {part: share for part, share in shares.items() if share > 0},
+        ", ".join(name for name, on in (("rank-stabilised", config.use_rslora), ("DoRA", config.use_dora)) if on),
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import transformers
+from claims import claimed
 from cotune.datamodules import ChatEncoder
 from cotune.datamodules.encode import ChatTemplateError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, SPECIAL, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -255,7 +256,7 @@ SPACED = spaced_tokenizer()
 PIECES = st.lists(st.sampled_from(["</s>", "<s>", "<unk>", "a", " ", "</p>", "word", "\n", "<", "s>"]), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@claimed(200)
 @given(PIECES)
 def test_text_with_special_tokens_in_it_is_tokenised_as_a_whole(pieces: list[str]) -> None:
     content = "".join(pieces)
@@ -264,7 +265,7 @@ def test_text_with_special_tokens_in_it_is_tokenised_as_a_whole(pieces: list[str
     assert SPACED.convert_ids_to_tokens(ids) == ["<s>", *said]
 
 
-@settings(max_examples=200, deadline=None)
+@claimed(200)
 @given(PIECES)
 def test_an_answer_is_tokenised_as_it_follows_its_prompt(pieces: list[str]) -> None:
     content = "".join(pieces)

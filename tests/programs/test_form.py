@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import pytest
+from claims import claimed
 from cotune.programs import (
     Choices,
     Completion,
@@ -29,7 +30,7 @@ from cotune.programs import (
     Signature,
     Tags,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -180,7 +181,7 @@ pieces = st.lists(st.sampled_from(["answer:", "\n", "**", "<answer>", "[[ ## ans
 
 
 @each_form
-@settings(max_examples=500, deadline=None, database=None)
+@claimed(500)
 @given(values | pieces.map("".join).map(str.strip).filter(bool), values)
 def test_what_is_written_is_read_back_or_refused_by_name(form: Form, first: str, last: str) -> None:
     outputs = {"reasoning": first, "answer": last}
@@ -192,7 +193,7 @@ def test_what_is_written_is_read_back_or_refused_by_name(form: Form, first: str,
 
 
 @each_form
-@settings(max_examples=200, deadline=None, database=None)
+@claimed(200)
 @given(st.data())
 def test_typed_values_are_read_back_from_every_form(form: Form, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(TYPED)))
@@ -204,7 +205,7 @@ def test_typed_values_are_read_back_from_every_form(form: Form, data: st.DataObj
 
 
 @each_form
-@settings(max_examples=500, deadline=None, database=None)
+@claimed(500)
 @given(st.text(st.characters(codec="utf-8"), max_size=60) | pieces.map("".join))
 def test_any_text_is_read_or_refused_in_one_line(form: Form, text: str) -> None:
     found: dict[str, str] = {}

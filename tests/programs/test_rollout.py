@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from claims import claimed
 from cotune.programs import (
     Call,
     Completion,
@@ -38,6 +40,8 @@ from cotune.programs import (
 )
 from cotune.programs.faults import check_errors
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def run(program: Program, examples: Sequence[Example], lm: FakeLM, **options: Any) -> list[Rollout]:
@@ -614,6 +618,55 @@ def test_scores_reach_the_prediction_and_an_lm_without_them_is_a_fault_of_the_pr
     (done,) = run(program, doubles(1), FakeLM(lambda request: "a"), max_error_rate=1.0)
     assert done.error is not None
     assert "asks for scores, and there are none: they need an LM in this process" in done.error.message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def wreck(value: Any) -> None:
+    """Changes all that can be changed in a value, from within."""
+    for item in list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
+        wreck(item)
+    if isinstance(value, (list, dict)):
+        value.clear()
+
+
+class Wrecking(Program):
+    ask = Stage(Signature.parse("question -> answer", instruction="Answer."))
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def run(self, question: Any) -> Generator[Call, Any, Mapping[str, Any]]:
+        found = dict((yield self.ask(question=f"{question} {len(self.kept)}")))
+        self.kept.append(question)
+        wreck(question)
+        prediction = {"answer": found["answer"], "deep": [question, {"more": [1]}]}
+        found.clear()
+        return prediction
+
+
+@claimed(100)
+@given(st.lists(json_values, min_size=1, max_size=4), json_values)
+def test_nothing_that_programs_and_metrics_change_reaches_a_record_or_a_run(values: list[Any], label: Any) -> None:
+    def metric(example: Example, prediction: Mapping[str, Any]) -> float:
+        wreck(dict(example.inputs))
+        wreck(dict(example.labels))
+        wreck(dict(prediction))
+        return 1.0
+
+    examples = [Example(str(i), {"question": value}, {"answer": label}) for i, value in enumerate(values)]
+    before, program = copy.deepcopy(examples), Wrecking()
+    first, second = (run(program, examples, FakeLM(lambda _: "a"), metric=metric) for _ in range(2))
+    assert examples == before
+    assert first == second
+    assert all(one.example == example for one, example in zip(first, before, strict=True))
+    assert all(one.prediction["deep"][1] == {"more": [1]} for one in first if one.prediction)
+    assert program.kept == []
 
 
 def test_state_on_the_class_that_runs_change_is_warned_of() -> None:

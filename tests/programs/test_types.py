@@ -10,9 +10,10 @@ from enum import Enum
 from typing import Any, Literal
 
 import pytest
+from claims import claimed
 from cotune.programs import Choices, FieldTypeError, Line, Number, Out, Pattern, Predict, Reasoning, Schema, Signature
 from cotune.programs.types import as_text, parse_type, plain, read_value, syntax_of, type_name, write_value
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -148,7 +149,7 @@ def test_an_empty_field_is_no_value_of_any_type() -> None:
         Signature.parse("question -> answer").value("answer", " \n")
 
 
-@settings(max_examples=500, deadline=None, database=None)
+@claimed(500)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**30), 10**30))
 def test_numbers_are_written_in_digits_and_read_back(value: float) -> None:
     text = write_value(float, value)

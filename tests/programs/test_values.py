@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from datetime import date
 from decimal import Decimal
 
 import pytest
+from claims import claimed
 from cotune.programs.types import as_text
 from cotune.programs.values import gold_text, normalise, number_of, same
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-MANY = settings(max_examples=int(os.environ.get("EXAMPLES", "300")), deadline=None, database=None)
+MANY = claimed(300)
 
 NUMBERS = st.one_of(
     st.integers(-(10**15), 10**15).map(Decimal),

@@ -172,7 +172,8 @@ def scalars(boundary: Boundary) -> dict[str, float]:
 def _diagnosed(boundary: Boundary) -> dict[str, float]:
     """What a step won and lost, and the share of each label's examples that pass."""
     found = boundary.diagnosis
-    named: dict[str, float] = {"boundary/wrong": found["wrong"]} if found else {}
+    counted = ("wrong", "closed", "out_of_type")
+    named: dict[str, float] = {f"boundary/{name}": found[name] for name in counted if name in found}
     named |= {f"boundary/{name}": len(found[name]) for name in ("won", "lost") if name in found}
     named |= {
         f"boundary/passed/{label}": passed / total for label, (passed, total) in found.get("by_label", {}).items()

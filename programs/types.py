@@ -144,7 +144,7 @@ def syntax_of(kind: Any) -> Syntax | None:
         return Pattern(_DATE)
     if kind in _TEXTS:
         return None
-    return Schema(json.dumps(_adapter(kind).json_schema(), sort_keys=True))
+    return _schema(kind)
 
 
 def read_value(kind: Any, text: str) -> Any:
@@ -343,6 +343,11 @@ def _adapter(kind: Any) -> Any:
             f"field type {type_name(kind)} has no JSON form ({str(error).splitlines()[0]}); there are {_KNOWN}."
         ) from None
     return made
+
+
+@lru_cache(maxsize=256)
+def _schema(kind: Any) -> Schema:
+    return Schema(json.dumps(_adapter(kind).json_schema(), sort_keys=True))
 
 
 def _choice(choices: Mapping[str, Any], text: str) -> Any:

@@ -65,11 +65,11 @@ class Codec:
                 found.append(whole[len(head) :])
         return [*found, self.encode(text)]
 
-    def ids_behind(self, written: Sequence[int], context: str, text: str) -> list[int]:
-        """The first of `continues` that writes the text behind these ids, whose text is the context."""
+    def behind(self, written: Sequence[int], text: str) -> list[list[int]]:
+        """Those of `continues` that do write the text behind these ids; all of them where none does."""
+        context = self.decode(written) if written else ""
         found = self.continues(context, text)
-        good = (ids for ids in found if self.decode([*written, *ids]) == context + text)
-        return next(good, found[0])
+        return [ids for ids in found if self.decode([*written, *ids]) == context + text] or found
 
     def empties(self, stops: tuple[str, ...], width: int, device: torch.device) -> Tensor:
         """(width,) True for tokens that would leave a field empty: ends of the turn, its stops behind white space."""

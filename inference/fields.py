@@ -288,11 +288,8 @@ class Filling:
         """Puts ids there that write this text behind what is written; whether there was room for them."""
         if not text:
             return True
-        context = self._codec.decode(self.written) if self.written else ""
-        found = self._codec.continues(context, text)
-        good = [ids for ids in found if self._codec.decode([*self.written, *ids]) == context + text]
         room = self._room - len(self.written)
-        fitting = next((ids for ids in good or found if len(ids) <= room), None)
+        fitting = next((ids for ids in self._codec.behind(self.written, text) if len(ids) <= room), None)
         self._write(fitting or (), forced=True)
         return fitting is not None
 

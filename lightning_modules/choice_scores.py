@@ -28,13 +28,8 @@ def choice_scores(model: Any, codec: Codec, layout: Layout, done: Completion) ->
         if part is None or not isinstance(part.syntax, Choices):
             continue
         written = done.completion_ids[: filled.start]
-        lead = part.lead if written else ""
-        context = codec.decode(written) if written else ""
-        rows = [
-            Pair((*done.prompt_ids, *written), codec.ids_behind(written, context, lead + text))
-            for text in part.syntax.texts
-        ]
-        batch = collate([rows])
+        before, lead = (*done.prompt_ids, *written), part.lead if written else ""
+        batch = collate([[Pair(before, codec.behind(written, lead + text)[0]) for text in part.syntax.texts]])
         bearing = batch.bearing(model.device, exact_dtype(model))
         with evaluating(model):
             told, _ = log_probs(model, batch, bearing.ids)

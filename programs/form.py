@@ -146,7 +146,9 @@ class _Named(Form):
 
     def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
         found = super().read(signature, completion)
-        if isinstance(self.layout(signature)[0], Field):  # no name is put there, and some LMs write it
+        if completion.fields and isinstance(
+            self.layout(signature)[0], Field
+        ):  # no name is put there, and some LMs write it
             first = signature.outputs[0]
             if mark := _marker(first).match(found[first]):
                 found[first] = found[first][mark.end() :]

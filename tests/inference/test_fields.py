@@ -142,7 +142,7 @@ def test_whatever_is_written_the_completion_is_its_layout(
     assert len(filling.forced) == len(filling.log_probs) == len(ids)
     assert all(log_prob == 0 for log_prob, put in zip(filling.log_probs, filling.forced, strict=True) if put)
     assert END not in ids[:-1]
-    assert (ids[-1] == END) == (filling.finished == "eos")
+    assert (ids[-1:] == [END]) == (filling.finished == "eos")
     at = 0
     for field, found in zip(fields, filling.fields, strict=True):
         assert at <= found.start <= found.end <= len(ids)

@@ -78,7 +78,7 @@ def test_scores_are_those_of_a_plain_loop_over_the_choices(tiny_model: Path, sig
     disturb(lm)
     layout = ReasonThenFill().layout(Signature.parse(signature, types={"answer": list(CHOICES)}))
     request = Request([{"role": "user", "content": "which?"}], layout=layout, adapter=adapter, scores=True)
-    (done,) = lm.generate([request], Sampling(max_new_tokens=8))
+    (done,) = lm.complete([request], Sampling(max_new_tokens=8))
     filled = done.fields[-1]
     before = [*done.prompt_ids, *done.completion_ids[: filled.start]]
     for choice, score in done.scores["answer"].items():
@@ -94,7 +94,7 @@ def test_scores_read_what_all_choices_share_once_and_are_made_only_where_asked_f
     lm = loaded(tiny_model)
     layout = ReasonThenFill().layout(Signature.parse("question -> answer", types={"answer": list(CHOICES)}))
     asked = Request([{"role": "user", "content": "which? " * 20}], layout=layout, scores=True)
-    (done,) = lm.generate([replace(asked, scores=False)], Sampling())
+    (done,) = lm.complete([replace(asked, scores=False)], Sampling())
     assert done.scores == {}
     read = list[int]()
     lm.model.get_base_model().model.register_forward_pre_hook(

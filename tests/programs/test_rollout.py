@@ -606,10 +606,10 @@ def test_texts_that_cannot_be_read_are_asked_for_together_and_once() -> None:
 
 def test_scores_reach_the_prediction_and_an_lm_without_them_is_a_fault_of_the_program() -> None:
     class Scoring(FakeLM):
-        def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
             assert all(request.scores for request in requests)
             return [
-                replace(one, scores={"answer": {"a": -1.0, "b": -2.0}}) for one in super().generate(requests, sampling)
+                replace(one, scores={"answer": {"a": -1.0, "b": -2.0}}) for one in super().complete(requests, sampling)
             ]
 
     program = Predict("number -> answer", types={"answer": ["a", "b"]}, scores=True)

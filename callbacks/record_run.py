@@ -14,6 +14,7 @@ from typing import Any
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
+from cotune.lightning_modules import ProgramModule
 from cotune.programs import faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from cotune.programs.set_metrics import measured
@@ -61,6 +62,7 @@ class RecordRun(Callback, BoundaryListener):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._alternate is not None and self._alternate.finished:
             made = summary(self._alternate, seed=getattr(pl_module, "seed", 0))
+            assert isinstance(pl_module, ProgramModule)
             more = {"adapter": str(pl_module.lm.attached), "durability": self._durability(pl_module)}
             self._write(trainer, pl_module, {**made, **more})
 

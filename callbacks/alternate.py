@@ -29,7 +29,6 @@ from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, plann
 from cotune.callbacks.setup_checks import check_setup, ours
 from cotune.callbacks.step_work import Options, StepWork
 from cotune.prompting import PromptSearch, RandomDemoSearch
-from cotune.storage.crash_point import crash_point
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -164,7 +163,6 @@ class Alternate(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        crash_point("optimizer-step")
         # Saved behind an epoch's last batch, a run would go on with the next epoch, past this one's validation and end.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -282,7 +280,6 @@ class Alternate(Callback):
                 self._advance(Scored())
             if not self.state.finished:  # then the best prefix is saved instead, right after this
                 self.saver.save_unless_too_soon(trainer, stored=module.lm.store is not None)
-            crash_point("boundary-after")
         if self.state.finished:
             self.work.take_best(module)
             data.nothing_to_train()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cotune.storage.crash_point import crash_point
 from cotune.storage.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
@@ -36,10 +35,8 @@ class Checkpoints:
         Raises:
             NotWrittenError: the disk is full, read-only or broken; the checkpoints that were there still are.
         """
-        crash_point("checkpoint-before")
         with clock.running():
             self._save(trainer)
-        crash_point("checkpoint-after")
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, if there is any at all; and what is wrong with a newer one.

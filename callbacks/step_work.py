@@ -35,7 +35,6 @@ from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, SearchTask
-from cotune.storage.crash_point import crash_point
 from cotune.storage.durable import write_durably
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -310,7 +309,6 @@ class StepWork:
         **more: Any,
     ) -> None:
         """Records a boundary, remembers it if it is the best so far, and tells the listeners."""
-        crash_point("boundary-before")
         module, data = ours(trainer)
         index, score, cost = len(self.history), mean_score(rollouts), self.costs.take()
         if self.options.test_prefixes:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cotune.inference.rows import RowStore
 from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
 from cotune.programs.usage import Usage
+from cotune.storage.row_store import RowStore
 
 FORMAT = 1
 """Changes with the meaning of keys or values: what another format kept is not found."""

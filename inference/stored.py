@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cotune.inference.engine import Engine, Generated, Prompted, Weights
-from cotune.inference.rows import CompletionStoreError, RowStore
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Completion, Filled, Sampling
+from cotune.storage.row_store import CompletionStoreError, RowStore
 
 __all__ = [
     "FORMAT",

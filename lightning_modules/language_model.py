@@ -55,7 +55,6 @@ from cotune.lightning_modules.quantization import (
     quantized_as,
 )
 from cotune.programs import Completion, Request, Sampling
-from cotune.storage.crash_point import crash_point
 from cotune.storage.durable import file_sum
 from torch import Tensor, nn
 
@@ -284,7 +283,7 @@ class LanguageModel(nn.Module):
         """Keeps completions in this file from now on, and looks them up there; None, "" or "off" keeps none."""
         if self.store is not None:
             self.store.close()
-        self.completing.store = CompletionStore(path, at=crash_point) if path and path != "off" else None
+        self.completing.store = CompletionStore(path) if path and path != "off" else None
 
     @property
     def store(self) -> CompletionStore | None:

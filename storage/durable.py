@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from cotune.storage.crash_point import crash_point
-
 SUMS = "SHA256SUMS"
 
 
@@ -81,7 +79,6 @@ def write_beside(path: Path, write: Callable[[Any], Any]) -> tuple[Path, str]:
         hashing.fill(write)
         file.flush()
         os.fsync(file.fileno())
-    crash_point("blob-after-write")
     return beside, hashing.digest.hexdigest()
 
 
@@ -89,7 +86,6 @@ def put_in_place(beside: Path, path: Path) -> None:
     """Moves a file that was written beside its place over the old one."""
     os.replace(beside, path)
     sync_folder(path.parent)
-    crash_point("blob-after-replace")
 
 
 def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -103,7 +99,6 @@ def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
         os.fsync(file.fileno())
     os.replace(beside, folder / SUMS)
     sync_folder(folder)
-    crash_point("blob-after-manifest")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -184,7 +179,6 @@ def put_folder(partial: Path, folder: Path, *, listed: bool = True) -> None:
         _flush(partial)
         if listed:
             record_sums(partial, folder_sums(partial))
-        crash_point("blob-after-write")
         shutil.rmtree(aside, ignore_errors=True)
         if folder.exists():  # moved, not deleted: a kill while it is being deleted would leave a part of it
             os.replace(folder, aside)
@@ -196,12 +190,6 @@ def folder_sums(folder: Path) -> dict[str, str]:
     """Path of each file below a folder -> SHA-256; without its own SHA256SUMS."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / SUMS)
     return {path.relative_to(folder).as_posix(): file_sum(path) for path in paths}
-
-
-def damage_of(path: Path) -> str:
-    """What is wrong with a file that its folder's SHA256SUMS should list; "" if nothing is."""
-    whole, why = find_whole(path)
-    return "" if whole == path else why or "stands beside its place"
 
 
 def damaged_file(folder: Path) -> str:

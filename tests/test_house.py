@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "storage": set(),
     "programs": set(),
     "prompting": {"programs"},
-    "inference": {"programs"},
+    "inference": {"programs", "storage"},
     "datamodules": {"programs", "storage"},
     "lightning_modules": {"programs", "datamodules", "inference", "storage"},
     "callbacks": {"programs", "prompting", "datamodules", "inference", "lightning_modules", "storage"},
@@ -37,7 +37,9 @@ UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
-OTHERS = [path for folder in ("tests", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))]
+OTHERS = [
+    path for folder in ("tests", "faults", "benchmarks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 
 def named(path: Path) -> str:
@@ -112,7 +114,7 @@ def test_contributing_shows_the_import_table() -> None:
 
 def test_pyproject_lists_the_folders_on_disk() -> None:
     with_code = {named(path.parent) for path in [*MODULES, *ROOT.glob("*/__init__.py")]}
-    on_disk = with_code - {"tests", "benchmarks", "docs"}
+    on_disk = with_code - {"tests", "faults", "benchmarks", "docs"}
     packages = PROJECT["tool"]["setuptools"]["packages"]
     folders = {(ROOT / "src" / package.replace(".", "/")).resolve() for package in packages}
     assert {folder.relative_to(ROOT).as_posix() for folder in folders} == on_disk

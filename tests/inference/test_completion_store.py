@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import signal
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from cotune.inference.engine import Generated, Prompted
 from cotune.inference.stored import CompletionStore, CompletionStoreError, completion_keys
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import Filled
-from cotune.storage.crash_point import crash_point
+from crashes import dies
 
 
 def key(name: object) -> bytes:
@@ -44,7 +43,7 @@ FILLED_IN = Generated(
 
 @pytest.fixture
 def store(tmp_path: Path) -> CompletionStore:
-    return CompletionStore(tmp_path / "folder" / "completions.sqlite", at=crash_point)
+    return CompletionStore(tmp_path / "folder" / "completions.sqlite")
 
 
 def again(store: CompletionStore) -> CompletionStore:
@@ -92,17 +91,14 @@ def test_processes_share_a_store(store: CompletionStore) -> None:
     assert len(store.find([key((n, i)) for n in range(3) for i in range(40)])) == 120
 
 
-@pytest.mark.parametrize(("point", "there"), [("store-before-commit", 10), ("store-after-commit", 20)])
-def test_a_wave_is_whole_or_absent_after_a_kill(
-    point: str, there: int, store: CompletionStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("point", "there"), [("before commit", 10), ("after commit", 20)])
+def test_a_wave_is_whole_or_absent_after_a_kill(point: str, there: int, store: CompletionStore) -> None:
     def write() -> None:
         waves = list(made(30).items())
         for start in range(0, 30, 10):
             store.keep(dict(waves[start : start + 10]))
 
-    monkeypatch.setattr("cotune.storage.crash_point._WANTED", (point, 2))
-    assert end_of(in_another_process(write)) == -signal.SIGKILL
+    assert dies(write, point, 2)
     assert store.find(made(30)) == dict(list(made(30).items())[:there])
 
 

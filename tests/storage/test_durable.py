@@ -5,15 +5,12 @@ from __future__ import annotations
 import errno
 import io
 import os
-import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cotune.storage.crash_point import POINTS, parse_crash
 from cotune.storage.durable import (
     SUMS,
     DamagedFileError,
@@ -26,15 +23,7 @@ from cotune.storage.durable import (
     write_beside,
     write_durably,
 )
-
-
-def dies(work: Callable[[], object]) -> bool:
-    """Whether the work was ended by SIGKILL, in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        work()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+from crashes import dies
 
 
 def test_what_was_written_is_read_and_listed_as_sha256sum_wants_it(tmp_path: Path) -> None:
@@ -48,16 +37,19 @@ def test_what_was_written_is_read_and_listed_as_sha256sum_wants_it(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("point", "reads"), [("blob-after-write", "old"), ("blob-after-manifest", "new"), ("blob-after-replace", "new")]
+    ("point", "k", "reads"),
+    [
+        ("before fsync", 1, "old"),
+        ("before replace", 1, "old"),  # of the list of sums; the second is the file's
+        ("after replace", 1, "new"),
+        ("before replace", 2, "new"),
+        ("after replace", 2, "new"),
+    ],
 )
-def test_a_crash_leaves_the_old_or_the_new(
-    point: str, reads: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_leaves_the_old_or_the_new(point: str, k: int, reads: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_durably(path, "old")
-    with monkeypatch.context() as patch:
-        patch.setattr("cotune.storage.crash_point._WANTED", (point, 1))
-        assert dies(lambda: write_durably(path, "new"))
+    assert dies(lambda: write_durably(path, "new"), point, k)
     assert read_durably(path) == reads
     write_durably(path, "newer")
     assert read_durably(path) == "newer"
@@ -113,7 +105,7 @@ def test_the_systems_word_is_not_lost_in_torchs_zip_writer(tmp_path: Path, monke
         write_beside(tmp_path / "last.ckpt", lambda file: torch.save({"weights": torch.zeros(1000)}, file))
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "traces"
 
     def write(text: str) -> None:
@@ -125,9 +117,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     write("old")
     assert damaged_file(folder) == ""
     assert set(read_sums(folder)) == {"below/a", "b"}
-    with monkeypatch.context() as patch:
-        patch.setattr("cotune.storage.crash_point._WANTED", ("blob-after-write", 1))
-        assert dies(lambda: write("new"))
+    assert dies(lambda: write("new"), "before replace", 2)  # the first is that of the list of sums
     assert damaged_file(folder) == ""
     assert (folder / "b").read_text() == "old"
     write("new")
@@ -144,15 +134,3 @@ def test_a_folder_of_somebody_else_is_taken_as_it_is(tmp_path: Path) -> None:
     assert damaged_file(tmp_path) == ""
     (tmp_path / SUMS).write_text("")
     assert damaged_file(tmp_path) == f"{tmp_path / SUMS} is damaged"
-
-
-@pytest.mark.parametrize("text", ["optimizer-step", "optimizer-step:0", "optimizer-step:x", "nowhere:1", ":1"])
-def test_a_crash_point_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="write name:k, k from 1 and name one of store-before-commit"):
-        parse_crash(text)
-
-
-def test_the_docstring_lists_every_crash_point() -> None:
-    import cotune.storage.crash_point as module
-
-    assert all(point in str(module.__doc__) for point in POINTS)

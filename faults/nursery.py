@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
-from importlib import import_module, reload
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -203,7 +203,7 @@ def last_line(text: str) -> str:
 
 def start_process(job: Job, before: Sequence[str] = ()) -> subprocess.Popen[str]:
     """The same as a process of its own, imports included, as a user starts it."""
-    tests = str(Path(__file__).resolve().parents[1])
+    tests = str(Path(__file__).resolve().parents[1] / "tests")
     environment = {**os.environ, **job.environment, "PYTHONPATH": os.pathsep.join([str(job.folder), tests])}
     with (job.folder / "log.txt").open("w") as log:
         return subprocess.Popen(
@@ -241,7 +241,6 @@ def _run(job: Job, log: Path, arm: Callable[[], None] | None, stopped: bool) -> 
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         sys.argv = ["cotune", *job.words]
         sys.path.insert(0, str(job.folder))
-        reload(import_module("cotune.storage.crash_point"))  # it reads COTUNE_CRASH when it is imported
         if stopped:
             os.kill(os.getpid(), signal.SIGSTOP)
         if arm is not None:

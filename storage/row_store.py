@@ -35,7 +35,6 @@ class RowStore:
 
     Args:
         path: of the file (SQLite; two more stand beside it while it is open). Not on a network file system.
-        at: called with a name at the points around a commit where tests kill the process.
 
     Attributes:
         damaged: rows that failed their checksum.
@@ -45,9 +44,8 @@ class RowStore:
     option = "completions"
     """The option that names the file, for messages."""
 
-    def __init__(self, path: str | Path, *, at: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        self._at = at
         self.damaged, self.seconds = 0, 0.0
         self._connection: sqlite3.Connection | None = None
 
@@ -69,7 +67,6 @@ class RowStore:
         rows = [(key, value, _checksum(key, value)) for key, value in values.items()]
         with self._timed():
             self._tried(self._insert(rows))
-        self._at("store-after-commit")
 
     def close(self) -> None:
         if self._connection is not None:
@@ -111,7 +108,6 @@ class RowStore:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 connection.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?, ?)", rows)
-                self._at("store-before-commit")
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:

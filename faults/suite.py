@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
-from cotune.storage.crash_point import POINTS
 from tiny import save_tiny_model
 
 from faults import canary, corruption, crash_points, disk, inputs, kills, numerics, stops, two_runs
@@ -109,7 +108,6 @@ class Suite:
         job, expected = self.tiny
         self._begin("crash points")
         crash_points.every_crash_point(self.trials, job, expected, most=self._some(1000))
-        assert POINTS
 
     def stops(self) -> None:
         job, expected = self.tiny
@@ -133,11 +131,11 @@ class Suite:
         job, expected = self.tiny
         for part in ("damaged files", "damaged files, whole runs"):
             self._begin(part)
-        for point in ("optimizer-step:7", "store-after-commit:19"):
-            template = corruption.interrupted(job, self.work / "template", point)
+        for point, k in (("after step", 7), ("after commit", 19)):
+            template = corruption.interrupted(job, self.work / "template", point, k)
             corruption.prepare(template)
             for name in corruption.durable_files(template):
-                self._damage(job, expected, template, f"{point} {name.removeprefix('runs/tiny/')}", name)
+                self._damage(job, expected, template, f"{point} {k} {name.removeprefix('runs/tiny/')}", name)
 
     def _damage(self, job: Job, expected: Reference, template: Path, key: str, name: str) -> None:
         flips, cuts, whole = self._some(1000), self._some(200), int(6 * self.scale)
@@ -215,7 +213,7 @@ class Suite:
         self.trials.run(
             "another world size",
             "1 to 2",
-            lambda: numerics.world_size_trial(job, lambda j: corruption.interrupted(j, template, "optimizer-step:7")),
+            lambda: numerics.world_size_trial(job, lambda j: corruption.interrupted(j, template, "after step", 7)),
         )
 
     def canary(self) -> None:

@@ -15,9 +15,10 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from crashes import arm
 
 from faults.kills import Reference, resumed_equal
 from faults.nursery import fresh, in_child, last_line, run_to_end
@@ -28,12 +29,12 @@ Verdict = tuple[str, str]
 """("unharmed" | "fell back" | "refused" | "silent", what was said)"""
 
 
-def interrupted(job: Job, template: Path, point: str) -> Path:
-    """A copy of the folder of a run that was killed at a crash point, e.g. "optimizer-step:5"."""
+def interrupted(job: Job, template: Path, point: str, k: int) -> Path:
+    """A copy of the folder of a run that was killed at its k-th passing of a crash point (tests/crashes.py)."""
     fresh(job.folder)
-    child = run_to_end(replace(job, environment={**job.environment, "COTUNE_CRASH": point}))
+    child = run_to_end(job, lambda: arm(point, k))
     if child.code != -9:
-        raise RuntimeError(f"the run was to die at {point}, and ended with {child.code}:\n{child.text[-2000:]}")
+        raise RuntimeError(f"the run was to die at {point} {k}, and ended with {child.code}:\n{child.text[-2000:]}")
     shutil.rmtree(template, ignore_errors=True)
     shutil.copytree(job.folder, template)
     return template

@@ -1,11 +1,10 @@
-"""Every named crash point, every time it is passed: the run dies there, and the same command again ends the same."""
+"""Every crash point, every time it is passed: the run dies there, and the same command again ends the same."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import count
 
-from cotune.storage.crash_point import POINTS
+from crashes import POINTS, arm
 
 from faults.kills import Reference, continuing_line, resumed_equal
 from faults.nursery import fresh, last_line, run_to_end
@@ -26,14 +25,18 @@ def every_crash_point(trials: Trials, job: Job, expected: Reference, *, most: in
 def crash_trial(job: Job, expected: Reference, point: str, k: int) -> Trial:
     """A run that dies at the k-th passing of a point, and then is let end. `end`: it did not come to that."""
     fresh(job.folder)
-    arm = counting(job.folder / "units")
-    crashing = replace(job, environment={**job.environment, "COTUNE_CRASH": f"{point}:{k}"})
-    first = run_to_end(crashing, arm)
+    count_units = counting(job.folder / "units")
+
+    def doomed() -> None:
+        count_units()
+        arm(point, k)
+
+    first = run_to_end(job, doomed)
     if first.code == 0:
         return {"ok": True, "end": True, "kills": 0, "redone": 0, "silent": 0, "said": ""}
     if first.code != -9:
         return {"ok": False, "kills": 0, "redone": 0, "silent": 0, "said": last_line(first.text)}
-    equal, second = resumed_equal(job, expected, arm=arm)
+    equal, second = resumed_equal(job, expected, arm=count_units)
     redone = units(job.folder / "units") - expected.units
     return {
         "ok": equal and redone.steps <= 1 and redone.waves <= 1,

@@ -274,7 +274,7 @@ def configs(words: Sequence[str]) -> None:
 
 
 _PARSER: dict[str, Any] = {}
-_IRIS = str(Path(__file__).resolve().parents[2] / "configs" / "iris.yaml")
+_IRIS = str(Path(__file__).resolve().parents[1] / "configs" / "iris.yaml")
 _OPTIONS = (
     "seed_everything", "trainer.max_steps", "trainer.gradient_clip_val", "trainer.devices", "trainer.precision",
     "trainer.accumulate_grad_batches", "trainer.accelerator", "trainer.logger",

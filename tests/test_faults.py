@@ -1,4 +1,4 @@
-"""A short slice of the fault suite; `make faults` runs all of it."""
+"""A short slice of the fault suite, which stands in faults/; `make faults` runs all of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from faults import inputs
 from faults.report import page
 from faults.trials import Trials
 
-TESTS = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
 
 
 @pytest.mark.slow
@@ -24,7 +27,12 @@ def test_killed_twice_at_once_and_damaged_runs_end_as_they_must(tmp_path: Path) 
     options += ["--work", str(tmp_path / "work"), "--report", str(tmp_path / "FAULTS.md")]
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
-        [sys.executable, "-m", "faults", *options], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "faults", *options],
+        cwd=TESTS.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads(results.read_text())["parts"]
@@ -53,3 +61,9 @@ def test_a_trial_that_breaks_is_a_failed_trial(tmp_path: Path, capsys: pytest.Ca
     trials = Trials(tmp_path / "faults.json")
     assert not trials.run("SIGTERM", "a", lambda: {}["nothing"])["ok"]
     assert [part for part, *_ in trials.failures()] == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("target", list(inputs.STRATEGIES), ids=lambda target: target.__name__)
+def test_no_input_ends_in_a_traceback(target: Callable[[Any], None]) -> None:
+    count = 20 if target is inputs.configs else 100
+    assert inputs.check(target, count) >= count // 2

@@ -12,7 +12,7 @@ from faults.trials import Trial, Trials
 _HOW = {
     "SIGKILL": "at random times in every phase, tiny model; one run in five is killed three times",
     "SIGKILL, SmolLM2": "at random times in every phase, SmolLM2-135M-Instruct",
-    "crash points": "`COTUNE_CRASH=point:k`, every point, every k",
+    "crash points": "around every flush, move, transaction and optimiser step",
     "SIGTERM": "at random times",
     "Ctrl-C": "at random times",
     "SIGTERM twice": "at random times, the second 10 ms after the first",

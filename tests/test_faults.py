@@ -25,15 +25,9 @@ def test_killed_twice_at_once_and_damaged_runs_end_as_they_must(tmp_path: Path) 
     results = tmp_path / "faults.json"
     options = ["--only", "kills,two_runs,corruption", "--scale", "0.01", "--results", str(results)]
     options += ["--work", str(tmp_path / "work"), "--report", str(tmp_path / "FAULTS.md")]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(
-        [sys.executable, "-m", "faults", *options],
-        cwd=TESTS.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+    command = [sys.executable, "-m", "faults", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     parts = json.loads(results.read_text())["parts"]
     assert {"SIGKILL", "two runs in one directory", "damaged files"} == set(parts)

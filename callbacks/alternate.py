@@ -28,6 +28,7 @@ from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, ours
 from cotune.callbacks.step_work import Options, StepWork
+from cotune.errors import BadValueError
 from cotune.prompting import PromptSearch, RandomDemoSearch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
@@ -115,7 +116,9 @@ class Alternate(Callback):
         self.steps: Mapping[str, WeightStep] = weight_steps(steps, epochs=epochs)
         self.schedule = parse_schedule(schedule, self.steps)
         if lm_calls is not None and self.schedule[-1] != PROMPTS:
-            raise ValueError(f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".')
+            raise BadValueError(
+                f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".'
+            )
         self.alternation = Alternation(planned(self.schedule, self.steps))
         self.state = State()
         self.work = StepWork(self.schedule, self.steps, search or RandomDemoSearch(), options)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from cotune.errors import CotuneError
 from cotune.storage.formats import check_format
 
 FORMAT = 1
@@ -19,7 +20,7 @@ FORMAT = 1
 Phase = Literal["search", "collect", "train", "score", "finish"]
 
 
-class StateError(ValueError):
+class StateError(CotuneError, ValueError):
     """A state that cannot be gone on from here."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cotune.errors import CotuneError
 from cotune.storage.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
@@ -14,7 +15,7 @@ from lightning.pytorch import Trainer
 LAST, PREVIOUS, COMING = "last.ckpt", "previous.ckpt", "last.ckpt.partial"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(CotuneError):
     """A run has checkpoints, and none of them is as it was written."""
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
 from cotune.datamodules import TraceDataModule
+from cotune.errors import CotuneError
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Example, FieldTypeError, Form, Metric, Program, Rollout, Signature
 from cotune.programs.demos import label_text
@@ -21,7 +22,7 @@ _MOST_SECONDS = 5.0
 """For asking the metric about the labels themselves. One that takes longer, as where it asks an LM, is asked less."""
 
 
-class ContradictionError(ValueError):
+class ContradictionError(CotuneError, ValueError):
     """Data, metric, program and LM cannot go together: whatever is tuned, the score stays 0."""
 
 

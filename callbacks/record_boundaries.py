@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.errors import BadValueError
 from cotune.programs import Failure, Rollout, prompts_to_dict
 from cotune.storage.durable import write_whole
 from cotune.storage.redact import redacted_text
@@ -31,9 +32,9 @@ class RecordBoundaries(Callback, BoundaryListener):
 
     def __init__(self, folder: str | None = None, *, max_megabytes: float = 20.0, max_characters: int = 20_000) -> None:
         if max_megabytes < 0:
-            raise ValueError(f"max_megabytes {max_megabytes} is below 0; 0 records no rollouts.")
+            raise BadValueError(f"max_megabytes {max_megabytes} is below 0; 0 records no rollouts.")
         if max_characters < 100:
-            raise ValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
+            raise BadValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
         self.folder, self.max_megabytes, self.max_characters = folder, max_megabytes, max_characters
         self._fits = False
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from cotune.errors import BadValueError
+
 _SHARE = 0.015
 """Most of a run's time that saving may take, where it is left to the policy when to save."""
 
@@ -22,7 +24,7 @@ class SavePolicy:
         self, every: int | Literal["auto"] = "auto", *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         if every != "auto" and every < 1:
-            raise ValueError(f'save_every {every} is below 1; it is a number of optimiser steps, or "auto".')
+            raise BadValueError(f'save_every {every} is below 1; it is a number of optimiser steps, or "auto".')
         self.every, self._clock = every, clock
         self._at, self._step, self._takes = clock(), 0, 0.0
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cotune.callbacks.alternation import Step
+from cotune.errors import BadValueError
 from cotune.lightning_modules.objectives import Objective
 
 PROMPTS = "p"
@@ -35,16 +36,18 @@ class WeightStep:
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.rounds is not None:
-            raise ValueError(
+            raise BadValueError(
                 f"epochs {self.epochs} and rounds {self.rounds} of one step: give epochs for one collection at the "
                 "start, or rounds for one in each."
             )
         for name in ("epochs", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value} of a weight step is below 1; leave its letter out of the schedule.")
+                raise BadValueError(
+                    f"{name} {value} of a weight step is below 1; leave its letter out of the schedule."
+                )
         if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"lr {self.lr:g} of a weight step must be above 0.")
+            raise BadValueError(f"lr {self.lr:g} of a weight step must be above 0.")
 
     @property
     def epochs_or_rounds(self) -> int:
@@ -64,9 +67,9 @@ def weight_steps(settings: Mapping[str, WeightStep | None] | None, *, epochs: in
     made = {}
     for letter, given in {WEIGHTS: WeightStep(), **(settings or {})}.items():
         if letter == PROMPTS:
-            raise ValueError('steps: "p" is the prompt step, which alternate.search sets; give it no settings here.')
+            raise BadValueError('steps: "p" is the prompt step, which alternate.search sets; give it no settings here.')
         if not letter.isidentifier() or letter != letter.lower():
-            raise ValueError(f'steps: "{letter}" is no letter of a schedule; take small letters, e.g. "d".')
+            raise BadValueError(f'steps: "{letter}" is no letter of a schedule; take small letters, e.g. "d".')
         step = given or WeightStep()
         made[letter] = step if step.rounds or step.epochs else replace(step, epochs=epochs)
     return made
@@ -95,10 +98,10 @@ def parse_schedule(text: str, letters: Iterable[str] = (WEIGHTS,)) -> tuple[str,
     help_ = f'Steps are {", ".join(known[:-1])} and {known[-1]}, e.g. "p -> w -> p".'
     parts = [part.strip() for part in text.replace("→", "->").split("->")]
     if parts == [""]:
-        raise ValueError(f"the schedule is empty. {help_}")
+        raise BadValueError(f"the schedule is empty. {help_}")
     for part in parts:
         if part.lower() not in names:
-            raise ValueError(f'schedule "{text}": unknown step "{part}". {help_}')
+            raise BadValueError(f'schedule "{text}": unknown step "{part}". {help_}')
     return tuple(part.lower() for part in parts)
 
 

@@ -6,6 +6,7 @@ from cotune.callbacks.alternation import Alternation
 from cotune.callbacks.diagnosis import advice_without_traces
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
+from cotune.errors import BadValueError, WrongTypeError
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Program
 from lightning.pytorch import LightningModule, Trainer
@@ -20,29 +21,29 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
     """Refuses what Alternate cannot run.
 
     Raises:
-        TypeError: module or data are of another kind.
-        NotImplementedError: the fit has several processes.
+        WrongTypeError: module or data are of another kind.
         TrainerOptionError: the trainer was made with an option that cannot be honoured.
-        ValueError: a set is empty that steps are chosen by, or gold answers are asked for where labels give none.
+        BadValueError: the fit has several processes, a set is empty that steps are chosen by, or gold answers are asked
+            for where labels give none.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
-        raise TypeError(
+        raise WrongTypeError(
             f"Alternate works with a ProgramModule and a TraceDataModule; this fit has {type(module).__name__} and "
             f"{type(data).__name__}. Call trainer.fit(module, datamodule=data)."
         )
     if trainer.world_size > 1:
-        raise NotImplementedError(
+        raise BadValueError(
             f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
         )
     _check_trainer(trainer, sum(step.rounds for step in alternation.steps))
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
-            raise ValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+            raise BadValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
     if data.bootstrapping.gold_answers and not labels_fill_a_stage(module.program, data):
         labels = sorted({name for example in data.splits.train for name in example.labels})
         stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())
-        raise ValueError(
+        raise BadValueError(
             "data.bootstrapping.gold_answers is true, but the labels give no stage all that it writes "
             f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
             "that reason there is data.bootstrapping.hints."

@@ -31,6 +31,7 @@ from cotune.datamodules import (
     load_traces,
     save_traces,
 )
+from cotune.errors import BadValueError
 from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
@@ -57,11 +58,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise ValueError(f"epochs {self.epochs} is below 1; leave w out of the schedule to train nothing.")
+            raise BadValueError(f"epochs {self.epochs} is below 1; leave w out of the schedule to train nothing.")
         if self.search_examples is not None and self.search_examples < 1:
-            raise ValueError(f"search_examples {self.search_examples} is below 1; null takes the whole train set.")
+            raise BadValueError(f"search_examples {self.search_examples} is below 1; null takes the whole train set.")
         if self.average_last < 0 or self.average_last == 1 or self.average_last > self.epochs:
-            raise ValueError(f"average_last {self.average_last} is none of 0 (off) and 2 to epochs ({self.epochs}).")
+            raise BadValueError(f"average_last {self.average_last} is none of 0 (off) and 2 to epochs ({self.epochs}).")
 
 
 class StepWork:

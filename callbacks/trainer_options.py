@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cotune.errors import CotuneError
 
-class TrainerOptionError(ValueError):
+
+class TrainerOptionError(CotuneError, ValueError):
     """A trainer option has a value that a fit with Alternate cannot honour."""
 
 

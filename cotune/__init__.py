@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cotune.callbacks import Alternate
     from cotune.callbacks.export_program import ExportProgram
     from cotune.datamodules import Bootstrapping, Sizes, Table, TraceDataModule
+    from cotune.errors import CotuneError
     from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
     from cotune.programs import (
         Call,
@@ -39,6 +40,7 @@ __all__ = [
     "Alternate",
     "Bootstrapping",
     "Call",
+    "CotuneError",
     "Demo",
     "Example",
     "ExportProgram",
@@ -81,6 +83,7 @@ _HOMES = {
     "cotune.lightning_modules": ("LanguageModel", "LoRA", "ProgramModule"),
     "cotune.callbacks": ("Alternate",),
     "cotune.callbacks.export_program": ("ExportProgram",),
+    "cotune.errors": ("CotuneError",),
     "cotune.tuned": ("Tuned", "load"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

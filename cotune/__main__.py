@@ -33,7 +33,7 @@ what came of it
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
 Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor), 2 an error that the message explains,
-130 stopped by Ctrl-C. COTUNE_DEBUG=1 shows the traceback behind a message.
+3 no traces to train on, 130 stopped by Ctrl-C. COTUNE_DEBUG=1 shows the traceback behind a message.
 """
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from cotune.datamodules import TraceDataModule
+from cotune.errors import CotuneError
 from cotune.fit.parse_errors import explain
 from cotune.lightning_modules import ProgramModule
 
 
-class BuildError(ValueError):
+class BuildError(CotuneError, ValueError):
     """A recorded config names something that is not here any more, or is not here yet."""
 
 

@@ -11,17 +11,18 @@ from typing import Any
 
 from cotune.build import build_module
 from cotune.callbacks.export_program import FORMAT
+from cotune.errors import CotuneError
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.programs import Example, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
 from cotune.storage.formats import check_format
 
 
-class ExportError(ValueError):
+class ExportError(CotuneError, ValueError):
     """A folder is no export that can be loaded. The message says why, and what to do."""
 
 
-class PredictionError(RuntimeError):
+class PredictionError(CotuneError):
     """The program gave no prediction for these inputs: a completion did not parse, or its code raised."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from cotune.errors import BadValueError
 from cotune.programs.shared_prefix import shared_prefix
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Pair:
         for name in ("ce", "pg", "kl", "candidates", "reference", "sampled"):
             given = len(getattr(self, name) or ())
             if given not in (0, len(self.completion_ids)):
-                raise ValueError(
+                raise BadValueError(
                     f"{self.name or 'a training row'}: {name} has {given} entries for {len(self.completion_ids)} "
                     "completion tokens; give one a token, or none."
                 )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.trace import Trace
+from cotune.errors import BadValueError, CotuneError
 from cotune.programs import (
     Demo,
     Example,
@@ -75,24 +76,24 @@ class Bootstrapping:
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
-            raise ValueError(f"attempts {self.attempts} is below 1.")
+            raise BadValueError(f"attempts {self.attempts} is below 1.")
         if not 1 <= self.traces_per_example <= self.attempts:
-            raise ValueError(
+            raise BadValueError(
                 f"traces_per_example {self.traces_per_example} is outside 1 to attempts ({self.attempts}): an attempt "
                 "gives one trace at most."
             )
         if self.hints < 0:
-            raise ValueError(f"hints {self.hints} is below 0; it is a number of attempts, 0 gives none.")
+            raise BadValueError(f"hints {self.hints} is below 0; it is a number of attempts, 0 gives none.")
         if self.fresh_demos < 0:
-            raise ValueError(f"fresh_demos {self.fresh_demos} is below 0.")
+            raise BadValueError(f"fresh_demos {self.fresh_demos} is below 0.")
         if not 0 < self.threshold <= 1:
-            raise ValueError(
+            raise BadValueError(
                 f"threshold {self.threshold} is outside (0, 1]; at 0 a failed run would count as a success."
             )
         if not 0 <= self.demo_share <= 1:
-            raise ValueError(f"demo_share {self.demo_share} is outside [0, 1].")
+            raise BadValueError(f"demo_share {self.demo_share} is outside [0, 1].")
         if self.demo_share and not self.fresh_demos:
-            raise ValueError(f"demo_share {self.demo_share} needs fresh_demos above 0: it draws up to that many.")
+            raise BadValueError(f"demo_share {self.demo_share} needs fresh_demos above 0: it draws up to that many.")
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,10 @@ class Report:
         return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed}){ids}"
 
 
-class NoTracesError(RuntimeError):
-    """A weight step has nothing to learn from."""
+class NoTracesError(CotuneError):
+    """A weight step has nothing to learn from; its own exit code tells a table of runs."""
+
+    exit_code = 3
 
 
 def collect(

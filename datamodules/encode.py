@@ -13,6 +13,7 @@ from typing import Any
 
 from cotune.datamodules.disguise import DisguisedTokenizer
 from cotune.datamodules.thinking import Thinking, thinking_of
+from cotune.errors import CotuneError
 
 _DAY = datetime.datetime(2024, 7, 26)
 _SETTINGS = {"enable_thinking": False, "date_string": f"{_DAY:%d %b %Y}"}
@@ -47,7 +48,7 @@ class Vocabulary:
         return sum(map(self.canonical, completions)) / len(completions)
 
 
-class ChatTemplateError(ValueError):
+class ChatTemplateError(CotuneError, ValueError):
     """A tokenizer's chat template cannot say what a program says. The message says why, and what to do."""
 
 

@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import CotuneError
 from cotune.programs import Example
 from cotune.programs.faults import shown
 
@@ -26,7 +27,7 @@ Fields = Sequence[str] | Mapping[str, str]
 _ALLOWED = "allowed are text, a number, true or false, a date, or a list or mapping of these"
 
 
-class DataError(ValueError):
+class DataError(CotuneError, ValueError):
     """The data is not what it should be. The message names the place, what is allowed, and the fix."""
 
 

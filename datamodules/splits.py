@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cotune.errors import BadValueError
 from cotune.programs import Example
 from cotune.programs.faults import shown
 
@@ -35,9 +36,9 @@ class Sizes:
         for name in NAMES:
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-                raise ValueError(f"sizes.{name} is {size!r}; a size is a whole number of examples, 0 or more.")
+                raise BadValueError(f"sizes.{name} is {size!r}; a size is a whole number of examples, 0 or more.")
         if self.train == 0:
-            raise ValueError("sizes.train is 0; demos and traces come from train, so it needs at least 1 example.")
+            raise BadValueError("sizes.train is 0; demos and traces come from train, so it needs at least 1 example.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Splits:
             for example in getattr(self, name):
                 other = home.setdefault(example.id, name)
                 if other != name:
-                    raise ValueError(
+                    raise BadValueError(
                         f'example "{_name(example.id)}" is in both {other} and {name}; the sets must be disjoint.'
                     )
             row_by_id(getattr(self, name), name)
@@ -159,7 +160,7 @@ def row_by_id(examples: Sequence[Example], where: str) -> dict[str, int]:
     for row, example in enumerate(examples, 1):
         first = rows.setdefault(example.id, row)
         if first != row:
-            raise ValueError(f'rows {first} and {row} of {where} have the same id "{_name(example.id)}". {_UNIQUE}')
+            raise BadValueError(f'rows {first} and {row} of {where} have the same id "{_name(example.id)}". {_UNIQUE}')
     return rows
 
 
@@ -185,7 +186,7 @@ def _strata(ordered: Sequence[Example], stratify: str | None) -> list[list[Examp
     groups: dict[str, list[Example]] = {}
     for example in ordered:
         if stratify is not None and stratify not in example.labels:
-            raise ValueError(
+            raise BadValueError(
                 f'stratify="{stratify}" is no label of example "{example.id}"; '
                 f"its labels are {', '.join(example.labels) or 'none'}. Name one of these, or set stratify to null."
             )
@@ -204,7 +205,7 @@ def _check_enough(have: int, wanted: Mapping[str, int], where: str) -> None:
         said = " + ".join(f"{name} {size}" for name, size in terms.items())
         total = f" = {asked}" if len(terms) > 1 else ""
         lower = " or ".join(f"sizes.{name}" for name in terms)
-        raise ValueError(
+        raise BadValueError(
             f"too few examples: {have} exist in {where}, {said}{total} are asked. Lower {lower} by {asked - have}"
             f"{' in all' if len(terms) > 1 else ''}."
         )
@@ -225,7 +226,7 @@ def _settled(
     """
     repeats = _repeats(pools)
     if repeats and duplicates == "refuse":
-        raise ValueError(_refused(pools, repeats))
+        raise BadValueError(_refused(pools, repeats))
     dropped = {place for place, _ in repeats} if duplicates == "drop" else set()
     kept: dict[str, list[Example]] = {}
     used: dict[str, Example] = {}
@@ -294,7 +295,7 @@ def _check_disjoint(pools: Mapping[str, Sequence[Example]]) -> None:
         for id_, row in row_by_id(pool, name).items():
             other, other_row = home.setdefault(id_, (name, row))
             if other != name:
-                raise ValueError(
+                raise BadValueError(
                     f'example "{_name(id_)}" is both row {other_row} of {other} and row {row} of {name}. {_UNIQUE}'
                 )
 

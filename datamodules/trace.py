@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs import Demo, Program
 from cotune.storage.durable import DamagedFileError, damaged_file, new_folder
 from cotune.storage.formats import check_format
@@ -126,7 +127,7 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
         check_format(folder, newest, FORMAT, fix="Use the newer cotune that wrote these traces, or collect them anew.")
         traces = [_trace(row) for row in rows]
     except (FileNotFoundError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise BadValueError(
             f'"{folder}" holds no traces; give a folder that a run wrote, e.g. runs/<name>/traces/step-1.'
         ) from error
     signatures = {name: stage.signature for name, stage in program.stages.items()}
@@ -136,7 +137,7 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
             set(signature.inputs),
             set(signature.outputs),
         ):
-            raise ValueError(
+            raise BadValueError(
                 f'traces in "{folder}" are of another program: stage "{trace.stage}" '
                 f"({', '.join(trace.inputs)} -> {', '.join(trace.outputs)}); this program has {_stages(signatures)}."
             )

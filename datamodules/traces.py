@@ -15,6 +15,7 @@ from cotune.datamodules.collect import Bootstrapping, NoTracesError
 from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes
 from cotune.datamodules.trace import Trace, load_traces
+from cotune.errors import BadValueError
 from cotune.programs import (
     Demo,
     Example,
@@ -105,7 +106,7 @@ class PairMaker:
     def _translated(self, trace: Trace) -> Trace:
         """The trace as this LM would write it: its outputs in this run's form, in this LM's ids."""
         if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
-            raise ValueError(
+            raise BadValueError(
                 f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
                 "and a text cannot keep such weights. Collect with this LM, without data.traces."
             )
@@ -274,7 +275,7 @@ class TraceDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         if batch_size < 1 or val_batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} and val_batch_size {val_batch_size} must be at least 1.")
+            raise BadValueError(f"batch_size {batch_size} and val_batch_size {val_batch_size} must be at least 1.")
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates

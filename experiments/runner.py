@@ -17,6 +17,7 @@ from typing import IO
 
 from cotune.callbacks.progress import say
 from cotune.callbacks.say_plan import spoken
+from cotune.datamodules import NoTracesError
 from cotune.experiments.results import OUTCOME, calls_of, is_finished, read_outcome, read_result
 from cotune.experiments.runs import Run, source_of, words_of
 from cotune.experiments.table_config import TableConfig
@@ -29,7 +30,6 @@ _MOST_RESTARTS = 3
 """Restarts of a killed run that has saved nothing new since the one before."""
 
 _POLL = 0.3
-_NO_TRACES_SAYS = "weight step: no run reached a score"
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -158,7 +158,7 @@ class Runner:
             return False
         if code >= 0 and code not in _STOPPED:
             message = _last_error(self.folder / "logs" / f"{run.name}.txt") or f"it ended with exit code {code}"
-            state = NO_TRACES if message.startswith(_NO_TRACES_SAYS) else "failed"
+            state = NO_TRACES if code == NoTracesError.exit_code else "failed"
             self._put_outcome(run, state, message)
             return False
         saved = _progress(self.folder / run.name)

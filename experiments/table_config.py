@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cotune.errors import CotuneError
 from cotune.experiments.paper import TASKS as PAPER_TASKS
 from cotune.experiments.strategies import PAPERS, Steps, parse_strategy
 
@@ -18,7 +19,7 @@ _KEYS = {"name", "tasks", "lms", "presets", "strategies", "seeds", "equal_calls"
 _OVERLAY = {"configs", "options"}
 
 
-class TableError(ValueError):
+class TableError(CotuneError, ValueError):
     """A table's config is not what it should be, or its folder holds another table's runs."""
 
 

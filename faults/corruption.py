@@ -121,14 +121,17 @@ def _read_all(template: Path, name: str, *, flips: int, cuts: int, seed: str) ->
 
 def judge(reader: Callable[[Path, str], Any], folder: Path, name: str, right: Any) -> Verdict:
     """Reads a damaged folder, and compares with what was written."""
-    from cotune.fit.cli import _is_ours
+    from cotune.errors import CotuneError
 
     try:
         found = reader(folder, name)
     except Exception as error:
-        ours = _is_ours(error) or type(error).__module__.startswith("cotune.")
         # A traceback of a library tells nobody what to do.
-        return ("refused", str(error)) if ours else ("silent", f"{type(error).__name__}: {error}")
+        return (
+            ("refused", str(error))
+            if isinstance(error, CotuneError)
+            else ("silent", f"{type(error).__name__}: {error}")
+        )
     if found == right:
         return "unharmed", ""
     if isinstance(found, Mapping) and isinstance(right, Mapping):

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
+from cotune.errors import BadValueError
 from cotune.inference.codec import Codec, mask_of
 from torch import Tensor
 
@@ -159,14 +160,14 @@ class ChoicesAutomaton(Automaton[bytes]):
     def __init__(self, codec: Codec, texts: Sequence[str], lead: str, *, spaced: bool = False) -> None:
         super().__init__(codec)
         if not texts or "" in texts or len(set(texts)) < len(texts):
-            raise ValueError(f"the choices {list(texts)} are to be one or more texts, none empty and none twice.")
+            raise BadValueError(f"the choices {list(texts)} are to be one or more texts, none empty and none twice.")
         self._shown = {(lead + text).encode(): lead + text for text in texts}
         if spaced:  # decoding drops a space here, so it may be written or not
             self._shown |= {b" " + written: text for written, text in self._shown.items()}
         self._ends = {text: self._live_places(text) for text in self._shown}
         dead = [text for text in texts if 0 not in self._ends[(lead + text).encode()]]
         if dead:
-            raise ValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; name it by other characters.")
+            raise BadValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; name it by other characters.")
         self.room = max(map(len, self._shown))
         self.reserve = max(len(codec.encode(text)) for text in self._shown.values()) + 1
 

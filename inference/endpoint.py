@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from cotune.errors import BadValueError, MissingPackageError
 from cotune.programs.lm import LMUnavailableError
 
 HOSTED = "https://api.openai.com/v1"
@@ -96,12 +97,12 @@ class Endpoint:
     ) -> None:
         _check_url(url)
         if not key_variable.isidentifier():
-            raise ValueError(
+            raise BadValueError(
                 "key_variable is not the name of an environment variable; a key itself is never an option."
             )
         for name, value in (("concurrency", concurrency), ("tries", tries), ("timeout", timeout)):
             if not value > 0 or (name != "timeout" and value != int(value)):
-                raise ValueError(f"{name} {value} of the endpoint must be above 0.")
+                raise BadValueError(f"{name} {value} of the endpoint must be above 0.")
         _client_library()
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
         self.concurrency, self.timeout, self.tries, self.first_wait = concurrency, timeout, tries, first_wait
@@ -382,17 +383,17 @@ def _cause(error: BaseException) -> str:
 def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
-        raise ValueError(
+        raise BadValueError(
             f"the endpoint's URL at {parts.hostname} holds a user, a password or a query; a key belongs into an "
             "environment variable (key_variable)."
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f'endpoint "{url}" is no http or https URL; e.g. "http://127.0.0.1:8000/v1".')
+        raise BadValueError(f'endpoint "{url}" is no http or https URL; e.g. "http://127.0.0.1:8000/v1".')
 
 
 def _client_library() -> Any:
     try:
         import openai
     except ImportError as error:
-        raise ImportError('OpenAILM needs the openai client: pip install "cotune[openai]".') from error
+        raise MissingPackageError('OpenAILM needs the openai client: pip install "cotune[openai]".') from error
     return openai

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from cotune.errors import BadValueError
 from cotune.inference.automata import Automaton, ChoicesAutomaton, Guide, NumberAutomaton
 from cotune.inference.codec import Codec
 from cotune.inference.grammars import Grammar
@@ -90,7 +91,7 @@ class Plan:
         part, language = self.layout[place], self.languages[place]
         if isinstance(part, Fixed):
             if part.text not in self.codec.decode(self.codec.encode("a" + part.text)):
-                raise ValueError(f"the tokenizer cannot write the fixed text {part.text!r}; use a form without it.")
+                raise BadValueError(f"the tokenizer cannot write the fixed text {part.text!r}; use a form without it.")
             return len(self.codec.encode(part.text)) + _SLACK
         return 1 if language is None else language.room
 
@@ -306,4 +307,4 @@ class Filling:
 def _check(layout: Layout) -> None:
     kinds = [isinstance(part, Field) for part in layout]
     if not any(kinds) or any(a == b for a, b in pairwise(kinds)):
-        raise ValueError(f"a layout is fixed texts and fields by turns, with one field at least; this is {layout}.")
+        raise BadValueError(f"a layout is fixed texts and fields by turns, with one field at least; this is {layout}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cotune.errors import CotuneError
 from cotune.inference.automata import Guide
 from cotune.inference.codec import Codec
 from cotune.programs.layout import Pattern, Schema
@@ -25,7 +26,7 @@ _CLOSING = 64
 _NEVER = 1 << 30
 
 
-class GrammarError(ValueError):
+class GrammarError(CotuneError, ValueError):
     """A pattern or schema that cannot be used, or no library to use it with."""
 
 

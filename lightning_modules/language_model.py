@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from cotune.datamodules.encode import ChatEncoder
 from cotune.datamodules.thinking import told_apart
+from cotune.errors import BadValueError, CotuneError
 from cotune.inference import Codec
 from cotune.inference.engine import Engine, Generated, Prompted
 from cotune.inference.local import LocalEngine
@@ -138,7 +139,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         check_settings(quantization, double_quantization)
         if dtype not in DTYPES:
-            raise ValueError(f'dtype "{dtype}" is none of {", ".join(DTYPES)}.')
+            raise BadValueError(f'dtype "{dtype}" is none of {", ".join(DTYPES)}.')
         self.name, self.gguf_file, self.adapter = model, gguf_file, adapter
         self.quantization, self.double_quantization = quantization, double_quantization
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -250,7 +251,7 @@ class LanguageModel(nn.Module):
         results = [Completion("")] * len(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             if adapter not in ADAPTERS:
-                raise ValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
+                raise BadValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             for i, generated in zip(places, made, strict=True):
@@ -376,11 +377,11 @@ class LanguageModel(nn.Module):
         return self.name
 
     def _converted(self, folder: Path, file: str) -> Path:
-        from cotune.lightning_modules.embedded import EmbeddedModelError, convert_gguf
+        from cotune.lightning_modules.embedded import convert_gguf
 
         try:
             return convert_gguf(folder, file)
-        except (EmbeddedModelError, FileNotFoundError, FileExistsError):
+        except CotuneError:
             raise
         except Exception as error:  # its readers refuse a file in any way that Python has
             raise ModelNotFoundError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from cotune.errors import BadValueError
 from cotune.inference.local.torch_internals import written
 from torch import Tensor, nn
 
@@ -43,17 +44,19 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ValueError(f"LoRA rank r {self.r} is below 1.")
+            raise BadValueError(f"LoRA rank r {self.r} is below 1.")
         if self.alpha <= 0:
-            raise ValueError(f"LoRA alpha {self.alpha} is not above 0: the adapter could change nothing.")
+            raise BadValueError(f"LoRA alpha {self.alpha} is not above 0: the adapter could change nothing.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA dropout {self.dropout} is outside [0, 1).")
+            raise BadValueError(f"LoRA dropout {self.dropout} is outside [0, 1).")
         if not self.targets:
-            raise ValueError('LoRA targets name no layer; "all-linear" takes every one.')
+            raise BadValueError('LoRA targets name no layer; "all-linear" takes every one.')
         if self.also and self.targets != "all-linear":
-            raise ValueError(f"LoRA also {self.also} goes with targets all-linear; name the layers in targets instead.")
+            raise BadValueError(
+                f"LoRA also {self.also} goes with targets all-linear; name the layers in targets instead."
+            )
         if "experts" in self.also and self.dropout:
-            raise ValueError("LoRA dropout cannot act on experts that are held as one parameter; set it to 0.")
+            raise BadValueError("LoRA dropout cannot act on experts that are held as one parameter; set it to 0.")
 
 
 def attach(base: Any, lora: LoRA, *, seed: int) -> Any:
@@ -78,7 +81,7 @@ def attach(base: Any, lora: LoRA, *, seed: int) -> Any:
         try:
             model = get_peft_model(base, config)
         except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"LoRA targets {lora.targets}: {' '.join(str(error).split())}") from error
+            raise BadValueError(f"LoRA targets {lora.targets}: {' '.join(str(error).split())}") from error
     reset(model, seed=seed)
     return model
 
@@ -212,7 +215,7 @@ def _named(parts: _Parts, targets: Sequence[str]) -> dict[str, Any]:
     names = sorted({name.rpartition(".")[2] for name in (*parts.linear, *parts.head)})
     near = [found for target in lost for found in difflib.get_close_matches(target, names, n=1)]
     meant = f" (did you mean {', '.join(near)}?)" if near else ""
-    raise ValueError(
+    raise BadValueError(
         f"LoRA targets {lost} fit no layer of this model{meant}; its linear layers are {', '.join(names)}. "
         '"all-linear" takes every one but the output head.'
     )
@@ -226,10 +229,10 @@ def _all_linear(parts: _Parts, lora: LoRA) -> dict[str, Any]:
     has = {"experts": parts.experts, "head": parts.head, "vision": parts.outside}
     lacking = [part for part in lora.also if not has[part]]
     if lacking:
-        raise ValueError(f"LoRA also {lacking}: this model has no such part. Leave it out of model.lm.lora.also.")
+        raise BadValueError(f"LoRA also {lacking}: this model has no such part. Leave it out of model.lm.lora.also.")
     taken = [*parts.linear, *(name for part in ("head", "vision") if part in lora.also for name in has[part])]
     if not taken:
-        raise ValueError('LoRA targets "all-linear" fit no layer of this model: it has no linear layers.')
+        raise BadValueError('LoRA targets "all-linear" fit no layer of this model: it has no linear layers.')
     left = [*parts.odd, *(parts.outside if "vision" not in lora.also else [])]
     return {
         "target_modules": taken if "head" in lora.also else "all-linear",
@@ -260,7 +263,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     wrong = sorted(set(own) ^ set(state)) or [n for n, p in own.items() if p.shape != state[n].shape]
     if wrong:
-        raise ValueError(
+        raise BadValueError(
             f"the adapter to load does not fit: {len(wrong)} tensors differ, the first is {wrong[0]}. "
             "It was made with another base model or other LoRA settings (r, targets)."
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from cotune.datamodules import Batch, PairMaker, Vocabulary
+from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.objectives import Objective, Rejection
@@ -300,7 +301,7 @@ class ProgramModule(LightningModule):
         """
         made = checkpoint.get("lm", {"tokenizer": self.vocabulary.tokenizer})  # not named before format 2 of traces
         if made["tokenizer"] != self.vocabulary.tokenizer:
-            raise ValueError(
+            raise BadValueError(
                 f'the checkpoint\'s adapter was trained with "{made["base"]}", whose tokenizer is another than that of '
                 f'"{self.vocabulary.base}". Load it on the LM that it belongs to (model.lm.model).'
             )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from cotune.errors import CotuneError
 from cotune.inference.local.transformers_internals import bits_of
 from torch import nn
 
@@ -17,7 +18,7 @@ Quantization = Literal["nf4", "fp4", "int8"]
 FORMATS: tuple[Quantization, ...] = ("nf4", "fp4", "int8")
 
 
-class QuantizationError(ValueError):
+class QuantizationError(CotuneError, ValueError):
     """A base cannot be quantised, or trained, as asked. The message says what to change."""
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cotune.errors import BadValueError
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Request, Sampling
 from cotune.programs.usage import Usage
 
@@ -36,7 +37,7 @@ class Budget:
     def __post_init__(self) -> None:
         for name, bound in self._bounds():
             if bound is not None and not bound >= 0:
-                raise ValueError(f"budget.{name} {bound} is below 0; leave it out for no bound.")
+                raise BadValueError(f"budget.{name} {bound} is below 0; leave it out for no bound.")
 
     def calls_left(self, spent: Usage) -> int | None:
         """Calls that may still be paid for; None for any number.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from cotune.errors import CotuneError
+
 if TYPE_CHECKING:
     from cotune.programs.rollout import Rollout
 
@@ -46,7 +48,7 @@ Faults = Mapping[str, Fault]
 """Kind -> fault, for the kinds that occurred."""
 
 
-class FaultyProgramError(RuntimeError):
+class FaultyProgramError(CotuneError):
     """The user's program, retriever or metric failed on so many examples that scores would mean nothing."""
 
 

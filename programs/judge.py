@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Failure
 from cotune.programs.form import Form, Lines
@@ -89,11 +90,11 @@ class LMJudge(BatchMetric):
         sampling: Sampling = Sampling(max_new_tokens=512),  # noqa: B008 (frozen)
     ) -> None:
         if len(scale) < 2:
-            raise ValueError(f"scale {list(scale)} of the judge needs two verdicts at least, from worst to best.")
+            raise BadValueError(f"scale {list(scale)} of the judge needs two verdicts at least, from worst to best.")
         if not 0 <= noise <= 1:
-            raise ValueError(f"noise {noise} of the judge is outside [0, 1]; it is a share of answers, e.g. 0.1.")
+            raise BadValueError(f"noise {noise} of the judge is outside [0, 1]; it is a share of answers, e.g. 0.1.")
         if not rubric and not reference:
-            raise ValueError("the judge has neither a rubric nor a reference to judge by; give a rubric.")
+            raise BadValueError("the judge has neither a rubric nor a reference to judge by; give a rubric.")
         self.lm, self.rubric, self.scale = lm, rubric, tuple(map(str, scale))
         self.reference, self.noise_share = reference, noise
         self._runner = Runner(_Judging(self.rubric, self.scale, reference), lm, form or Lines(), None, sampling, 1.0)

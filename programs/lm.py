@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from cotune.errors import BadValueError, CotuneError
 from cotune.programs.layout import FREE, Layout
 
 Message = Mapping[str, str]
@@ -31,11 +32,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is below 0; 0 is greedy, 1 samples as the LM predicts.")
+            raise BadValueError(
+                f"temperature {self.temperature} is below 0; 0 is greedy, 1 samples as the LM predicts."
+            )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is outside (0, 1]; 1 switches it off.")
+            raise BadValueError(f"top_p {self.top_p} is outside (0, 1]; 1 switches it off.")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} is below 1.")
+            raise BadValueError(f"max_new_tokens {self.max_new_tokens} is below 1.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Completion:
         return tuple(span for span in (*spans, (place, end)) if span[0] < span[1])
 
 
-class LMUnavailableError(RuntimeError):
+class LMUnavailableError(CotuneError):
     """No completions can be had any more: the endpoint is gone, or a budget is spent. No rollout is at fault: it ends
     the run, wherever it is raised, and the message says how to continue."""
 

@@ -7,6 +7,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cotune.errors import CotuneError
 from cotune.programs.layout import Choices
 from cotune.programs.prompt import Prompt
 from cotune.programs.signature import Signature
@@ -19,7 +20,7 @@ Outputs = Mapping[str, Any]
 _NAMED = "A stage is named by the attribute of the program that it is assigned to, one each: self.hop_1 = Stage(...)."
 
 
-class StageError(TypeError):
+class StageError(CotuneError, TypeError):
     """Stages of a program stand where they have no name, or a second one."""
 
 
@@ -67,7 +68,7 @@ class Stage:
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.name and self.name != name:
-            raise TypeError(
+            raise StageError(
                 f'{owner.__name__}.{name} is the stage already named "{self.name}"; make a Stage of its own for each.'
             )
         object.__setattr__(self, "name", name)

@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.program import Call, Outputs, Program, Stage
 from cotune.programs.signature import Signature
 from cotune.programs.types import Reasoning
@@ -62,7 +63,7 @@ class DescribeThenDecide(Program):
         )
         unknown = sorted(set(about) - set(second.inputs) - set(second.outputs))
         if unknown:
-            raise ValueError(f'description of "{unknown[0]}", which is no field of {signature} or "description".')
+            raise BadValueError(f'description of "{unknown[0]}", which is no field of {signature} or "description".')
         self.describe, self.decide = Stage(first), Stage(second)
 
     def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from cotune.errors import BadValueError, CotuneError, MissingFileError, MissingPackageError
 from cotune.programs.faults import raised, shown
 
 
@@ -21,7 +22,7 @@ class Retriever(Protocol):
         ...
 
 
-class RetrieverError(RuntimeError):
+class RetrieverError(CotuneError):
     """A retriever raised, or gave something else than passages. Ends a rollout as the retriever's fault."""
 
 
@@ -74,9 +75,9 @@ class BM25:
         try:
             import bm25s
         except ImportError as error:
-            raise ImportError('BM25 needs the bm25s library: pip install "cotune[retrieval]".') from error
+            raise MissingPackageError('BM25 needs the bm25s library: pip install "cotune[retrieval]".') from error
         if not self.path.is_file():
-            raise FileNotFoundError(f'passage file "{self.path}" does not exist; give a jsonl or jsonl.gz file.')
+            raise MissingFileError(f'passage file "{self.path}" does not exist; give a jsonl or jsonl.gz file.')
         self._passages = _read_passages(self.path)
         self._index = bm25s.BM25()
         self._index.index(bm25s.tokenize(self._passages, stopwords="en", show_progress=False), show_progress=False)
@@ -115,7 +116,7 @@ class SentenceEncoder:
             try:
                 from sentence_transformers import SentenceTransformer
             except ImportError as error:
-                raise ImportError(
+                raise MissingPackageError(
                     'SentenceEncoder needs the sentence-transformers library: pip install "cotune[dense]".'
                 ) from error
             self._model = SentenceTransformer(self.name, device=self.device)
@@ -155,7 +156,7 @@ class Dense:
 
     def _build(self) -> None:
         if not self.path.is_file():
-            raise FileNotFoundError(f'passage file "{self.path}" does not exist; give a jsonl or jsonl.gz file.')
+            raise MissingFileError(f'passage file "{self.path}" does not exist; give a jsonl or jsonl.gz file.')
         self._passages = _read_passages(self.path)
         key = hashlib.sha256("\0".join([repr(self.encoder), *self._passages]).encode()).hexdigest()
         kept = self._kept(key)
@@ -201,7 +202,7 @@ def _unit_rows(vectors: Any, count: int) -> Any:
 
     matrix = np.asarray(vectors, dtype=np.float32)
     if matrix.ndim != 2 or len(matrix) != count or not np.isfinite(matrix).all():
-        raise ValueError(
+        raise BadValueError(
             f"the encoder gave an array of shape {matrix.shape} for {count} texts; it gives one row of finite numbers "
             "for each."
         )
@@ -217,9 +218,9 @@ def _read_passages(path: Path) -> list[str]:
                 if line.strip():
                     passages.append(_passage(line, f"{path}, line {number}"))
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f'passage file "{path}" cannot be read as UTF-8 text: {error}.') from error
+        raise BadValueError(f'passage file "{path}" cannot be read as UTF-8 text: {error}.') from error
     if not passages:
-        raise ValueError(f'passage file "{path}" holds no passages; it needs one JSON object a line.')
+        raise BadValueError(f'passage file "{path}" holds no passages; it needs one JSON object a line.')
     return list(dict.fromkeys(passages))  # one that stands twice would take two of the k places
 
 
@@ -227,13 +228,13 @@ def _passage(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: it is not JSON: {error}.") from error
+        raise BadValueError(f"{where}: it is not JSON: {error}.") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: it is of type {type(row).__name__}; a passage is an object.")
+        raise BadValueError(f"{where}: it is of type {type(row).__name__}; a passage is an object.")
     title, text, sentences = row.get("title") or "", row.get("text") or "", row.get("sentences") or []
     if not (isinstance(sentences, list) and all(isinstance(part, str) for part in (title, text, *sentences))):
-        raise ValueError(f'{where}: "title" and "text" are texts, and "sentences" a list of texts.')
+        raise BadValueError(f'{where}: "title" and "text" are texts, and "sentences" a list of texts.')
     text = text or " ".join(sentence.strip() for sentence in sentences)
     if not text:
-        raise ValueError(f'{where}: a passage needs "text" or "sentences"; it has {sorted(row)}.')
+        raise BadValueError(f'{where}: a passage needs "text" or "sentences"; it has {sorted(row)}.')
     return f"{title} | {text}" if title else text

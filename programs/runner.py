@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.example import Example
 from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
@@ -70,7 +71,7 @@ class Runner:
         """
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
-            raise ValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
+            raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
         signatures = {name: stage.signature for name, stage in self.program.stages.items()}
         shared = _class_state(self.program)
         runs = [_Run(self.program, example) for example in examples]

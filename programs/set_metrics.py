@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.example import Example
 from cotune.programs.values import gold_text, normalise, number_of, same
 
@@ -78,7 +79,7 @@ def set_metric(name: str) -> SetMetric:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise BadValueError(
             f'there is no set metric "{name}" ({error}); there are {", ".join(SET_METRICS)}, and one of your own is '
             "written module.function."
         ) from None

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.layout import Choices, Number, Pattern
 from cotune.programs.types import (
     FieldTypeError,
@@ -51,15 +52,17 @@ class Signature:
         names = (*self.inputs, *self.outputs)
         for name in names:
             if not name.isidentifier():
-                raise ValueError(f'signature field "{name}" is not a Python name. {_SHORT_FORM}')
+                raise BadValueError(f'signature field "{name}" is not a Python name. {_SHORT_FORM}')
             if names.count(name) > 1:
-                raise ValueError(f'signature field "{name}" stands more than once; every field needs its own name.')
+                raise BadValueError(f'signature field "{name}" stands more than once; every field needs its own name.')
         if not self.outputs:
-            raise ValueError(f"a signature needs at least one output field. {_SHORT_FORM}")
+            raise BadValueError(f"a signature needs at least one output field. {_SHORT_FORM}")
         for what, given in (("description", self.descriptions), ("type", self.types)):
             unknown = sorted(set(given) - set(names))
             if unknown:
-                raise ValueError(f'{what} of "{unknown[0]}", which is not a field; the fields are {", ".join(names)}.')
+                raise BadValueError(
+                    f'{what} of "{unknown[0]}", which is not a field; the fields are {", ".join(names)}.'
+                )
         object.__setattr__(self, "types", {name: _checked(name, kind) for name, kind in self.types.items()})
 
     @classmethod
@@ -82,7 +85,7 @@ class Signature:
         """
         sides = _parts(text, "->")
         if len(sides) != 2:
-            raise ValueError(f'signature "{text}" has {len(sides) - 1} arrows. {_SHORT_FORM}')
+            raise BadValueError(f'signature "{text}" has {len(sides) - 1} arrows. {_SHORT_FORM}')
         inputs, outputs = (_fields(side) for side in sides)
         found = {name: kind for name, kind in (*inputs, *outputs) if kind}
         names = tuple(name for name, _ in inputs), tuple(name for name, _ in outputs)
@@ -110,7 +113,7 @@ class Signature:
         inputs = tuple(name for name in hints if name not in outputs)
         wrong = [name for name, mark in marks.items() if not isinstance(mark, (In, Out))]
         if wrong:
-            raise ValueError(
+            raise BadValueError(
                 f'field "{wrong[0]}" of {described.__name__} is assigned {marks[wrong[0]]!r}; fields are assigned '
                 'In("what it is"), Out("what it is") or nothing.'
             )

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+from cotune.errors import CotuneError
 from cotune.programs.layout import Choices, Number, Pattern, Schema, Syntax
 
 
@@ -31,7 +32,7 @@ class Reasoning(str):
     __slots__ = ()
 
 
-class FieldTypeError(ValueError):
+class FieldTypeError(CotuneError, ValueError):
     """A field has a type that cotune does not know, or a text is no value of a field's type."""
 
 

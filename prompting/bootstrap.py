@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from cotune.errors import BadValueError
 from cotune.programs import Demo, Example, Faults, Prompts, Rollout, Runner, faults_of
 from cotune.programs.demos import hide_own_demos, hinted, labelled_demos
 from cotune.programs.faults import merged
@@ -60,7 +61,7 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
         ValueError: attempts is below 1.
     """
     if attempts < 1:
-        raise ValueError(f"attempts {attempts} is below 1; 1 runs every example once.")
+        raise BadValueError(f"attempts {attempts} is below 1; 1 runs every example once.")
     tries = attempts if task.runner.sampling.temperature > 0 else 1
     train = list({example.id: example for example in task.train}.values())  # equal rows share an id: run one
     last: dict[str, Rollout] = {}

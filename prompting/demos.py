@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 
+from cotune.errors import BadValueError
 from cotune.programs import Demo, Prompts, prompts_id
 from cotune.programs.demos import draw_demos
 from cotune.prompting.bootstrap import HINTED, Solved, bootstrap, labelled_pool
@@ -66,7 +67,9 @@ class RandomDemoSearch(PromptSearch):
         at_least(1, "chunk", chunk, "it is the number of examples in an LM batch")
         self.num_candidates, self.max_demos, self.max_labelled_demos = num_candidates, max_demos, max_labelled_demos
         if racing is not None and not 0.5 < racing < 1:
-            raise ValueError(f"racing {racing} is outside (0.5, 1); null switches it off, 0.98 is a good confidence.")
+            raise BadValueError(
+                f"racing {racing} is outside (0.5, 1); null switches it off, 0.98 is a good confidence."
+            )
         self.restart, self.attempts, self.chunk, self.racing = restart, attempts, chunk, racing
 
     def most_runs(self, train: int, dev: int) -> int:

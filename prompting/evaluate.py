@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
 
+from cotune.errors import BadValueError
 from cotune.programs import (
     LM,
     Completion,
@@ -181,7 +182,7 @@ def _raced(
         known: scores on all of dev of a further runner.
     """
     if not 0.5 < confidence < 1:
-        raise ValueError(
+        raise BadValueError(
             f"racing {confidence} is outside (0.5, 1); it is the confidence at which a candidate is dropped, e.g. 0.98."
         )
     total = len(task.dev)
@@ -224,7 +225,7 @@ def score_candidate(
         ValueError: chunk is below 1.
     """
     if chunk < 1:
-        raise ValueError(f"chunk {chunk} is below 1; it is the number of examples in an LM batch.")
+        raise BadValueError(f"chunk {chunk} is below 1; it is the number of examples in an LM batch.")
     if task.progress is not None:
         task.progress.start(len(task.dev), proposal.why)
     done: list[Rollout] = []

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cotune.errors import MissingPackageError
 from cotune.programs import LM, Demo, Example, Program, Prompt, Prompts, prompts_id
 from cotune.programs.faults import merged
 from cotune.prompting.bootstrap import HINTED, Solved, bootstrap, labelled_pool
@@ -86,7 +87,7 @@ class JointSearch(PromptSearch):
         frozen: Sequence[str] = (),
     ) -> None:
         if importlib.util.find_spec("optuna") is None:
-            raise ImportError('JointSearch needs the optuna library: pip install "cotune[joint]".')
+            raise MissingPackageError('JointSearch needs the optuna library: pip install "cotune[joint]".')
         at_least(0, "trials", trials, "0 scores the given prompts only")
         at_least(1, "num_instructions", num_instructions, "1 keeps the instruction of each stage")
         at_least(0, "num_demo_sets", num_demo_sets, "0 keeps the demos of each stage")

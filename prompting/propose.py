@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from cotune.errors import BadValueError
 from cotune.programs import LM, Completion, Program, Request, Sampling
 from cotune.prompting.evaluate import CountingLM
 from cotune.prompting.search import SearchTask, at_least
@@ -60,7 +61,7 @@ class Proposer:
         at_least(1, "max_tokens", self.max_tokens, "it is the longest completion of the proposer")
         at_least(1, "max_chars", self.max_chars, "it is the longest instruction in characters")
         if self.keep is not None and (len(self.keep) != 2 or not all(self.keep)):
-            raise ValueError(f'keep {self.keep!r} is not two markers, e.g. ["<keep>", "</keep>"].')
+            raise BadValueError(f'keep {self.keep!r} is not two markers, e.g. ["<keep>", "</keep>"].')
 
     def stages(self, program: Program) -> list[str]:
         """The stages that may be rewritten.
@@ -71,10 +72,14 @@ class Proposer:
         known = list(program.stages)
         for stage in self.frozen:
             if stage not in known:
-                raise ValueError(f'frozen stage "{stage}" is none of {type(program).__name__}\'s: {", ".join(known)}.')
+                raise BadValueError(
+                    f'frozen stage "{stage}" is none of {type(program).__name__}\'s: {", ".join(known)}.'
+                )
         free = [stage for stage in known if stage not in self.frozen]
         if not free:
-            raise ValueError("all stages are frozen, so there is no instruction to rewrite; leave one out of `frozen`.")
+            raise BadValueError(
+                "all stages are frozen, so there is no instruction to rewrite; leave one out of `frozen`."
+            )
         return free
 
     def rules(self, current: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from cotune.errors import BadValueError
 from cotune.programs import LM, Example, Prompts, Rollout, prompts_id
 from cotune.prompting.evaluate import Proposal, candidate_of, check_faults, error_notes
 from cotune.prompting.pool import Member, Merge, draw_parent, mean_objectives, merges
@@ -77,9 +78,9 @@ class ReflectiveSearch(PromptSearch):
         at_least(1, "proposals", proposals, "it is the number in one round")
         at_least(0, "max_merges", max_merges, "0 merges nothing")
         if choose_stage not in ("turns", "blame"):
-            raise ValueError(f'choose_stage "{choose_stage}" is neither "turns" nor "blame".')
+            raise BadValueError(f'choose_stage "{choose_stage}" is neither "turns" nor "blame".')
         if not 0 <= tolerance <= 1:
-            raise ValueError(f"tolerance {tolerance} is outside [0, 1]; 0 asks for a better score on the minibatch.")
+            raise BadValueError(f"tolerance {tolerance} is outside [0, 1]; 0 asks for a better score on the minibatch.")
         self.max_runs, self.minibatch, self.proposals, self.max_merges = max_runs, minibatch, proposals, max_merges
         self.choose_stage, self.tolerance = choose_stage, tolerance
         self.proposer = Proposer(proposer, temperature, max_tokens, max_chars, keep, tuple(frozen))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cotune.errors import BadValueError
 from cotune.programs import Example, Faults, Program, Prompts, Runner, prompts_id, prompts_to_dict
 
 UNREADABLE = ("format", "type")
@@ -149,9 +150,9 @@ class SearchTask:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold {self.threshold} is outside (0, 1]; 1 keeps only full scores.")
+            raise BadValueError(f"threshold {self.threshold} is outside (0, 1]; 1 keeps only full scores.")
         if not self.dev:
-            raise ValueError("dev is empty, so no candidate can be scored; give it at least one example.")
+            raise BadValueError("dev is empty, so no candidate can be scored; give it at least one example.")
         _check_disjoint(self.train, self.dev)
         for name, prompts in (("initial", self.initial), ("incumbent", self.incumbent)):
             _check_stages(name, prompts, self.runner.program)
@@ -218,7 +219,7 @@ def at_least(least: int, name: str, value: int, meaning: str) -> None:
         ValueError: it is below `least`.
     """
     if value < least:
-        raise ValueError(f"{name} {value} is below {least}; {meaning}.")
+        raise BadValueError(f"{name} {value} is below {least}; {meaning}.")
 
 
 def mean(scores: Sequence[float]) -> float:
@@ -229,7 +230,7 @@ def mean(scores: Sequence[float]) -> float:
 def _check_disjoint(train: Sequence[Example], dev: Sequence[Example]) -> None:
     shared = sorted({example.id for example in train} & {example.id for example in dev})
     if shared:
-        raise ValueError(
+        raise BadValueError(
             f"train and dev share {len(shared)} examples, the first is {shared[0]}: demos from it would be scored on "
             "itself. Split so that every id stands in one of the two."
         )
@@ -241,7 +242,7 @@ def _check_stages(name: str, prompts: Prompts, program: Program) -> None:
     unknown = [stage for stage in prompts if stage not in stages]
     if missing or unknown:
         said = f'have none for stage "{missing[0]}"' if missing else f'name "{unknown[0]}", which is no stage'
-        raise ValueError(f"the {name} prompts {said}; {type(program).__name__} has the stages {', '.join(stages)}.")
+        raise BadValueError(f"the {name} prompts {said}; {type(program).__name__} has the stages {', '.join(stages)}.")
 
 
 def _check_demos(name: str, prompts: Prompts, dev: Sequence[Example]) -> None:
@@ -249,7 +250,7 @@ def _check_demos(name: str, prompts: Prompts, dev: Sequence[Example]) -> None:
     for stage, prompt in prompts.items():
         for demo in prompt.demos:
             if demo.source and demo.source in held_out:
-                raise ValueError(
+                raise BadValueError(
                     f'the {name} prompts show stage "{stage}" a demo of example {demo.source}, which is in dev: their '
                     "score would be too high. Keep the splits of the run the prompts come from, or drop the demo."
                 )

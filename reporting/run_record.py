@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from cotune.errors import CotuneError
 from cotune.storage.formats import check_format
 from cotune.storage.redact import redacted, redacted_text
 from cotune.storage.run_folder import FORMAT
@@ -22,7 +23,7 @@ _HISTORY = {"index", "step", "prefix", "prompts", "val_score", "lm_calls", "seco
 _ROLLOUT = {"example", "inputs", "labels", "steps", "prediction", "score", "error"}
 
 
-class ReportError(ValueError):
+class ReportError(CotuneError, ValueError):
     """There is nothing to report. The message says what is missing."""
 
 

@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from cotune.errors import CotuneError
+
 SUMS = "SHA256SUMS"
 
 
-class DamagedFileError(RuntimeError):
+class DamagedFileError(CotuneError):
     """A file is not what was written. The message names it and says what to do."""
 
 
-class NotWrittenError(RuntimeError):
+class NotWrittenError(CotuneError):
     """A file could not be written, and what was there before still is. The message names path and cause."""
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import CotuneError
+
 FORMAT = 2
 """Changes with the table: a file of another format is set aside. What keys and values mean is the business of those who
 make them; they put a number of their own into the keys, so that several kinds can share a file."""
@@ -24,7 +26,7 @@ _Row = tuple[bytes, bytes, bytes]
 _Action = Callable[[sqlite3.Connection], list[_Row]]
 
 
-class CompletionStoreError(RuntimeError):
+class CompletionStoreError(CotuneError):
     """The store cannot be read or written. What it held it still holds; the message names the file and the cause."""
 
 

@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from cotune.errors import CotuneError
+
 FORMAT = 2
 """Of a run's folder, in its run.json. 1 said no number, and its history not how many epochs a weight step had."""
 
 
-class RunFolderError(RuntimeError):
+
+class RunFolderError(CotuneError):
     """A run cannot have this folder."""
 
 

@@ -65,7 +65,7 @@ def test_no_function_is_longer_than_a_screen(path: Path) -> None:
 @each_module
 def test_imports_go_one_way(path: Path) -> None:
     folder = top_folder(path)
-    allowed = MAY_IMPORT[folder] | {folder}
+    allowed = MAY_IMPORT[folder] | {folder, "errors"}
     wrong = {name for name in imported(path) if (room := room_of(name)) is not None and room not in allowed}
     assert not wrong, f"{named(path)} may import {sorted(allowed)}, and imports {sorted(wrong)}"
 
@@ -79,6 +79,10 @@ def test_the_package_is_imported_by_its_cotune_name(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if top_folder(p) in {"programs", "prompting"}], ids=named)
 def test_programs_and_prompts_know_no_weights(path: Path) -> None:
     assert not {name for name in imported(path) if name.split(".")[0] in WEIGHT_LIBRARIES}
+
+
+def test_errors_import_nothing_and_all_others_may_import_them() -> None:
+    assert not [name for name in imported(ROOT / "cotune/errors.py") if room_of(name)]
 
 
 @each_module
@@ -176,7 +180,7 @@ def room_of(name: str) -> str | None:
     first, *rest = name.split(".")
     if first != "cotune":
         return None
-    return rest[0] if rest and rest[0] in MAY_IMPORT else "cotune"
+    return rest[0] if rest and rest[0] in {*MAY_IMPORT, "errors"} else "cotune"
 
 
 def calls(path: Path) -> Iterator[ast.Call]:

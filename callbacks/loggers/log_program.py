@@ -24,6 +24,7 @@ from cotune.callbacks.loggers.program_tables import (
 from cotune.callbacks.loggers.score_curve import score_curve
 from cotune.callbacks.loggers.wandb_artifacts import ProgramArtifacts, read_config
 from cotune.callbacks.loggers.wandb_run import RunLogger
+from cotune.errors import BadValueError
 from cotune.programs.faults import KINDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
@@ -57,9 +58,9 @@ class LogProgram(Callback, BoundaryListener):
 
     def __init__(self, *, artifacts: bool = True, max_rows: int = 2000, max_characters: int = 4000) -> None:
         if max_rows < 0:
-            raise ValueError(f"max_rows {max_rows} is below 0; 0 logs no rollouts.")
+            raise BadValueError(f"max_rows {max_rows} is below 0; 0 logs no rollouts.")
         if max_characters < 100:
-            raise ValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
+            raise BadValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
         self.artifacts, self.max_rows, self.max_characters = artifacts, max_rows, max_characters
         self._artifacts: dict[int, ProgramArtifacts] = {}  # by the logger's place in the trainer's list
 

@@ -14,12 +14,13 @@ from typing import Any
 
 from cotune.callbacks.progress import say
 from cotune.callbacks.record_run import write_whole
+from cotune.errors import CotuneError
 from cotune.storage.redact import HIDDEN, is_secret, redacted
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class WandbError(RuntimeError):
+class WandbError(CotuneError):
     """W&B does not take the run. The message says why, and what to do."""
 
 

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from cotune.errors import CotuneError
+
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     from rich.console import Console, RenderableType
 
     from cotune.programs import Rollout, Step
 
 
-class AskError(ValueError):
+class AskError(CotuneError, ValueError):
     """The question is not what the program reads. The message names its inputs."""
 
 

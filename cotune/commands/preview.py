@@ -16,6 +16,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from cotune.errors import CotuneError
+
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     from cotune.datamodules import EpochBatches, Pair, Trace, TraceDataModule
     from cotune.lightning_modules import LanguageModel, ProgramModule
@@ -24,7 +26,7 @@ _MOST_VALUES = 12
 """Outputs with more different values than this are text, and are not counted by value."""
 
 
-class PreviewError(ValueError):
+class PreviewError(CotuneError, ValueError):
     """There is nothing to show. The message says what is missing."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import TraceDataModule
+from cotune.errors import CotuneError, MissingFileError
 from cotune.fit.config_files import check_config_files
 from cotune.fit.help_page import arrange, options_of
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
@@ -100,6 +100,10 @@ class SaveConfig(SaveConfigCallback):
 
 class RunFinishedError(Exception):
     """The run in the folder has come to its end, and there is nothing to do."""
+
+
+class UnfinishedError(CotuneError):
+    """A fit has ended and its schedule has not."""
 
 
 class CotuneCLI(PlainCLI):
@@ -175,7 +179,7 @@ class CotuneCLI(PlainCLI):
             config.ckpt_path = self._newest()
             if config.ckpt_path is None:
                 folder = self.run_folder.path / "checkpoints"
-                raise FileNotFoundError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
+                raise MissingFileError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
         if config.get("ckpt_path"):
             config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
         config.trainer.default_root_dir = str(self.run_folder.path)
@@ -341,7 +345,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Runs a command. Errors that the user can mend end with one message and exit code 2.
+    """Runs a command. Errors that the user can mend end with one message and their exit code.
 
     Set COTUNE_DEBUG=1 for the traceback of such an error as well.
     """
@@ -365,11 +369,11 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if os.environ.get("COTUNE_DEBUG") or not _is_ours(error):
+    except CotuneError as error:
+        if os.environ.get("COTUNE_DEBUG"):
             raise
         print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def _whole(checkpoint: str) -> Path:
@@ -387,15 +391,6 @@ def _find_own_modules() -> None:
     """Makes the user's modules in the working folder importable, behind all that is installed."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether cotune raised it on purpose, with a message for the user; anything else deserves its traceback."""
-    package = Path(__file__).resolve().parents[1]
-    house = [package, *(room.resolve() for room in package.iterdir() if room.is_dir())]  # links, if editable
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    file = Path(last.filename).resolve()
-    return any(file.is_relative_to(folder) for folder in house) and (last.line or "").startswith("raise ")
 
 
 def _retries_said_once() -> Callable[[logging.LogRecord], bool]:

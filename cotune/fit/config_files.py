@@ -8,8 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from cotune.errors import CotuneError
 
-class ConfigFileError(ValueError):
+
+class ConfigFileError(CotuneError, ValueError):
     """A config file cannot be read, or does not mean what it seems to."""
 
 

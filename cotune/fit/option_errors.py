@@ -14,10 +14,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from cotune.errors import CotuneError
 from cotune.fit.parse_errors import no_group
 
 
-class OptionError(ValueError):
+class OptionError(CotuneError, ValueError):
     """An option has a value that its owner refuses."""
 
 
@@ -31,7 +32,7 @@ def refused_options() -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError) as error:
-        if type(error).__module__.startswith("cotune."):
+        if isinstance(error, CotuneError):
             raise
         raise OptionError(said(error)) from error
 

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from cotune.errors import BadValueError, CotuneError
 from cotune.inference import engine
 from cotune.inference.codec import Codec
 from cotune.inference.engine import Generated, Prompted
@@ -28,7 +29,7 @@ _PREFILL = {"cpu": 1024, "cuda": 8192}
 """Prompt tokens computed together: enough for full speed of the products; more would only take memory."""
 
 
-class GenerationMemoryError(RuntimeError):
+class GenerationMemoryError(CotuneError, RuntimeError):
     """Memory ran out while nothing but one completion was under way."""
 
 
@@ -197,7 +198,7 @@ class Decoder:
                 logits_to_keep=torch.tensor(list(keep), device=device),
             ).logits[0]
         if len(packed.own.layers) != self.model.config.get_text_config().num_hidden_layers:
-            raise ValueError(
+            raise BadValueError(
                 f"only {len(packed.own.layers)} layers of {type(self.model).__name__} attend to keys and values of "
                 "their own. cotune generates with models all of whose layers do; recurrent layers are not known to it."
             )

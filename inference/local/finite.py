@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from cotune.errors import CotuneError
 from torch import Tensor, nn
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(CotuneError, RuntimeError):
     """The LM computed logits that are infinite or not a number."""
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from cotune.datamodules.collate import Batch, Bearing
+from cotune.errors import BadValueError, CotuneError
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.objectives import Objective
 from cotune.lightning_modules.training.loss import exact_dtype, log_probs
@@ -18,7 +19,7 @@ from torch import Tensor
 _T = TypeVar("_T")
 
 
-class TrainingMemoryError(RuntimeError):
+class TrainingMemoryError(CotuneError, RuntimeError):
     """One row alone does not fit into memory."""
 
 
@@ -60,7 +61,7 @@ class BatchGradients:
 
     def __init__(self, rows_at_once: int | None = None) -> None:
         if rows_at_once is not None and rows_at_once < 1:
-            raise ValueError(f"micro_batch_size {rows_at_once} is below 1; null computes a batch at once.")
+            raise BadValueError(f"micro_batch_size {rows_at_once} is below 1; null computes a batch at once.")
         self.rows_at_once = rows_at_once
 
     def compute(

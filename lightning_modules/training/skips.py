@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cotune.errors import BadValueError, CotuneError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(CotuneError, RuntimeError):
     """Too many training steps had a loss or gradients that are not numbers."""
 
 
@@ -25,7 +27,7 @@ class SkipLimits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 0:
-                raise ValueError(f"skip_limits.{name} {value} is below 0; 0 stops at the first such step.")
+                raise BadValueError(f"skip_limits.{name} {value} is below 0; 0 stops at the first such step.")
 
 
 class Skips:

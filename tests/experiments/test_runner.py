@@ -37,7 +37,7 @@ if now.startswith("kill"):
 if now.startswith("error"):
     print("some words")
     print("cotune: error: " + now.partition(": ")[2])
-    sys.exit(2)
+    sys.exit(3 if now.startswith("error 3") else 2)
 if now == "sleep":
     time.sleep(60)
 record = {"index": 0, "lm_calls": 7, "seconds": 1, "val_score": 0.5, "prefix": "vanilla"}
@@ -130,7 +130,7 @@ def test_an_error_is_written_down_and_tried_again_at_the_next_start(fakes: Fakes
 
 
 def test_a_run_without_traces_is_a_dash_for_good_and_so_is_what_should_equal_it(fakes: Fakes) -> None:
-    fakes.plan(fakes.runs[0], "error: weight step: no run reached a score of 1, so there is nothing.")
+    fakes.plan(fakes.runs[0], "error 3: there is nothing to train on.")
     assert fakes.run() == [fakes.runs[0], fakes.runs[2]]
     assert read_outcome(fakes.folder / "runs" / fakes.runs[0].name)["state"] == NO_TRACES
     assert "did not come to its end" in read_outcome(fakes.folder / "runs" / fakes.runs[2].name)["message"]

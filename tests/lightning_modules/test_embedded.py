@@ -158,14 +158,14 @@ def test_the_command_answers_in_one_line_without_torch(cache: Path) -> None:
 def test_a_damaged_folder_is_named_not_used(cache: Path) -> None:
     folder = standing_model(cache)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileExistsError, match="is incomplete"):
+    with pytest.raises(embedded.EmbeddedModelError, match="is incomplete"):
         embedded_model()
 
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "any.gguf").write_bytes(b"GGUF")
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="is not the conversion of this GGUF file"):
+    with pytest.raises(embedded.EmbeddedModelError, match="is not the conversion of this GGUF file"):
         convert_gguf(tmp_path / "any.gguf", target=tmp_path / "mine")
 
 

@@ -39,7 +39,7 @@ Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor)
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 1 when `predict` could answer no row, 2 for an error that the user
-    can mend, 130 when stopped by Ctrl-C."""
+    can mend, 3 for a lack of traces, 130 when stopped by Ctrl-C."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")

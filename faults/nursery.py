@@ -123,7 +123,7 @@ def imported() -> None:
         "peft",
     ):
         import_module(name)
-    for name in ("bm25s", "sklearn.datasets", "tiny_fit", "transformers.models.llama.modeling_llama"):
+    for name in ("bm25s", "tiny_fit", "transformers.models.llama.modeling_llama"):
         import_module(name)
     import_module("cotune.fit.cli")._quiet()
     _parse_once()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.alternate import ended
-from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
 from cotune.inference.local.transformers_internals import commit_of
 from cotune.lightning_modules import LanguageModel, ProgramModule
@@ -16,7 +15,7 @@ from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.lightning_modules.quantization import quantized_as
 from cotune.programs import prompts_to_dict
-from cotune.storage.durable import new_folder
+from cotune.storage.durable import new_folder, write_whole
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FORMAT = 2

@@ -18,11 +18,9 @@ from cotune.lightning_modules import ProgramModule
 from cotune.programs import faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from cotune.programs.set_metrics import measured
-from cotune.storage.durable import clock, read_durably, write_durably, write_whole
+from cotune.storage.durable import clock, read_durably, write_durably
 from cotune.storage.redact import redacted_text
 from lightning.pytorch import Callback, LightningModule, Trainer
-
-__all__ = ["RecordRun", "summary", "write_whole"]
 
 _COUNTED = ("lm_calls", "prompt_tokens", "completion_tokens", "cached_calls")
 _LIBRARIES = ("cotune", "torch", "lightning", "transformers", "peft", "datasets")

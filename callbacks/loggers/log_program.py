@@ -77,9 +77,12 @@ class LogProgram(Callback, BoundaryListener):
             return
         alternate = _alternate(trainer)
         known = checkpoint["callbacks"].get(alternate.state_key, {}) if alternate else {}
-        for logger in trainer.loggers:
-            if isinstance(logger, (MetricsFile, RunLogger)):
-                logger.forget(step=checkpoint["global_step"], boundaries=len(known.get("history", ())))
+        rows = []
+        for logger in trainer.loggers:  # the file of metrics stands first
+            if isinstance(logger, MetricsFile):
+                rows = logger.forget(step=checkpoint["global_step"], boundaries=len(known.get("history", ())))
+            elif isinstance(logger, RunLogger):
+                logger.log_again(rows)
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
         alternate = _alternate(trainer)

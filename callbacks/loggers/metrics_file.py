@@ -31,12 +31,18 @@ class MetricsFile(CSVLogger):
     def experiment(self) -> Any:  # each row is written as it comes, so the base class has nothing to finish
         return _Writer(str(self.path.parent), keep=self._keep)
 
-    def forget(self, *, step: int, boundaries: int) -> None:
-        """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again."""
+    def forget(self, *, step: int, boundaries: int) -> list[dict[str, float]]:
+        """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again.
+
+        Returns:
+            The others.
+        """
         if not self.path.is_file():
-            return
+            return []
         names, rows = _read(self.path)
-        write_whole(self.path, _csv_text(names, [row for row in rows if _behind(row, step, boundaries)]))
+        behind = [row for row in rows if _behind(row, step, boundaries)]
+        write_whole(self.path, _csv_text(names, behind))
+        return [{name: float(value) for name, value in row.items() if value} for row in behind]
 
 
 class _Writer(WholeWriter):

@@ -12,11 +12,11 @@ import yaml
 from cotune.callbacks.boundary import Boundary
 from cotune.callbacks.export_program import describe_base, describe_data, name_base
 from cotune.callbacks.progress import say
-from cotune.callbacks.record_run import write_whole
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.splits import NAMES
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import prompts_to_dict
+from cotune.storage.durable import write_whole
 from cotune.storage.redact import redacted
 
 _TYPES = {

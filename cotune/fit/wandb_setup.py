@@ -43,7 +43,6 @@ def _placed(chosen: Any, config: Any, folder: Path) -> Any:
             made.init_args[name] = value
     if made.init_args.save_dir == ".":
         made.init_args.save_dir = str(folder)
-    made.init_args.keep = bool(config.get("ckpt_path"))
     return made
 
 

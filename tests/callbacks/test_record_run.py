@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.callbacks.record_run import RecordRun, write_whole
+from cotune.callbacks.record_run import RecordRun
 from cotune.programs import Example, content_id
 from cotune.reporting.closing_table import closing_table
 from cotune.storage.durable import NotWrittenError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import itertools
 import json
@@ -16,9 +17,10 @@ import wandb
 import yaml
 from commands import fit
 from cotune.callbacks.loggers.log_program import LogProgram
+from cotune.callbacks.loggers.metrics_file import MetricsFile
 from cotune.callbacks.loggers.program_tables import rollout_rows
 from cotune.callbacks.loggers.wandb_artifacts import ProgramArtifacts
-from cotune.callbacks.loggers.wandb_run import Points, RunLogger, kept_id
+from cotune.callbacks.loggers.wandb_run import RunLogger, kept_id
 from cotune.programs import Completion, Example, Rollout, Step
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 from wandb_file import WandbFile, column
@@ -253,7 +255,6 @@ def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             "project": None,
             "tags": ["a"],
             "group": "Predict on Iris",
-            "keep": False,
         }
     assert config.trainer.logger[0] is asked
 
@@ -261,52 +262,23 @@ def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 # Stopped and continued
 
 
-def test_a_killed_and_continued_run_is_one_run_without_doubled_or_missing_points(
+def test_a_killed_and_continued_run_is_one_run_that_lacks_no_point_of_metrics_csv(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _logged(tiny_model, whole).run()
-    wandb.finish()
-    first = _logged(tiny_model, parts, BreakInTraining(5))
+    first = _logged(tiny_model, tmp_path, BreakInTraining(5))
     with pytest.raises(BrokenOffError):
         first.run()
     wandb.finish()
-    _logged(tiny_model, parts, keep=True).run(first.last)
+    _logged(tiny_model, tmp_path, keep=True).run(first.last)
     wandb.finish()
-    files = _files(parts)
-    assert len(files) == 2
-    assert {file.run["run_id"] for file in files} == {kept_id(parts / "wandb")}
-    again = {point["_step"] for point in files[0].history} & {point["_step"] for point in files[1].history}
-    assert again, "the continued run repeats what came after the last save"
-    assert _points(files) == _points(_files(whole))
-
-
-def test_points_that_are_given_back_are_used_again_and_no_others(tmp_path: Path) -> None:
-    points = Points(tmp_path / "points.jsonl", keep=False)
-    given = [(0, 0), (0, None), (1, None), (2, 1), (1, None)]  # the last: an epoch's mean, logged after its boundary
-    assert [points.take({}, step=step, boundary=boundary) for step, boundary in given] == [0, 1, 2, 3, 4]
-    with points.path.open("a") as file:
-        file.write('{"number": 5, "st')  # cut short by a kill
-    points = Points(points.path, keep=True)
-    points.forget(step=2, boundaries=1)
-    assert [point.number for point in points.behind] == [0, 1, 2]
-    assert [points.take({}, step=2, boundary=None) for _ in range(3)] == [3, 5, 6]
-
-
-def test_what_a_kill_kept_from_w_and_bs_file_is_written_by_the_next_process(tmp_path: Path) -> None:
-    first = RunLogger(tmp_path)
-    for step in range(2):
-        first.log_metrics({"train/loss": 0.5}, step=step)
-    wandb.finish()
-    first._experiment = cast(Any, FakeRun())  # as good as killed: what it logs now reaches no file
-    for step in range(2, 4):
-        first.log_metrics({"train/loss": float(step)}, step=step)
-    second = RunLogger(tmp_path, keep=True)
-    second.forget(step=3, boundaries=0)
-    second.log_metrics({"train/loss": 9.0}, step=3)
-    wandb.finish()
-    before, after = ([(p["_step"], p["train/loss"]) for p in file.history] for file in _files(tmp_path))
-    assert (before, after) == ([(0, 0.5), (1, 0.5)], [(2, 2.0), (3, 9.0)])
+    files = [WandbFile(path) for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
+    assert [file.run["run_id"] for file in files] == [kept_id(tmp_path / "wandb")] * 2
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+    points = [{"step": point.get("trainer/global_step"), **point} for point in files[-1].history]
+    assert len(rows) > 8
+    for row in rows:
+        assert any(row.items() <= point.items() for point in points), row
 
 
 class FakeRun:
@@ -315,13 +287,12 @@ class FakeRun:
     offline = False
 
     def __init__(self, starting_step: int = 0) -> None:
-        self.starting_step = self.step = starting_step
-        self.logged: list[int] = []
+        self.starting_step = starting_step
+        self.logged: list[dict[str, Any]] = []
         self.done: list[tuple[str, str]] = []
 
-    def log(self, metrics: dict[str, Any], step: int, commit: bool) -> None:
-        self.logged.append(step)
-        self.step = step + 1
+    def log(self, metrics: dict[str, Any]) -> None:
+        self.logged.append(metrics)
 
     def log_artifact(self, artifact: Any, aliases: Sequence[str]) -> Any:
         self.done.append(("logged", artifact.name))
@@ -338,17 +309,11 @@ class FakeRun:
             return self
 
 
-def test_online_w_and_b_is_not_sent_what_it_has(tmp_path: Path) -> None:
+def test_online_w_and_b_is_sent_what_it_has_not_received(tmp_path: Path) -> None:
     logger = RunLogger(tmp_path)
-    logger._experiment = cast(Any, before := FakeRun())
-    for step in range(4):
-        logger.log_metrics({"train/loss": 1.0}, step=step)
-    logger = RunLogger(tmp_path, keep=True)
-    logger._experiment = cast(Any, after := FakeRun(starting_step=4))
-    logger.forget(step=2, boundaries=0)
-    for step in range(2, 6):
-        logger.log_metrics({"train/loss": 1.0}, step=step)
-    assert (before.logged, after.logged) == ([0, 1, 2, 3], [4, 5])
+    logger._experiment = cast(Any, run := FakeRun(starting_step=2))
+    logger.log_again([{"step": step, "train/loss": 0.5} for step in range(4)])
+    assert run.logged == [{"trainer/global_step": step, "train/loss": 0.5} for step in (2, 3)]
 
 
 def test_online_each_artifact_uses_those_it_is_made_from(folder: Path) -> None:
@@ -360,25 +325,9 @@ def test_online_each_artifact_uses_those_it_is_made_from(folder: Path) -> None:
 
 
 def _logged(model: Path, folder: Path, *callbacks: Any, keep: bool = False) -> Fit:
-    logger = RunLogger(folder, keep=keep, project="tiny")
+    loggers = [MetricsFile(folder, keep=keep), RunLogger(folder, project="tiny")]
     log = LogProgram(artifacts=False)
-    return tiny_fit(model, folder, callbacks=[log, *callbacks], trainer={"logger": logger})
-
-
-def _files(folder: Path) -> list[WandbFile]:
-    return [WandbFile(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
-
-
-def _points(files: list[WandbFile]) -> dict[int, dict[str, Any]]:
-    """Number of a point -> what was logged, without clocks; a later file's point stands for an earlier one's."""
-    points = {point["_step"]: point for file in files for point in file.history}
-    return {number: {k: v for k, v in point.items() if _counts(k)} for number, point in points.items()}
-
-
-def _counts(name: str) -> bool:
-    """Not times, nor the names and sums of files that hold times."""
-    own = name.startswith("_") and name != "_step"
-    return not (own or "seconds" in name or "cached" in name or name.endswith(("path", "sha256", ".size")))
+    return tiny_fit(model, folder, callbacks=[log, *callbacks], trainer={"logger": loggers})
 
 
 def test_a_missing_key_is_one_line_with_three_ways_out(

@@ -12,7 +12,7 @@ import pytest
 from cotune.callbacks.record_run import RecordRun
 from cotune.programs import Example, content_id
 from cotune.reporting.closing_table import closing_table
-from cotune.storage.durable import NotWrittenError
+from cotune.storage.durable import NotWrittenError, write_whole
 from rich.console import Console
 from tiny_fit import BrokenOffError, Fit, digest, tiny_fit
 

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cotune.experiments.intervals import PairedDifference, paired_difference
 from cotune.experiments.paper import LMS, SOURCE, paper_scores
 from cotune.experiments.results import Attempt, Row, RunResult, rows_of
 from cotune.experiments.runs import CONTROL, EQUAL_CALLS, Cell, cells_of
 from cotune.experiments.strategies import strategy_name
 from cotune.experiments.table_config import TableConfig
-from cotune.reporting.statistics import standard_error
+from cotune.reporting.statistics import paired_difference, standard_error
 
 _CONTROL = strategy_name(CONTROL)
 _RULES = {
@@ -88,9 +87,9 @@ def _without_scores(attempt: Attempt) -> dict[str, Any]:
 def _difference(row: Row, control: Row | None) -> dict[str, Any] | None:
     if control is None or control.strategy == row.strategy:
         return None
-    found: PairedDifference | None = paired_difference(
-        {attempt.seed: attempt.scores for attempt in row.attempts},
+    found = paired_difference(
         {attempt.seed: attempt.scores for attempt in control.attempts},
+        {attempt.seed: attempt.scores for attempt in row.attempts},
     )
     return None if found is None else asdict(found)
 

@@ -139,14 +139,15 @@ def _pair(first: str, second: str, runs: Mapping[str, RunRecord], part: str) -> 
         rows.append({str(row["example"]): row for row in own})
     common = [example for example in rows[0] if example in rows[1]]
     alike = [example for example in common if _same_example(rows[0][example], rows[1][example])]
-    if not alike:
+    difference = paired_difference(*({0: {example: row[example]["score"] for example in alike}} for row in rows))
+    if difference is None:
         return f"{first} and {second} on {part}: they have no example in common."
     gaps = [Disagreement(example, rows[0][example], rows[1][example]) for example in alike]
     return Pair(
         first,
         second,
         part,
-        paired_difference([gap.first["score"] for gap in gaps], [gap.second["score"] for gap in gaps]),
+        difference,
         won=[gap for gap in gaps if gap.second["score"] > gap.first["score"]],
         lost=[gap for gap in gaps if gap.second["score"] < gap.first["score"]],
         unlike=len(common) - len(alike),

@@ -165,7 +165,9 @@ def trace_counts(prefix: Prefix) -> list[dict[str, Any]]:
 
 def _change(before: Prefix, after: Prefix, ways: Sequence[Journey], threshold: float) -> Change | None:
     both = [way for way in ways if before.index in way.rollouts and after.index in way.rollouts]
-    if not both:
+    scores = [{0: {way.example: way.rollouts[prefix.index]["score"] for way in both}} for prefix in (before, after)]
+    difference = paired_difference(*scores)
+    if difference is None:
         return None
     pairs = [(way, way.rollouts[before.index]["score"], way.rollouts[after.index]["score"]) for way in both]
     return Change(
@@ -175,7 +177,7 @@ def _change(before: Prefix, after: Prefix, ways: Sequence[Journey], threshold: f
         lost=[way for way, old, new in pairs if new < old],
         stayed_right=sum(old == new and new >= threshold for _, old, new in pairs),
         stayed_wrong=sum(old == new and new < threshold for _, old, new in pairs),
-        difference=paired_difference([old for _, old, _ in pairs], [new for _, _, new in pairs]),
+        difference=difference,
     )
 
 

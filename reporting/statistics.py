@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 _RESAMPLES = 10_000
+_AT_ONCE = 500
 _Z = 1.959964  # of a two-sided 95 % interval
+
+
+Scores = Mapping[int, Mapping[str, float]]
+"""Seed -> example id -> score."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of (second - first) over the same examples, with a 95 % bootstrap interval."""
+    """Mean of (second - first) over the (seed, example) pairs that both have, and a 95 % interval of it.
+
+    `seeds` and `examples` are how many different ones there are, `pairs` how many pairs.
+    """
 
     mean: float
     low: float
     high: float
-    n: int
+    seeds: int
+    examples: int
+    pairs: int
 
     @property
     def clear(self) -> bool:
@@ -58,19 +68,45 @@ def interval(score: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> Difference:
-    """Resamples examples, each with both its scores, so what makes an example hard cancels out.
+def paired_difference(first: Scores, second: Scores, *, resamples: int = _RESAMPLES) -> Difference | None:
+    """How much better the second is, each pair of scores on the same seed and the same example.
 
-    Raises:
-        ValueError: there are no scores, or not as many of one as of the other.
+    The interval is that of a pigeonhole bootstrap (Owen, 2007): seeds and examples are resampled apart from each
+    other, and each (seed, example) pair counts as often as its seed and its example were drawn together. So it covers
+    both the luck of the runs and that of the test set. Resampling the pairs as if they were independent would make it
+    too narrow: all pairs of a seed share one training run, and all pairs of an example its difficulty. With one seed it
+    is the usual paired bootstrap over examples; with few, the seeds' part is rough. Bounds are percentiles.
+
+    Returns:
+        None where there is no common pair.
     """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"{len(first)} and {len(second)} scores; a paired difference needs as many of both, and one.")
-    gaps = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    rng = np.random.default_rng(seed)
-    # In parts, so that many examples do not need much memory.
-    part = max(1, 1_000_000 // len(gaps))
-    drawn = [min(part, _RESAMPLES - start) for start in range(0, _RESAMPLES, part)]
-    means = np.concatenate([gaps[rng.integers(0, len(gaps), (count, len(gaps)))].mean(axis=1) for count in drawn])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(gaps.mean()), float(low), float(high), len(gaps))
+    seeds = sorted(set(first) & set(second))
+    ids = sorted({id_ for seed in seeds for id_ in set(first[seed]) & set(second[seed])})
+    gaps_SN, there_SN = np.zeros((len(seeds), len(ids))), np.zeros((len(seeds), len(ids)))
+    place = {id_: n for n, id_ in enumerate(ids)}
+    for s, seed in enumerate(seeds):
+        for id_ in set(first[seed]) & set(second[seed]):
+            gaps_SN[s, place[id_]] = second[seed][id_] - first[seed][id_]
+            there_SN[s, place[id_]] = 1
+    pairs = int(there_SN.sum())
+    if not pairs:
+        return None
+    low, high = np.quantile(_resampled(gaps_SN, there_SN, resamples), [0.025, 0.975])
+    used = int((there_SN.sum(axis=1) > 0).sum())
+    return Difference(float(gaps_SN.sum() / pairs), float(low), float(high), used, len(ids), pairs)
+
+
+def _resampled(gaps_SN: np.ndarray, there_SN: np.ndarray, resamples: int) -> np.ndarray:
+    """Weighted means, a resample each; one in which no pair was drawn is drawn again as the plain mean."""
+    rng = np.random.default_rng(0)
+    seeds, examples = gaps_SN.shape
+    found = []
+    for start in range(0, resamples, _AT_ONCE):
+        size = min(_AT_ONCE, resamples - start)
+        seeds_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size)
+        examples_RN = rng.multinomial(examples, np.full(examples, 1 / examples), size=size)
+        total_R = ((seeds_RS @ gaps_SN) * examples_RN).sum(axis=1)
+        count_R = ((seeds_RS @ there_SN) * examples_RN).sum(axis=1)
+        plain = gaps_SN.sum() / there_SN.sum()
+        found.append(np.where(count_R > 0, total_R / np.maximum(count_R, 1), plain))
+    return np.concatenate(found)

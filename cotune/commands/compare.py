@@ -76,7 +76,7 @@ def pair_lines(pair: Pair) -> Iterator[str]:
     chance = "" if gap.clear or not (pair.won or pair.lost) else ", which may be chance"
     yield (
         f"{pair.second} against {pair.first} on {pair.part}: {gap.mean:+.3f}, 95 % {gap.low:+.3f} to {gap.high:+.3f} "
-        f"(paired bootstrap over {gap.n} common examples){chance}; {len(pair.won)} won, {len(pair.lost)} lost."
+        f"(paired bootstrap over {gap.pairs} common examples){chance}; {len(pair.won)} won, {len(pair.lost)} lost."
     )
     if pair.unlike:
         yield f"  {pair.unlike} more have the same id but other inputs or labels, and are left out."

@@ -35,7 +35,7 @@ def test_scores_cost_and_the_differing_settings_are_shown(
 
 def test_the_paired_difference_is_over_common_examples(two: tuple[Path, Path]) -> None:
     val, test = compare_runs([read_run(folder) for folder in two]).pairs
-    assert (val.part, val.difference.n, test.part, test.difference.n) == ("val", 5, "test", 2)
+    assert (val.part, val.difference.pairs, test.part, test.difference.pairs) == ("val", 5, "test", 2)
     assert val.difference.mean == pytest.approx(0.2)
     assert [gap.example for gap in val.won] == ["ex-2", "ex-4"]
     assert [gap.example for gap in val.lost] == ["ex-0"]
@@ -46,8 +46,8 @@ def test_equal_ids_of_other_examples_are_not_compared(tmp_path: Path, two: tuple
     for path in (other / "rollouts").iterdir():
         path.write_text(path.read_text().replace("right 1", "right one").replace("question 2", "question two"))
     (val, test) = compare_runs([read_run(two[0]), read_run(other)]).pairs
-    assert (val.difference.n, val.unlike) == (3, 2)
-    assert (test.difference.n, test.unlike) == (1, 1)
+    assert (val.difference.pairs, val.unlike) == (3, 2)
+    assert (test.difference.pairs, test.unlike) == (1, 1)
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path, two: tuple[Path, Path]) -> None:

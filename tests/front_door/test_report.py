@@ -17,7 +17,7 @@ from cotune.reporting.journeys import changes, journeys
 from cotune.reporting.page import render_report
 from cotune.reporting.prompt_changes import prompt_changes, word_difference
 from cotune.reporting.run_record import ReportError, read_run
-from cotune.reporting.statistics import interval, paired_difference, standard_error
+from cotune.reporting.statistics import interval, standard_error
 from written_run import PREFIXES, STAGES, write_run
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)></pre></style>{{ 7*7 }}&amp;\u2028end"""
@@ -330,11 +330,6 @@ def test_demos_in_another_order_are_a_change_of_their_own() -> None:
 def test_statistics_are_those_of_the_textbook() -> None:
     assert interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert standard_error([0, 0, 1, 1]) == pytest.approx(0.28868, abs=1e-5)
-    gap = paired_difference([0] * 30, [1] * 15 + [0] * 15)
-    assert gap.mean == 0.5
-    assert (gap.low, gap.high) == pytest.approx((0.5 - 1.96 * 0.0913, 0.5 + 1.96 * 0.0913), abs=0.03)
-    assert gap.clear
-    assert not paired_difference([0, 1], [1, 0]).clear
 
 
 def test_a_chart_stays_inside_its_frame(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from cotune.experiments.intervals import Scores, paired_difference
+from cotune.reporting.statistics import Scores, paired_difference
 
 
 def scores(table: list[list[float]]) -> dict[int, dict[str, float]]:
@@ -41,7 +41,7 @@ ZERO = scores([[0.0] * 40] * 6)
 
 def test_it_agrees_with_a_plain_reference() -> None:
     first = drawn(0, seeds=4, examples=30, by_seed=0.5, by_example=0.5)
-    found = paired_difference(first, ZERO)
+    found = paired_difference(ZERO, first)
     assert found is not None
     low, high = reference(first, ZERO, 4000)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
@@ -56,22 +56,26 @@ def test_equal_scores_have_no_difference_and_no_width() -> None:
 
 
 def test_a_difference_that_is_the_same_everywhere_is_certain() -> None:
-    found = paired_difference(scores([[1.0] * 9] * 3), scores([[0.75] * 9] * 3))
+    found = paired_difference(scores([[0.75] * 9] * 3), scores([[1.0] * 9] * 3))
     assert found is not None
     assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_with_one_seed_it_is_the_bootstrap_over_examples() -> None:
     values = [0.0, 1.0] * 50
-    found = paired_difference(scores([values]), scores([[0.0] * 100]))
+    found = paired_difference(scores([[0.0] * 100]), scores([values]))
     assert found is not None
     # The mean of 100 draws of a fair coin: 0.5 +- 1.96 * 0.05.
     assert (found.low, found.high) == pytest.approx((0.402, 0.598), abs=0.015)
+    assert found.clear
+    chance = paired_difference(scores([[0.0, 1.0]]), scores([[1.0, 0.0]]))
+    assert chance is not None
+    assert not chance.clear
 
 
 def test_pairing_takes_out_what_makes_examples_hard() -> None:
     hard = np.random.default_rng(0).integers(0, 2, 200).astype(float)
-    found = paired_difference(scores([(hard * 0.5 + 0.25).tolist()] * 3), scores([(hard * 0.5).tolist()] * 3))
+    found = paired_difference(scores([(hard * 0.5).tolist()] * 3), scores([(hard * 0.5 + 0.25).tolist()] * 3))
     assert found is not None
     assert found.high - found.low < 1e-9
 
@@ -79,17 +83,17 @@ def test_pairing_takes_out_what_makes_examples_hard() -> None:
 def test_only_common_seeds_and_examples_are_compared() -> None:
     first = {0: {"a": 1.0, "b": 1.0}, 1: {"a": 0.0}, 7: {"a": 1.0}}
     second = {0: {"b": 0.0, "c": 1.0}, 1: {"a": 1.0}, 8: {"a": 0.0}}
-    found = paired_difference(first, second)
+    found = paired_difference(second, first)
     assert found is not None
     assert (found.mean, found.pairs, found.seeds, found.examples) == (0.0, 2, 2, 2)
     assert paired_difference({0: {"a": 1.0}}, {1: {"a": 1.0}}) is None
-    assert paired_difference({}, second) is None
+    assert paired_difference(second, {}) is None
 
 
 def test_test_sets_that_differ_by_seed_are_taken_as_they_are() -> None:
     first = {seed: {f"{seed}-{n}": float(n % 2) for n in range(20)} for seed in range(3)}
     second = {seed: dict.fromkeys(row, 0.0) for seed, row in first.items()}
-    found = paired_difference(first, second)
+    found = paired_difference(second, first)
     assert found is not None
     assert found.mean == pytest.approx(0.5)
     assert found.low < 0.45
@@ -101,7 +105,7 @@ def test_intervals_of_no_difference_hold_zero_about_as_often_as_they_say(by_seed
     held = 0
     for seed in range(150):
         found = paired_difference(
-            drawn(seed, seeds=6, examples=40, by_seed=by_seed, by_example=by_example), ZERO, resamples=400
+            ZERO, drawn(seed, seeds=6, examples=40, by_seed=by_seed, by_example=by_example), resamples=400
         )
         assert found is not None
         held += found.low <= 0 <= found.high

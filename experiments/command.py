@@ -13,12 +13,12 @@ from cotune.callbacks.say_plan import spoken
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.parts import Parts, parts_of
-from cotune.experiments.plot import plot
 from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
 from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
 from cotune.experiments.table_config import TableConfig, TableError
 from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
 
@@ -135,7 +135,7 @@ class TableCommand:
         record = table_record(self.config, results)
         write_whole(self.folder / "table.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         write_whole(self.folder / "table.md", markdown(record))
-        write_whole(self.folder / "table.svg", plot(record))
+        write_whole(self.folder / "table.svg", table_plot(record))
         if not self.options.keep_checkpoints:
             for result in results:
                 if result.finished:

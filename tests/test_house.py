@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "inference": {"programs", "storage"},
     "datamodules": {"programs", "storage"},
     "lightning_modules": {"programs", "datamodules", "inference", "storage"},
-    "callbacks": {"programs", "prompting", "datamodules", "inference", "lightning_modules", "storage"},
+    "callbacks": {"programs", "prompting", "datamodules", "inference", "lightning_modules", "storage", "reporting"},
     "reporting": {"programs", "storage"},
 }
 MAY_IMPORT["experiments"] = {*MAY_IMPORT, "cotune"}

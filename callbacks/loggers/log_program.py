@@ -21,11 +21,11 @@ from cotune.callbacks.loggers.program_tables import (
     score_rows,
     trials,
 )
-from cotune.callbacks.loggers.score_curve import score_curve
 from cotune.callbacks.loggers.wandb_artifacts import ProgramArtifacts, read_config
 from cotune.callbacks.loggers.wandb_run import RunLogger
 from cotune.errors import BadValueError
 from cotune.programs.faults import KINDS
+from cotune.reporting.plots import score_curve
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 

@@ -13,12 +13,12 @@ from cotune.experiments.cost import Cost, Pace, cost_of
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.paper import LMS, TASKS, paper_scores
 from cotune.experiments.parts import parts_of
-from cotune.experiments.plot import plot
 from cotune.experiments.results import OUTCOME, read_result, rows_of
 from cotune.experiments.runs import EQUAL_CALLS, Cell, Run, runs_of, source_of, words_of
 from cotune.experiments.strategies import PAPERS, covering, parse_strategy, strategy_name
 from cotune.experiments.table_config import TableConfig, TableError, read_table
 from cotune.programs import exact_match
+from cotune.reporting.plots import table_plot
 from hypothesis import given
 from hypothesis import strategies as st
 from written_table import config, flat, write_run
@@ -292,7 +292,7 @@ def test_an_lm_of_the_paper_stands_beside_its_own_number(tmp_path: Path) -> None
 
 def test_the_plot_is_a_picture_of_every_strategy(tmp_path: Path) -> None:
     made = write_cell(tmp_path)
-    picture = xml.etree.ElementTree.fromstring(plot(table_record(made, results(tmp_path, made))))
+    picture = xml.etree.ElementTree.fromstring(table_plot(table_record(made, results(tmp_path, made))))
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"vanilla", "p → w → p", "iris, tiny", "equal calls"} <= set(texts)
     assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 1 + 5 * (1 + 2)

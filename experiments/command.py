@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cotune.callbacks.progress import say
 from cotune.callbacks.say_plan import spoken
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
-from cotune.experiments.parts import Parts, parts_of
+from cotune.experiments.parts import Parts
 from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
 from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
@@ -21,15 +22,25 @@ from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
-
-from cotune.fit.run_identity import differences, read_identity
+from cotune.storage.run_identity import differences, read_identity
 
 
 class TableCommand:
-    """One start of a table: its cost, its runs, its page."""
+    """One start of a table: its cost, its runs, its page.
 
-    def __init__(self, config: TableConfig, folder: Path, options: argparse.Namespace) -> None:
-        self.config, self.folder, self.options = config, folder, options
+    Args:
+        parts_of: words of a command line -> what it describes.
+    """
+
+    def __init__(
+        self,
+        config: TableConfig,
+        folder: Path,
+        options: argparse.Namespace,
+        *,
+        parts_of: Callable[[Sequence[str]], Parts],
+    ) -> None:
+        self.config, self.folder, self.options, self._parts_of = config, folder, options, parts_of
         self.runs = runs_of(config)
         self.runs_folder = folder / "runs"
 
@@ -69,7 +80,7 @@ class TableCommand:
         found = {}
         for cell in cells_of(self.config):
             try:
-                found[cell] = parts_of(self.config.words(cell.task, cell.lm, cell.preset))
+                found[cell] = self._parts_of(self.config.words(cell.task, cell.lm, cell.preset))
             except SystemExit:
                 print(f"cotune: that was the config of {cell}")
                 raise

@@ -107,7 +107,7 @@ def warm_up(words: Sequence[str], environment: Mapping[str, str]) -> Pace:
     with tempfile.TemporaryDirectory() as folder:
         out, began = Path(folder) / "pace.json", time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "cotune.experiments.warm_up", str(out), *words],
+            [sys.executable, "-m", "cotune.fit.warm_up", str(out), *words],
             capture_output=True,
             text=True,
             check=False,

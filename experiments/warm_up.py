@@ -1,22 +1,18 @@
-"""Warm-up: a few rollouts and one training step of a fit, timed: `python -m cotune.experiments.warm_up OUT fit ...`."""
+"""Warm-up: a few rollouts and one training step of a fit, timed."""
 
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from cotune.datamodules import Pair, collate
 from cotune.experiments.cost import Pace
-from cotune.experiments.parts import Parts, parts_of
+from cotune.experiments.parts import Parts
 from cotune.lightning_modules.training.gradients import BatchGradients
 from cotune.programs import Example, Prompt, draw_demos, labelled_demos
 from cotune.programs.rollout import Rollout, Step
-
-from cotune.fit.cli import guarded
 
 _FEW, _MORE = 2, 8
 """Examples of the two passes that are timed: what a pass costs anyway, and what each row adds."""
@@ -96,17 +92,3 @@ def _seconds_a_pair(parts: Parts, pairs: list[Pair]) -> float:
     began = time.perf_counter()
     BatchGradients(None).compute(model, trained, batch, parts.module.objective).loss.item()
     return (time.perf_counter() - began) / len(pairs)
-
-
-def main() -> int:
-    out, *words = sys.argv[1:]
-
-    def run() -> int:
-        Path(out).write_text(measure(parts_of(words)).write(), encoding="utf-8")
-        return 0
-
-    return guarded(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -195,7 +195,7 @@ def _read_traces(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_identity(folder: Path, name: str) -> dict[str, Any]:
-    from cotune.fit.run_identity import read_identity
+    from cotune.storage.run_identity import read_identity
 
     found = read_identity((folder / name).parent)
     return {} if found is None else {"identity": repr(found)}

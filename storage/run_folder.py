@@ -16,7 +16,6 @@ FORMAT = 2
 """Of a run's folder, in its run.json. 1 said no number, and its history not how many epochs a weight step had."""
 
 
-
 class RunFolderError(CotuneError):
     """A run cannot have this folder."""
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "callbacks": {"programs", "prompting", "datamodules", "inference", "lightning_modules", "storage", "reporting"},
     "reporting": {"programs", "storage"},
 }
-MAY_IMPORT["experiments"] = {*MAY_IMPORT, "cotune"}
+MAY_IMPORT["experiments"] = set(MAY_IMPORT)
 MAY_IMPORT["cotune"] = set(MAY_IMPORT)
 WEIGHT_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "transformers", "peft", "accelerate", "bitsandbytes"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "diskcache"}

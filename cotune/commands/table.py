@@ -49,6 +49,7 @@ def main(options: argparse.Namespace) -> int:
 
     from cotune.experiments.command import TableCommand
     from cotune.experiments.table_config import TableError, read_table
+    from cotune.fit.parts import parts_of
 
     if options.jobs < 1:
         raise TableError(f"--jobs {options.jobs} is below 1.")
@@ -61,4 +62,5 @@ def main(options: argparse.Namespace) -> int:
         seeds=options.seed,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are asked to end, and waited for
-    return TableCommand(config, Path(options.folder or Path("tables") / config.name), options).make()
+    folder = Path(options.folder or Path("tables") / config.name)
+    return TableCommand(config, folder, options, parts_of=parts_of).make()

@@ -31,12 +31,19 @@ from cotune.callbacks.say_plan import SayPlan
 from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import TraceDataModule
+from cotune.datamodules.splits import NAMES
 from cotune.errors import CotuneError, MissingFileError
 from cotune.fit.config_files import check_config_files
 from cotune.fit.help_page import arrange, options_of
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
-from cotune.fit.run_identity import (
+from cotune.fit.wandb_setup import placed_loggers
+from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules.lightning_internals import PlainCLI
+from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
+from cotune.storage.redact import redacted
+from cotune.storage.run_folder import RunFolder, RunFolderError
+from cotune.storage.run_identity import (
     RunIdentity,
     changed_data,
     changed_options,
@@ -46,12 +53,6 @@ from cotune.fit.run_identity import (
     library_versions,
     read_identity,
 )
-from cotune.fit.wandb_setup import placed_loggers
-from cotune.lightning_modules import ProgramModule
-from cotune.lightning_modules.lightning_internals import PlainCLI
-from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
-from cotune.storage.redact import redacted
-from cotune.storage.run_folder import RunFolder, RunFolderError
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
@@ -247,7 +248,10 @@ class CotuneCLI(PlainCLI):
         """Data and base model must be those that the run was made with; a new run writes down what it is made with."""
         assert self.run_folder is not None
         now = RunIdentity(
-            self._options, data_sums(self.datamodule.splits), self.model.lm.base_identity(), library_versions()
+            self._options,
+            data_sums({name: getattr(self.datamodule.splits, name) for name in NAMES}),
+            self.model.lm.base_identity(),
+            library_versions(),
         )
         if self._before is None:
             now.write(self.run_folder.path)

@@ -12,7 +12,6 @@ import pytest
 from cotune.experiments.cost import Cost, Pace, cost_of
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.paper import LMS, TASKS, paper_scores
-from cotune.experiments.parts import parts_of
 from cotune.experiments.results import OUTCOME, read_result, rows_of
 from cotune.experiments.runs import EQUAL_CALLS, Cell, Run, runs_of, source_of, words_of
 from cotune.experiments.strategies import PAPERS, covering, parse_strategy, strategy_name
@@ -22,6 +21,8 @@ from cotune.reporting.plots import table_plot
 from hypothesis import given
 from hypothesis import strategies as st
 from written_table import config, flat, write_run
+
+from cotune.fit.parts import parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = Cell("iris", "tiny", "default")

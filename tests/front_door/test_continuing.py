@@ -195,7 +195,7 @@ def not_ended(folder: Path) -> None:
     """As if the run had been killed just before its last mark."""
     from dataclasses import replace
 
-    from cotune.fit.run_identity import read_identity
+    from cotune.storage.run_identity import read_identity
 
     identity = read_identity(folder)
     assert identity is not None

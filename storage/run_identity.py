@@ -6,13 +6,12 @@ import hashlib
 import importlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.splits import NAMES, Splits
 from cotune.storage.durable import DamagedFileError, read_durably, write_durably
 from cotune.storage.formats import check_format
 from cotune.storage.redact import is_secret
@@ -91,15 +90,13 @@ def counted_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if not _is_free(name) and not is_secret(name)}
 
 
-def data_sums(splits: Splits) -> dict[str, str]:
+def data_sums(sets: Mapping[str, Iterable[Any]]) -> dict[str, str]:
     """Set -> SHA-256 of its examples: ids, inputs and labels, in order."""
     return {
         name: hashlib.sha256(
-            json.dumps(
-                [[e.id, e.inputs, e.labels] for e in getattr(splits, name)], sort_keys=True, default=str
-            ).encode()
+            json.dumps([[e.id, e.inputs, e.labels] for e in examples], sort_keys=True, default=str).encode()
         ).hexdigest()
-        for name in NAMES
+        for name, examples in sets.items()
     }
 
 

@@ -3,7 +3,7 @@
 from cotune.programs.budget import Budget, BudgetedLM, BudgetSpentError
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
-from cotune.programs.faults import Failure, Fault, Faults, FaultyProgramError, faults_of
+from cotune.programs.faults import Fault, Faults, FaultyProgramError, faults_of
 from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
 from cotune.programs.judge import LMJudge, Noise
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
@@ -14,7 +14,7 @@ from cotune.programs.program import Call, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.programs.reasoning import DescribeThenDecide, Predict
 from cotune.programs.retrieval import BM25, Dense, Encoder, Retriever, RetrieverError, SentenceEncoder, retrieve
-from cotune.programs.rollout import Rollout, Step, mean_score
+from cotune.programs.rollout import Failure, Rollout, Step, mean_score
 from cotune.programs.runner import Runner
 from cotune.programs.score import Score
 from cotune.programs.signature import In, Out, Signature

@@ -5,25 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from cotune.errors import CotuneError
+from cotune.programs.rollout import Kind, Rollout
 
-if TYPE_CHECKING:
-    from cotune.programs.rollout import Rollout
-
-Kind = Literal["format", "type", "program", "retriever", "metric"]
 KINDS: tuple[Kind, ...] = ("program", "retriever", "metric")
 """Whose the faults are. Failures of format and type are none: there it is the LM that wrote what cannot be read, or
 what is no value of its field's type."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a rollout has no valid score. Failures of format and type are the LM's; the others are the user's code."""
-
-    kind: Kind
-    message: str
 
 
 @dataclass(frozen=True)

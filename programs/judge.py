@@ -9,12 +9,11 @@ from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs.example import Example, content_id
-from cotune.programs.faults import Failure
 from cotune.programs.form import Form, Lines
 from cotune.programs.lm import LM, Sampling
 from cotune.programs.metrics import BatchMetric
 from cotune.programs.program import Call, Program, Stage
-from cotune.programs.rollout import Rollout
+from cotune.programs.rollout import Failure, Rollout
 from cotune.programs.runner import Runner
 from cotune.programs.score import Score
 from cotune.programs.signature import Signature

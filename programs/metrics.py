@@ -10,7 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.faults import Failure, shown
+from cotune.programs.faults import shown
+from cotune.programs.rollout import Failure
 from cotune.programs.score import Score
 from cotune.programs.types import as_text
 from cotune.programs.values import gold_text, normalise, number_of, same

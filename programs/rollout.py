@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from cotune.programs.example import Example
-from cotune.programs.faults import Failure
 from cotune.programs.lm import Completion
+
+Kind = Literal["format", "type", "program", "retriever", "metric"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rollout has no valid score. Failures of format and type are the LM's; the others are the user's code."""
+
+    kind: Kind
+    message: str
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs.example import Example
-from cotune.programs.faults import Failure, Kind, check_errors, raised, shown
+from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
 from cotune.programs.metrics import BatchMetric, Metric
 from cotune.programs.program import Call, Program
 from cotune.programs.prompt import Prompts
 from cotune.programs.retrieval import RetrieverError
-from cotune.programs.rollout import Rollout, Step
+from cotune.programs.rollout import Failure, Kind, Rollout, Step
 from cotune.programs.score import Score
 from cotune.programs.signature import Signature
 from cotune.programs.types import FieldTypeError, plain

@@ -12,6 +12,7 @@ from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say, training_bar_paused
 from cotune.callbacks.schedule import PROMPTS
 from cotune.datamodules import TraceDataModule
+from cotune.datamodules.splits import NAMES
 from cotune.lightning_modules import ProgramModule
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -132,13 +133,13 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
 
 def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
-    steps = [_runs_of(step, alternate, data) for step in alternate.schedule[behind:]]
-    test = len(data.splits.test)
+    train, dev, val, test = (len(getattr(data.splits, name)) for name in NAMES)
+    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[behind:]]
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
-def _runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
-    train, dev, val = len(data.splits.train), len(data.splits.dev), len(data.splits.val)
+def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: int, dev: int, val: int) -> Runs:
+    """How often the program will be run in a step of the schedule, for sets of these sizes."""
     chosen = alternate.options
     if step == PROMPTS:
         searched = alternate.search.most_runs(min(chosen.search_examples or train, train), dev) or 0

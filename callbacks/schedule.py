@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from cotune.callbacks.alternation import Step
 from cotune.errors import BadValueError
 from cotune.lightning_modules.objectives import Objective
+from cotune.storage.schedule_text import steps_of
 
 PROMPTS = "p"
 """The letter of a prompt step. Every other letter is a weight step's."""
@@ -96,19 +97,10 @@ def parse_schedule(text: str, letters: Iterable[str] = (WEIGHTS,)) -> tuple[str,
     names = {PROMPTS: "prompts", **dict.fromkeys(letters, "weights")}
     known = [f'"{letter}" ({what})' for letter, what in names.items()]
     help_ = f'Steps are {", ".join(known[:-1])} and {known[-1]}, e.g. "p -> w -> p".'
-    parts = [part.strip() for part in text.replace("→", "->").split("->")]
-    if parts == [""]:
+    parts = steps_of(text)
+    if not parts:
         raise BadValueError(f"the schedule is empty. {help_}")
     for part in parts:
-        if part.lower() not in names:
+        if part not in names:
             raise BadValueError(f'schedule "{text}": unknown step "{part}". {help_}')
-    return tuple(part.lower() for part in parts)
-
-
-def prefix_name(steps: tuple[str, ...], count: int) -> str:
-    """How the state after `count` steps is called in tables.
-
-    >>> prefix_name(("p", "w", "p"), 2), prefix_name(("p", "w"), 0)
-    ('p -> w', 'vanilla')
-    """
-    return " -> ".join(steps[:count]) or "vanilla"
+    return parts

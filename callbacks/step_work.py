@@ -18,7 +18,7 @@ from cotune.callbacks.costs import Costs
 from cotune.callbacks.diagnosis import diagnose, trace_coverage
 from cotune.callbacks.epoch_choice import EpochChoice
 from cotune.callbacks.progress import StepProgress, say, say_if_piped
-from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep, prefix_name
+from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep
 from cotune.callbacks.setup_checks import no_traces, ours
 from cotune.datamodules import (
     Attempt,
@@ -37,6 +37,7 @@ from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import Found, PromptSearch, SearchTask
 from cotune.storage.durable import write_durably
+from cotune.storage.schedule_text import name_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -319,7 +320,7 @@ class StepWork:
         boundary = Boundary(
             index=index,
             step=step,
-            prefix=prefix_name(self.schedule, index),
+            prefix=name_of(self.schedule[:index]),
             prompts=module.prompts,
             previous=self._incumbent,
             val_score=score,

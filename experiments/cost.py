@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cotune.callbacks.say_plan import runs_of
 from cotune.experiments.parts import Parts
 from cotune.experiments.results import RunResult
 from cotune.experiments.runs import Cell, Run
@@ -132,19 +133,10 @@ def totals(costs: Mapping[Run, Cost]) -> dict[Cell, Cost]:
 
 def _runs(steps: Steps, parts: Parts) -> tuple[int, int]:
     """(runs of the program at most, train examples of a weight step)."""
-    sizes, alternate, options = parts.data.sizes, parts.alternate, parts.data.bootstrapping
-    total = sizes.val
-    for step in steps:
-        total += sizes.val
-        if step == "p":
-            searched = min(alternate.options.search_examples or sizes.train, sizes.train)
-            total += alternate.search.most_runs(searched, sizes.dev) or 0
-        else:
-            attempts = 0 if parts.data.reused_traces else options.attempts + options.hints
-            chosen = alternate.options
-            epochs = chosen.epochs + bool(chosen.average_last) + chosen.try_both_prompts
-            total += attempts * sizes.train + epochs * sizes.val
-    return total, sizes.train * options.traces_per_example
+    sizes, data = parts.data.sizes, parts.data
+    runs = [runs_of(s, parts.alternate, data, train=sizes.train, dev=sizes.dev, val=sizes.val) for s in steps]
+    total = sizes.val + sum(most for _, most in runs)
+    return round(total), sizes.train * data.bootstrapping.traces_per_example
 
 
 def _sum(one: float | None, other: float | None) -> float | None:

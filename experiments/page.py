@@ -10,11 +10,11 @@ from typing import Any
 from cotune.experiments.paper import LMS, SOURCE, paper_scores
 from cotune.experiments.results import Attempt, Row, RunResult, rows_of
 from cotune.experiments.runs import CONTROL, EQUAL_CALLS, Cell, cells_of
-from cotune.experiments.strategies import strategy_name
 from cotune.experiments.table_config import TableConfig
 from cotune.reporting.statistics import paired_difference, standard_error
+from cotune.storage.schedule_text import name_of
 
-_CONTROL = strategy_name(CONTROL)
+_CONTROL = name_of(CONTROL)
 _RULES = {
     "best": "that of the best prefix by val, as `cotune fit` returns it (`keep: best`)",
     "last": "that of the last step, as in the paper (`keep: last`)",

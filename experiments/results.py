@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 from cotune.experiments.runs import ALTERNATION, CONTROL, EQUAL_CALLS, Cell, Run, has_control
-from cotune.experiments.strategies import Steps, strategy_name
+from cotune.experiments.strategies import Steps
 from cotune.experiments.table_config import TableConfig, TableError
 from cotune.reporting.closing_table import read_history
 from cotune.storage.durable import read_durably
+from cotune.storage.schedule_text import name_of
 
 OUTCOME = "outcome.json"
 """Beside a run's own files: how the table's last start of it ended, where it did not end well."""
@@ -111,9 +112,7 @@ def read_outcome(run_folder: Path) -> dict[str, Any]:
 def rows_of(cell: Cell, config: TableConfig, results: Sequence[RunResult]) -> list[Row]:
     """A row for each strategy, in the table's order, and one for the control of equal LM calls behind them."""
     own = [result for result in results if result.run.cell == cell]
-    rows = [
-        _row(strategy_name(s), s, config.seeds, [r for r in own if not r.run.equal], own) for s in config.strategies
-    ]
+    rows = [_row(name_of(s), s, config.seeds, [r for r in own if not r.run.equal], own) for s in config.strategies]
     if has_control(config):
         rows.append(_row(EQUAL_CALLS, CONTROL, config.seeds, [r for r in own if r.run.equal], own))
     return rows

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cotune.experiments.strategies import Steps, covering, strategy_name
+from cotune.experiments.strategies import Steps, covering
 from cotune.experiments.table_config import TableConfig
+from cotune.storage.schedule_text import name_of
 
 CONTROL: Steps = ("p", "p")
 ALTERNATION: Steps = ("p", "w", "p")
@@ -43,7 +44,7 @@ class Run:
 
     @property
     def schedule(self) -> str:
-        return strategy_name(self.steps)
+        return name_of(self.steps)
 
 
 def cells_of(config: TableConfig) -> list[Cell]:

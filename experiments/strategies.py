@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cotune.callbacks.schedule import parse_schedule
+from cotune.storage.schedule_text import VANILLA
 
 Steps = tuple[str, ...]
 """The steps of a strategy in order; () is the program as it came, "vanilla"."""
 
-VANILLA = "vanilla"
 PAPERS = (VANILLA, "p", "w", "p -> p", "w -> w", "p -> w", "w -> p", "p -> w -> p")
 """The eight strategies of the paper's table, in its order."""
 
@@ -26,22 +26,14 @@ def parse_strategy(text: str) -> Steps:
     return () if text.strip().lower() == VANILLA else parse_schedule(text)
 
 
-def strategy_name(steps: Steps) -> str:
-    """What a strategy is called in tables.
-
-    >>> strategy_name(("p", "w")), strategy_name(())
-    ('p -> w', 'vanilla')
-    """
-    return " -> ".join(steps) or VANILLA
-
-
 def covering(strategies: Iterable[Steps]) -> list[Steps]:
     """The fewest schedules of which every strategy is a prefix, the longest first.
 
     A strategy that is a prefix of another needs no run of its own, and one that is not needs one: so these are the
     strategies that no other continues. A run has at least one step: vanilla alone is run as "p".
 
-    >>> [strategy_name(steps) for steps in covering(parse_strategy(name) for name in PAPERS)]
+    >>> from cotune.storage.schedule_text import name_of
+    >>> [name_of(steps) for steps in covering(parse_strategy(name) for name in PAPERS)]
     ['p -> w -> p', 'p -> p', 'w -> w', 'w -> p']
     """
     wanted = dict.fromkeys(strategies)

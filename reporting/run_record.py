@@ -14,6 +14,7 @@ from cotune.errors import CotuneError
 from cotune.storage.formats import check_format
 from cotune.storage.redact import redacted, redacted_text
 from cotune.storage.run_folder import FORMAT
+from cotune.storage.schedule_text import steps_of
 
 Json = Mapping[str, Any]
 """A JSON object."""
@@ -212,7 +213,7 @@ def _tested(folder: Path, record: Json) -> list[Json] | None:
 
 def _schedule(summary: Json, config: Json, prefixes: Sequence[Prefix]) -> list[str]:
     said = summary.get("schedule") or setting(config, "alternate.schedule", "")
-    steps = [step.strip().lower() for step in str(said).replace("→", "->").split("->") if step.strip()]
+    steps = list(steps_of(str(said)))
     done = [prefix.step for prefix in prefixes[1:]]
     return steps if len(steps) >= len(done) else done
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from cotune.callbacks.schedule import parse_schedule, prefix_name
+from cotune.callbacks.schedule import parse_schedule
+from cotune.storage.schedule_text import name_of
 
 
 @pytest.mark.parametrize("text", ["p -> w -> p", "p->w->p", " p  ->w ->   p ", "P -> W -> P", "p → w → p"])
@@ -28,4 +29,4 @@ def test_an_empty_schedule_is_refused(text: str) -> None:
 
 def test_prefixes_are_named_by_their_steps() -> None:
     steps = parse_schedule("p -> w -> p")
-    assert [prefix_name(steps, n) for n in range(4)] == ["vanilla", "p", "p -> w", "p -> w -> p"]
+    assert [name_of(steps[:n]) for n in range(4)] == ["vanilla", "p", "p -> w", "p -> w -> p"]

@@ -14,10 +14,11 @@ from cotune.experiments.page import markdown, table_record
 from cotune.experiments.paper import LMS, TASKS, paper_scores
 from cotune.experiments.results import OUTCOME, read_result, rows_of
 from cotune.experiments.runs import EQUAL_CALLS, Cell, Run, runs_of, source_of, words_of
-from cotune.experiments.strategies import PAPERS, covering, parse_strategy, strategy_name
+from cotune.experiments.strategies import PAPERS, covering, parse_strategy
 from cotune.experiments.table_config import TableConfig, TableError, read_table
 from cotune.programs import exact_match
 from cotune.reporting.plots import table_plot
+from cotune.storage.schedule_text import name_of
 from hypothesis import given
 from hypothesis import strategies as st
 from written_table import config, flat, write_run
@@ -148,7 +149,7 @@ def test_each_preset_of_the_presets_table_changes_one_option_of_the_default() ->
 def test_the_paper_preset_is_the_paper_to_the_letter() -> None:
     made = read_table(ROOT / "configs" / "table" / "paper.yaml")
     assert tuple(made.lms) == LMS
-    assert [strategy_name(steps) for steps in made.strategies] == list(PAPERS)
+    assert [name_of(steps) for steps in made.strategies] == list(PAPERS)
     sizes = {}
     for task in made.tasks:
         parts = parts_of(made.words(task, LMS[0], "paper"))

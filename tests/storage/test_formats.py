@@ -12,10 +12,10 @@ from cotune.reporting.run_record import read_run
 from cotune.storage import run_folder
 from cotune.storage.durable import write_durably
 from cotune.storage.formats import FormatError, check_format
+from cotune.storage.run_identity import RunIdentity, read_identity
 from written_run import write_run
 
 from cotune.commands.export import _with_base
-from cotune.fit.run_identity import RunIdentity, read_identity
 from cotune.tuned import read_export
 
 NEWER = r"has format 3, and this version of cotune reads 1 to 2\. "

@@ -15,7 +15,7 @@ from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.lightning_modules.quantization import quantized_as
 from cotune.programs import prompts_to_dict
-from cotune.storage.durable import new_folder, write_whole
+from cotune.storage.durable import explained, new_folder, write_whole
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FORMAT = 2
@@ -68,7 +68,7 @@ def export_program(
         "data": dict(data) if data is not None else None,
         "model": dict(config) if config is not None else None,
     }
-    with new_folder(folder) as partial:
+    with explained(folder), new_folder(folder) as partial:
         module.lm.save_adapter(partial / "adapter")
         name_base(partial / "adapter", base["name"], base["revision"])
         write_whole(partial / "prompts.json", json.dumps(prompts_to_dict(module.prompts), indent=2, ensure_ascii=False))

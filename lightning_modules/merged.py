@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
 
     The base is read anew, and the sum is made and kept in `lm.dtype`: adding to a 4- or 8-bit weight would round the
     adapter away. Where `lm` has a quantization, or the checkpoint is one of bitsandbytes, the weights are rounded as
-    they were in the run, and unpacked: the adapter was trained to go with just these. The folder appears whole or not
-    at all.
+    they were in the run, and unpacked: the adapter was trained to go with just these.
 
     Args:
         lm: names the base; its own weights are not loaded.
@@ -41,16 +38,11 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
     with peft_of_today():
         model: Any = load_adapter(base, str(adapter)).merge_and_unload(safe_merge=True)
     make_plain(model, Path(lm.source).name)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     model.generation_config = _generation_config(lm, sampling)
-    model.save_pretrained(partial)
-    lm.tokenizer.save_pretrained(partial)
-    for file in partial.iterdir():
+    model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, and the folder is made to be shared
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
     return into
 
 

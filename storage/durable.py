@@ -157,25 +157,28 @@ def find_whole(path: Path) -> tuple[Path | None, str]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes the place of `folder` with all its files flushed and listed.
+def new_folder(folder: Path, *, listed: bool = True) -> Iterator[Path]:
+    """A folder to fill, which then takes the place of `folder` with all its files flushed.
 
-    A kill leaves the old one, none, or the new one, never a part.
-    """
-    partial = _beside(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    with explained(folder):
-        partial.mkdir(parents=True)
-        yield partial
-        put_folder(partial, folder)
-
-
-def put_folder(partial: Path, folder: Path, *, listed: bool = True) -> None:
-    """Flushes all files of a folder that was filled beside its place, and moves it over the old one.
+    A kill leaves the old one, none, or the new one, never a part; an error leaves the old one.
 
     Args:
         listed: write the SHA-256 of its files into its own SHA256SUMS.
     """
+    partial = _beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with explained(folder):
+            partial.mkdir(parents=True)
+        yield partial
+        with explained(folder):
+            _put_folder(partial, folder, listed=listed)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_folder(partial: Path, folder: Path, *, listed: bool) -> None:
+    """Flushes all files of a folder that was filled beside its place, and moves it over the old one."""
     aside = folder.with_name(folder.name + ".old")
     with clock.running():
         _flush(partial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -99,12 +98,6 @@ class RunFolder:
             number += 1
         self.path.rename(aside)
         print(f"the earlier run is kept as {aside}")
-
-
-def read_summary(folder: Path) -> dict[str, object]:
-    """summary.json of a run; {} before it has one."""
-    path = folder / "summary.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _boot() -> str:

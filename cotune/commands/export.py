@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +105,7 @@ def write_export(
         ExportError: `out` holds other files, the export lacks its adapter, or the base has no name that others know.
         NotWrittenError: the disk is full, read-only or broken.
     """
-    from cotune.storage.durable import explained, put_folder
+    from cotune.storage.durable import new_folder
     from cotune.tuned import ExportError, read_export
 
     described = _with_base(read_export(export), base_model)
@@ -128,11 +127,8 @@ def write_export(
         if out.resolve() != export.resolve():
             _clear(out)
         return fill(out)
-    with _filled_beside(out) as partial:
-        card = fill(partial)
-        with explained(out):
-            put_folder(partial, out, listed=False)
-    return card
+    with new_folder(out, listed=False) as partial:
+        return fill(partial)
 
 
 def push(out: Path, repo: str, *, what: str, public: bool) -> str:
@@ -226,45 +222,27 @@ def _clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-@contextmanager
-def _filled_beside(folder: Path) -> Iterator[Path]:
-    """An empty folder beside the one given, which is gone afterwards unless it was moved there."""
-    from cotune.storage.durable import explained
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with explained(folder):
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
     from cotune.callbacks.export_program import name_base
-    from cotune.storage.durable import explained, put_folder
+    from cotune.storage.durable import explained, new_folder
 
     if source.resolve() == target.resolve():
         name_base(target, base["name"], base["revision"])
     else:
-        with _filled_beside(target) as partial, explained(target):
+        with explained(target), new_folder(target, listed=False) as partial:
             shutil.copytree(source, partial, dirs_exist_ok=True)
             name_base(partial, base["name"], base["revision"])
-            put_folder(partial, target, listed=False)
     _list_sums(target)
 
 
 def _write_merged(lm: LanguageModel, described: dict[str, Any], adapter: Path, target: Path) -> str:
     from cotune.lightning_modules.merged import save_merged
     from cotune.programs import Sampling
-    from cotune.storage.durable import explained, put_folder
+    from cotune.storage.durable import new_folder
 
     sampling = Sampling(**((described.get("model") or {}).get("sampling") or {}))
-    with _filled_beside(target) as partial:
-        into = save_merged(lm, adapter, partial / "merged", sampling=sampling)
-        with explained(target):
-            put_folder(partial / "merged", target, listed=False)
+    with new_folder(target, listed=False) as partial:
+        into = save_merged(lm, adapter, partial, sampling=sampling)
     _list_sums(target)
     return into
 

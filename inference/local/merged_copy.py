@@ -47,11 +47,6 @@ class MergedCopy:
                     self._copies[one.name] = _laid_out(one.merged())
                     self._made_from[one.name] = made_from
 
-    def free(self) -> None:
-        """Gives the copies' memory back."""
-        self._copies.clear()
-        self._made_from.clear()
-
 
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:

@@ -309,7 +309,7 @@ def test_a_killed_export_leaves_none_or_a_whole_one_and_the_same_command_complet
     where: str, point: str, export: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def merge(lm: Any, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
-        shutil.copytree(tiny_model, folder)  # torch's threads do not survive a fork
+        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)  # torch's threads do not survive a fork
         return "the base"
 
     monkeypatch.setattr("cotune.lightning_modules.merged.save_merged", merge)

@@ -132,14 +132,6 @@ def test_the_copy_follows_a_change_of_dtype(tiny_model: Path) -> None:
     assert agrees(model, merged)
 
 
-def test_freeing_gives_the_memory_back_and_the_copy_comes_again(tiny_model: Path) -> None:
-    model, merged = tuned(tiny_model), MergedCopy()
-    assert agrees(model, merged)
-    merged.free()
-    assert not merged._copies
-    assert agrees(model, merged)
-
-
 def test_layers_and_head_compute_as_they_did_before_once_the_copy_is_out(tiny_model: Path) -> None:
     model, merged = tuned(tiny_model), MergedCopy()
     (_, first), (_, second) = lora_layers(model)[:2]

@@ -35,6 +35,29 @@ MAY_IMPORT["cotune"] = set(MAY_IMPORT)
 WEIGHT_LIBRARIES = {"torch", "lightning", "pytorch_lightning", "transformers", "peft", "accelerate", "bitsandbytes"}
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "diskcache"}
 
+BUILT_IN = {
+    "ValueError",
+    "TypeError",
+    "RuntimeError",
+    "FileNotFoundError",
+    "ImportError",
+    "NotImplementedError",
+    "OSError",
+}
+TAKEN_WITHIN = {
+    *(
+        "programs/metrics.py",
+        "programs/program.py",
+        "programs/runner.py",
+        "programs/set_metrics.py",
+        "programs/types.py",
+    ),
+    *("datamodules/disguise.py", "datamodules/splits.py", "datamodules/tasks/gsm8k.py"),
+    *("inference/automata.py", "inference/endpoint.py", "inference/grammars.py"),
+    *("lightning_modules/probe.py", "lightning_modules/training/packing.py", "storage/durable.py"),
+}
+"""Where an error of Python's is raised that another part of cotune catches, or a rollout records."""
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 MODULES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 OTHERS = [
@@ -79,6 +102,13 @@ def test_the_package_is_imported_by_its_cotune_name(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if top_folder(p) in {"programs", "prompting"}], ids=named)
 def test_programs_and_prompts_know_no_weights(path: Path) -> None:
     assert not {name for name in imported(path) if name.split(".")[0] in WEIGHT_LIBRARIES}
+
+
+def test_what_a_user_can_mend_is_a_cotune_error() -> None:
+    """The command line shows any other error with its traceback."""
+    raised = {named(path): built_in_errors(path) for path in MODULES}
+    wrong = {name: found for name, found in raised.items() if found and name not in TAKEN_WITHIN}
+    assert not wrong, "raise BadValueError, MissingFileError … of cotune.errors, or a CotuneError of the module's own"
 
 
 def test_errors_import_nothing_and_all_others_may_import_them() -> None:
@@ -188,6 +218,12 @@ def room_of(name: str) -> str | None:
 def calls(path: Path) -> Iterator[ast.Call]:
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return (node for node in nodes if isinstance(node, ast.Call))
+
+
+def built_in_errors(path: Path) -> list[int]:
+    """Lines that raise an error of Python's own."""
+    raises = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise))
+    return [r.lineno for r in raises if isinstance(r.exc, ast.Call) and ast.unparse(r.exc.func) in BUILT_IN]
 
 
 def weights_only(call: ast.Call) -> bool:

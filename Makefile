@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint types docs bench bench-full faults
+.PHONY: help setup demo test lint types docs bench bench-full gpu faults
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: .venv/.bench-ready  ## measure speed beside other engines, small sizes (m
 
 bench-full: .venv/.bench-ready  ## the figures of benchmarks/README.md (hours; nothing else should run)
 	@$(BIN)/python -m benchmarks --full
+
+gpu: setup  ## on an NVIDIA GPU: its tests and speed, in benchmarks/results/gpu.json (minutes)
+	@$(BIN)/python -m benchmarks.gpu
 
 faults: setup  ## kill, starve, damage and confuse runs, and write docs/FAULTS.md (hours; it goes on where it was stopped)
 	@PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+import cotune
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,7 +162,7 @@ def test_the_folder_above_a_clone_imports_the_package_and_not_the_clone(tmp_path
     code = "import cotune, cotune.programs, cotune.commands.table; print(cotune.__version__)"
     for where in (tmp_path, ROOT, ROOT / "src"):
         done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=False)
-        assert done.stdout.strip() == PROJECT["project"]["version"], done.stderr
+        assert done.stdout.strip() == cotune.__version__, done.stderr
 
 
 def test_type_checkers_find_the_whole_package_by_path() -> None:
@@ -172,6 +175,23 @@ def test_type_checkers_find_the_whole_package_by_path() -> None:
     rooms = [path.name for path in (Path(found) / "cotune").iterdir() if (path / "__init__.py").is_file()]
     assert MAY_IMPORT.keys() - {"cotune"} <= set(rooms)
     assert not [path for path in Path(found).glob("*/__init__.py") if path.parent.name in ("programs", "callbacks")]
+
+
+def test_hosted_ci_calls_commands_that_there_are() -> None:
+    targets = {
+        line.split(":")[0] for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if ":" in line
+    }
+    for path in (ROOT / ".github").rglob("*.yml"):
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8")).get("jobs", {})
+        steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+        assert {run.split()[1] for run in steps if run.startswith("make ")} <= targets
+    supported = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    assert supported["jobs"]["tests"]["strategy"]["matrix"]["python"][0] == PROJECT["project"]["requires-python"][2:]
+
+
+def test_the_version_stands_in_one_place_and_the_citation_agrees() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (PROJECT["project"]["dynamic"], str(cited["version"])) == (["version"], cotune.__version__)
 
 
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:

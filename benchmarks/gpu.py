@@ -67,8 +67,8 @@ def _figures(device: str) -> dict[str, float]:
     lm.load(seed=0)
     chats = [Request([{"role": "user", "content": f"{_SHARED} What is {n} times {n}?"}]) for n in range(128)]
     sampling = Sampling(max_new_tokens=32)
-    lm.generate(chats[:8], sampling)
-    done, generating = _timed(device, lambda: lm.generate(chats, sampling))
+    lm.complete(chats[:8], sampling)
+    done, generating = _timed(device, lambda: lm.complete(chats, sampling))
     pairs = [Pair(one.prompt_ids, one.completion_ids) for one in done if one.completion_ids][:32]
     trained, gradients = [p for p in lm.model.parameters() if p.requires_grad], BatchGradients(None)
 

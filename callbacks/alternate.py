@@ -28,13 +28,13 @@ from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, ours
 from cotune.callbacks.step_work import Options, StepWork
-from cotune.errors import BadValueError
+from cotune.errors import BadValueError, CotuneError
 from cotune.prompting import PromptSearch, RandomDemoSearch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 
-class UnfinishedError(RuntimeError):
+class UnfinishedError(CotuneError):
     """A fit has ended and its schedule has not."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cotune.errors import BadValueError
 from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
 from cotune.programs.usage import Usage
 from cotune.storage.row_store import RowStore
@@ -32,7 +33,7 @@ class StoredLM:
         self.lm = lm
         self.identity: dict[str, Any] = dict(getattr(lm, "identity", {}) if identity is None else identity)
         if not self.identity:
-            raise ValueError(f"{type(lm).__name__} has no `identity`; give one, e.g. its name and where it runs.")
+            raise BadValueError(f"{type(lm).__name__} has no `identity`; give one, e.g. its name and where it runs.")
         self._store, self._stored = RowStore(completions), 0
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ class Stage:
     ...     def run(self, text):
     ...         return (yield self.say(text=text))
     >>> Echo().say(text="hello")
-    Call(stage='say', inputs={'text': 'hello'})
+    Call(stage='say', inputs={'text': 'hello'}, scores=False)
     """
 
     signature: Signature

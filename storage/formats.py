@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import CotuneError
 
-class FormatError(ValueError):
+
+class FormatError(CotuneError, ValueError):
     """A file is of a format that this version of cotune does not read."""
 
 

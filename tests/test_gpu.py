@@ -26,7 +26,7 @@ def loaded(model: Path, device: str, **settings: object) -> LanguageModel:
 
 
 def completed(lm: LanguageModel) -> list[Completion]:
-    return lm.generate(CHATS, Sampling(max_new_tokens=8, log_probs=True))
+    return lm.complete(CHATS, Sampling(max_new_tokens=8, log_probs=True))
 
 
 def test_completions_are_those_of_the_cpu(tiny_model: Path) -> None:

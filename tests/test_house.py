@@ -241,9 +241,12 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 
 def built_in_errors(path: Path) -> list[int]:
-    """Lines that raise an error of Python's own."""
-    raises = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise))
-    return [r.lineno for r in raises if isinstance(r.exc, ast.Call) and ast.unparse(r.exc.func) in BUILT_IN]
+    """Lines that raise an error of Python's own, or make a public class of one."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    raises = (node for node in ast.walk(tree) if isinstance(node, ast.Raise))
+    lines = [r.lineno for r in raises if isinstance(r.exc, ast.Call) and ast.unparse(r.exc.func) in BUILT_IN]
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    return lines + [c.lineno for c in classes if c.bases and ast.unparse(c.bases[0]) in BUILT_IN]
 
 
 def weights_only(call: ast.Call) -> bool:

@@ -103,10 +103,6 @@ class RunFinishedError(Exception):
     """The run in the folder has come to its end, and there is nothing to do."""
 
 
-class UnfinishedError(CotuneError):
-    """A fit has ended and its schedule has not."""
-
-
 class CotuneCLI(PlainCLI):
     """`cotune fit | validate | test`."""
 

@@ -18,11 +18,12 @@ Tunes the prompts and the weights of multi-stage LM programs, by turns.
 
 before a run
   doctor     what this machine can do, what to set   cotune doctor
+  configs    what comes with cotune, by name         cotune configs
 the run
-  fit        a schedule of prompt and weight steps   cotune fit --config configs/iris.yaml
+  fit        a schedule of prompt and weight steps   cotune fit --config iris
   validate   score the program on val                (with --ckpt_path last: a run's program)
   test       score the program on test
-  table      many runs as one table with error bars  cotune table --config configs/table/iris.yaml
+  table      many runs as one table with error bars  cotune table --config iris
 what came of it
   report     the run as one HTML page                cotune report runs/iris
   compare    runs side by side                       cotune compare runs/iris runs/iris-2
@@ -45,9 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_HELP, end="")
         return 0
     if words[0] == "--version":
-        from cotune import __version__
+        from cotune.versions import version_line
 
-        print(f"cotune {__version__}")
+        print(version_line())
         return 0
     _share_cores()
     _keep_freed_memory()

@@ -201,9 +201,11 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     on_disk = {named(path) for path in MODULES}
     expected = {name if name.startswith("cotune/") else f"cotune/{name}" for name in on_disk}
     templates = {named(path) for path in (ROOT / "reporting/templates").iterdir()}
-    assert held == expected | {f"cotune/{name}" for name in templates} | {
-        *("cotune/py.typed", "cotune/constraints.txt", "cotune/datamodules/tasks/iris.csv"),
+    configs = {named(path) for path in (ROOT / "configs").rglob("*.yaml")}
+    data = {
+        f"cotune/{name}" for name in (*templates, *configs, "py.typed", "constraints.txt", "datamodules/tasks/iris.csv")
     }
+    assert held == expected | data
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the command line is parsed before anything heavy is importe
 Status = Literal["ok", "note", "problem"]
 
 _NEEDED_GB = 5.0  # the embedded model takes 0.54 GB of cache and about as much again while it is converted; runs grow
+_CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _SIZES = {"cpu": 512, "cuda": 4096}  # edge of the square matrices that are multiplied; under a second on any machine
 
 
@@ -55,11 +56,19 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--runs_dir", default="runs", help="where runs would go, to look at its disk")
     made.add_argument("--json", action="store_true", help="the findings as a JSON list")
+    made.add_argument(
+        "--constraints",
+        action="store_true",
+        help="print the versions that cotune is tested with, and nothing else: for pip install -c FILE cotune",
+    )
     return made
 
 
 def main(options: argparse.Namespace) -> int:
     """Runs the command. Returns 0, or 1 if something that is needed is broken."""
+    if options.constraints:
+        print(_CONSTRAINTS.read_text(encoding="utf-8"), end="")
+        return 0
     found = list(findings(Path(options.runs_dir)))
     if options.json:
         print(json.dumps([asdict(one) for one in found], indent=2))
@@ -76,7 +85,7 @@ def findings(runs_dir: Path) -> Iterator[Finding]:
         try:
             yield from look()
         except ImportError as error:
-            fix = "reinstall it: pip install -c constraints.txt -e . in a fresh environment"
+            fix = "in a fresh environment: pip install -c FILE cotune; cotune doctor --constraints prints the FILE"
             yield Finding("python", error.name or "import", "problem", f"cannot be imported: {error}", fix)
 
 
@@ -94,14 +103,9 @@ def python_findings() -> Iterator[Finding]:
 
 
 def tested_versions() -> dict[str, str]:
-    """The newest versions that cotune has been tested with, by package; {} where the list is not installed with it."""
-    listed = Path(__file__).parents[1] / "constraints.txt"
-    if not listed.is_file():
-        return {}
-    pairs = (
-        line.split("#")[0].split(";")[0].strip().partition("==")
-        for line in listed.read_text(encoding="utf-8").splitlines()
-    )
+    """The newest versions that cotune has been tested with, by package."""
+    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pairs = (line.split("#")[0].split(";")[0].strip().partition("==") for line in lines)
     return {name.lower().replace("_", "-"): version for name, equals, version in pairs if equals}
 
 

@@ -16,7 +16,13 @@ def parser() -> argparse.ArgumentParser:
         "strategies share is run once. Says first what it will cost; goes on where it was stopped; writes table.md, "
         "table.json and table.svg into its folder after each run.",
     )
-    made.add_argument("-c", "--config", metavar="FILE", required=True, help="the table, e.g. configs/table/iris.yaml")
+    made.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="a file, or a shipped table's name, e.g. iris",
+    )
     made.add_argument("--folder", help="of the table and its runs; tables/<name> without it")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     made.add_argument("--dry-run", action="store_true", help="say what it will cost, and stop there")
@@ -50,10 +56,11 @@ def main(options: argparse.Namespace) -> int:
     from cotune.experiments.command import TableCommand
     from cotune.experiments.table_config import TableError, read_table
     from cotune.fit.parts import parts_of
+    from cotune.shipped import resolved
 
     if options.jobs < 1:
         raise TableError(f"--jobs {options.jobs} is below 1.")
-    config = read_table(Path(options.config)).with_options(options.set)
+    config = read_table(Path(resolved(options.config, within="table/"))).with_options(options.set)
     config = config.only(
         tasks=options.task,
         lms=options.lm,

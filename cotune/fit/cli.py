@@ -40,6 +40,7 @@ from cotune.fit.parse_errors import explain
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.lightning_internals import PlainCLI
+from cotune.shipped import with_files
 from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
@@ -111,9 +112,10 @@ class CotuneCLI(PlainCLI):
         self._scratch: TemporaryDirectory[str] | None = None  # of a fast_dev_run
         self.signals = StopSignals()
         self._before: RunIdentity | None = None
-        words = sys.argv[1:] if args is None else args
-        first = words[0] if isinstance(words, list) and words else ""
-        check_config_files(words if isinstance(words, list) else [])
+        args = with_files(sys.argv[1:] if args is None else args) if isinstance(args, list | None) else args
+        words = args if isinstance(args, list) else []
+        first = words[0] if words else ""
+        check_config_files(words)
         self._asked = first if first in _LIGHTNINGS else ""
         try:
             with self.signals, own_modules():

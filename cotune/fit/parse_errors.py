@@ -11,7 +11,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
-OWN_COMMANDS = ("ask", "compare", "doctor", "export", "predict", "preview", "report", "table")
+from cotune.shipped import shipped
+
+OWN_COMMANDS = ("ask", "compare", "configs", "doctor", "export", "predict", "preview", "report", "table")
 """The commands that have a module and a parser of their own; fit, validate and test are Lightning's."""
 
 Options = Mapping[str, Any]
@@ -62,9 +64,11 @@ def _no_config(message: str, options: Options) -> str:
         return ""
     # The parser says the whole path; the user wrote it from the folder they are in.
     path = Path(found[1])
-    if path.is_relative_to(Path.cwd()):
-        return f'--config "{path.relative_to(Path.cwd())}": there is no such file in {Path.cwd()}.'
-    return f'--config "{path}": there is no such file.'
+    if not path.is_relative_to(Path.cwd()):
+        return f'--config "{path}": there is no such file.'
+    name = str(path.relative_to(Path.cwd()))
+    near = _hint(name.removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
+    return f'--config "{name}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
 
 
 def _unknown_argument(message: str, options: Options) -> str:

@@ -102,7 +102,7 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_a_printed_config_is_read_back_as_the_same(run: Run) -> None:
-    first = run("fit", "--config", IRIS, "--print_config")
+    first = run("fit", "--config", "iris", "--print_config")  # a shipped config goes by its name
     assert first.code == 0, first.err
     Path("printed.yaml").write_text(first.out)
     assert yaml.safe_load(first.out)["alternate"]["schedule"] == "p -> w -> p"
@@ -185,7 +185,9 @@ def test_an_unknown_command_is_named(run: Run) -> None:
 
 def test_a_config_that_is_missing_is_named(run: Run) -> None:
     message = one_error(run("fit", "--config", "nowhere.yaml"))
-    assert message == f'--config "nowhere.yaml": there is no such file in {Path.cwd()}.'
+    nowhere = f"there is no such file in {Path.cwd()}, and none that cotune configs lists."
+    assert message == f'--config "nowhere.yaml": {nowhere}'
+    assert one_error(run("fit", "--config", "irs")) == f'--config "irs": {nowhere} Did you mean iris?'
     assert one_error(run("fit", "--config", "/no/where.yaml")) == '--config "/no/where.yaml": there is no such file.'
     assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Said, cotune
+from commands import ROOT, Said, cotune
 
 from cotune.commands import doctor
 from cotune.commands.doctor import Finding, account_findings, disk_findings, gemm_gflops, python_findings
@@ -134,3 +134,7 @@ def test_a_product_is_measured_and_a_type_that_does_not_run_is_none(monkeypatch:
     assert speed is not None
     assert 0.001 < speed < 1e6
     assert gemm_gflops("cpu", "bool") is None
+
+
+def test_the_tested_versions_can_be_had_as_a_file_for_pip(run: Any) -> None:
+    assert run("--constraints").out == (ROOT / "constraints.txt").read_text()

@@ -13,7 +13,7 @@ from cotune.build import build_module
 from cotune.callbacks.export_program import FORMAT
 from cotune.errors import CotuneError
 from cotune.lightning_modules import LanguageModel, ProgramModule
-from cotune.programs import Example, Program, Rollout, prompts_from_dict
+from cotune.programs import Example, NamedValues, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
 from cotune.storage.formats import check_format
 
@@ -22,31 +22,42 @@ class ExportError(CotuneError, ValueError):
     """A folder is no export that can be loaded. The message says why, and what to do."""
 
 
-class PredictionError(CotuneError):
-    """The program gave no prediction for these inputs: a completion did not parse, or its code raised."""
-
-
 class Tuned:
-    """A tuned program: call it with the program's inputs, and it gives the prediction.
+    """A tuned program: call it with the program's inputs, and it gives the prediction. Its repr says what it is.
 
     Attributes:
         module: program, prompts and LM together; its weights are loaded and in eval mode.
+        folder: the export that it is from.
     """
 
-    def __init__(self, module: ProgramModule) -> None:
-        self.module = module
+    def __init__(self, module: ProgramModule, folder: Path | None = None) -> None:
+        self.module, self.folder = module, folder
 
-    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
-        """The prediction: what `Program.run` returns, a mapping of named values.
+    def __repr__(self) -> str:
+        module = self.module
+        lines = [f"{type(module.program).__name__}, tuned" + (f"; from {self.folder}" if self.folder else "")]
+        for name, stage in module.program.stages.items():
+            demos = len(module.prompts[name].demos)
+            lines.append(f"  {name}: {stage.signature}, {demos} demo{'' if demos == 1 else 's'}")
+        lines.append(f"  base: {module.lm.name}, adapter: {module.lm.adapter or 'none'}")
+        return "\n".join([*lines, *self._scores()])
+
+    def _scores(self) -> list[str]:
+        """The run's scores, where its folder is still around the export."""
+        path = self.folder.parent / "summary.json" if self.folder else None
+        if path is None or not path.is_file():
+            return []
+        run = _json(path)
+        test = "" if run["test_score"] is None else f", test {run['test_score']:.3f}"
+        return [f"  scores: val {run['scores'][run['best']]:.3f} after {run['best']}{test}"]
+
+    def __call__(self, **inputs: Any) -> NamedValues:
+        """The prediction: what `Program.run` returns, by name and as attributes.
 
         Raises:
             PredictionError: a completion did not parse, or the program raised.
         """
-        (rollout,) = self.rollouts([Example.of(inputs, {})])
-        if rollout.error is not None:
-            raise PredictionError(rollout.error.message)
-        assert rollout.prediction is not None
-        return rollout.prediction
+        return self.rollouts([Example.of(inputs, {})])[0].answer
 
     def rollouts(self, examples: Sequence[Example]) -> list[Rollout]:
         """Runs many examples together, in few LM batches. Scores are 0; a failure is in `Rollout.error`."""
@@ -89,7 +100,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
         module.configure_model()
     module.prompts = prompts_from_dict(_json(folder / "prompts.json"))
     module.max_error_rate = 1.0  # no error ends a batch of predictions: each is in its own rollout
-    return Tuned(module.eval())
+    return Tuned(module.eval(), folder)
 
 
 @contextmanager

@@ -246,6 +246,7 @@ class LanguageModel(nn.Module):
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
+        self.load()
         started, before = time.perf_counter(), self.completing.generated
         prompts = [Prompted(self.encode(r.messages), r.layout, r.seed) for r in requests]
         results = [Completion("")] * len(requests)

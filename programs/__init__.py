@@ -10,12 +10,13 @@ from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Patter
 from cotune.programs.lm import LM, Completion, Filled, LMUnavailableError, Message, Request, Sampling
 from cotune.programs.metrics import BatchMetric, Metric, exact_match, f1, first_line_number, number_match
 from cotune.programs.multihop import MultiHopQA
-from cotune.programs.program import Call, Program, Stage
+from cotune.programs.program import Call, NamedValues, Program, Stage
 from cotune.programs.prompt import Demo, Prompt, Prompts, prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.programs.reasoning import DescribeThenDecide, Predict
 from cotune.programs.retrieval import BM25, Dense, Encoder, Retriever, RetrieverError, SentenceEncoder, retrieve
-from cotune.programs.rollout import Failure, Rollout, Step, mean_score
+from cotune.programs.rollout import Failure, PredictionError, Rollout, Step, mean_score, mean_tokens
 from cotune.programs.runner import Runner
+from cotune.programs.samples import Vote, settled
 from cotune.programs.score import Score
 from cotune.programs.signature import In, Out, Signature
 from cotune.programs.types import FieldTypeError, Line, Reasoning
@@ -56,12 +57,14 @@ __all__ = [
     "Message",
     "Metric",
     "MultiHopQA",
+    "NamedValues",
     "Noise",
     "Number",
     "Out",
     "ParseError",
     "Pattern",
     "Predict",
+    "PredictionError",
     "Program",
     "Prompt",
     "Prompts",
@@ -82,6 +85,7 @@ __all__ = [
     "Tags",
     "Unreadable",
     "Usage",
+    "Vote",
     "content_id",
     "draw_demos",
     "exact_match",
@@ -91,9 +95,11 @@ __all__ = [
     "hide_own_demos",
     "labelled_demos",
     "mean_score",
+    "mean_tokens",
     "number_match",
     "prompts_from_dict",
     "prompts_id",
     "prompts_to_dict",
     "retrieve",
+    "settled",
 ]

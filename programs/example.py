@@ -23,6 +23,15 @@ class Example:
     inputs: Mapping[str, Any]
     labels: Mapping[str, Any]
 
+    def __new__(cls, *args: Any, **named: Any) -> Example:
+        unknown = [name for name in named if name not in ("id", "inputs", "labels")]
+        if unknown:
+            raise TypeError(
+                f'an Example has inputs and labels, and no "{unknown[0]}" of its own. Write '
+                f'Example.of({{"{unknown[0]}": ...}}, {{"answer": ...}}): what the program reads, then the labels.'
+            )
+        return super().__new__(cls)
+
     @classmethod
     def of(cls, inputs: Mapping[str, Any], labels: Mapping[str, Any], *, id: str = "") -> Example:
         """An example whose id, when none is given, is a hash of its content.

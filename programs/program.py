@@ -5,13 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cotune.errors import CotuneError
 from cotune.programs.layout import Choices
-from cotune.programs.prompt import Prompt
+from cotune.programs.prompt import Prompt, Prompts
 from cotune.programs.signature import Signature
 from cotune.programs.types import as_text, syntax_of
+
+if TYPE_CHECKING:
+    from cotune.programs.form import Form
+    from cotune.programs.lm import LM, Sampling
 
 Outputs = Mapping[str, Any]
 """What a stage call gives back: output field -> value, text where the signature names no other type."""
@@ -31,6 +35,38 @@ class Call:
     stage: str
     inputs: Mapping[str, str]
     scores: bool = False
+
+    # Asked for an output before it was yielded: only these three, so that a call is in all else a plain value.
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise self.not_yielded()
+
+    def keys(self) -> NoReturn:
+        """What `{**call}` asks for."""
+        raise self.not_yielded()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(name if name.startswith("_") else str(self.not_yielded()))
+
+    def not_yielded(self) -> StageError:
+        """That this call stands where its outputs should."""
+        return StageError(
+            f'the call of stage "{self.stage}" has no outputs before it is yielded. Write: outputs = yield '
+            f"self.{self.stage}(...)"
+        )
+
+
+class NamedValues(dict[str, Any]):
+    """Values by name that are attributes too: `found["city"]`, or `found.city` where dicts have no method of that name.
+
+    >>> NamedValues(city="Oslo").city
+    'Oslo'
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f'there is no value "{name}"; there are {", ".join(self) or "none"}')
 
 
 @dataclass(frozen=True)
@@ -87,6 +123,9 @@ class Stage:
         if missing or unknown:
             said = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
             raise TypeError(f'stage "{self.name}" {said}; its inputs are {", ".join(expected) or "none"}.')
+        for value in inputs.values():
+            if isinstance(value, Call):
+                raise value.not_yielded()
         return Call(self.name, {name: self.signature.shown(name, inputs[name]) for name in expected}, self.scores)
 
 
@@ -107,6 +146,34 @@ class Program(ABC):
         It is called with the example's inputs as keyword arguments. (`*args` only tells type checkers that a subclass
         may name its own: `def run(self, question: str)`.)
         """
+
+    def __call__(
+        self,
+        *,
+        lm: LM,
+        prompts: Prompts | None = None,
+        form: Form | None = None,
+        sampling: Sampling | None = None,
+        **inputs: Any,
+    ) -> NamedValues:
+        """Runs the program once, tuned by nothing: `Predict("question -> answer")(question="…", lm=LanguageModel())`.
+
+        Args:
+            lm: anything with `generate`.
+            prompts: of its stages; without them each stage has its instruction and no demos.
+            form, sampling: as in `ProgramModule`.
+            inputs: arguments of `run`.
+
+        Raises:
+            PredictionError: a completion could not be read, or the program raised.
+        """
+        from cotune.programs.example import Example
+        from cotune.programs.form import ReasonThenFill
+        from cotune.programs.lm import Sampling
+        from cotune.programs.runner import Runner
+
+        runner = Runner(self, lm, form or ReasonThenFill(), None, sampling or Sampling(), max_error_rate=1.0)
+        return runner.run([Example.of(inputs, {})], prompts or self.initial_prompts())[0].answer
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A stage made in __init__ gets its name here, as __set_name__ gives it to one in the class body.

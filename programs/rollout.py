@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cotune.errors import CotuneError
 from cotune.programs.example import Example
 from cotune.programs.lm import Completion
+from cotune.programs.program import NamedValues
 
 Kind = Literal["format", "type", "program", "retriever", "metric"]
 
@@ -38,6 +40,10 @@ class Step:
         return tuple(filled.name for filled in self.completion.fields if filled.ended == "length")
 
 
+class PredictionError(CotuneError):
+    """The program gave no prediction for these inputs: a completion did not parse, or its code raised."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One run of a program on one example.
@@ -56,7 +62,24 @@ class Rollout:
     objectives: Mapping[str, float] = field(default_factory=dict)
     stages: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def answer(self) -> NamedValues:
+        """The prediction of a run that must have come to one.
+
+        Raises:
+            PredictionError: it did not.
+        """
+        if self.error is not None or self.prediction is None:
+            raise PredictionError(self.error.message if self.error else "the program gave no prediction")
+        return NamedValues(self.prediction)
+
 
 def mean_score(done: Sequence[Rollout]) -> float:
     """Mean score, 0 for no rollouts."""
     return math.fsum(r.score for r in done) / len(done) if done else 0.0
+
+
+def mean_tokens(done: Sequence[Rollout]) -> float:
+    """Mean number of tokens that a run reads and writes, 0 for no rollouts."""
+    steps = [step.completion for rollout in done for step in rollout.steps]
+    return sum(len(c.prompt_ids) + len(c.completion_ids) for c in steps) / max(len(done), 1)

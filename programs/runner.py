@@ -17,7 +17,7 @@ from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
 from cotune.programs.metrics import BatchMetric, Metric
-from cotune.programs.program import Call, Program
+from cotune.programs.program import Call, NamedValues, Program
 from cotune.programs.prompt import Prompts
 from cotune.programs.retrieval import RetrieverError
 from cotune.programs.rollout import Failure, Kind, Rollout, Step
@@ -167,7 +167,8 @@ class _Run:
         if self.generator is None:
             made: Any = self.own.run(**copy.deepcopy(dict(self.example.inputs)))
             if not isinstance(made, Generator):
-                raise TypeError(f"run is no generator, it returned {shown(made)}; yield the stage calls")
+                said = f"{made.not_yielded()}" if isinstance(made, Call) else "yield the stage calls"
+                raise TypeError(f"run is no generator, it returned {shown(made)}; {said}")
             self.generator = made
         return self.generator
 
@@ -212,16 +213,18 @@ class _Run:
             if not completion.scores:
                 self._fail("program", f'stage "{self.call.stage}" asks for scores, and {_NO_SCORES}')
         self.steps.append(step)
-        return self.error is None and self.advance(values)
+        return self.error is None and self.advance(NamedValues(values))
 
     def _finish(self, prediction: Any) -> None:
-        if not isinstance(prediction, Mapping):
+        if isinstance(prediction, Call):
+            self._fail("program", f"run() returned a call: {prediction.not_yielded()}")
+        elif not isinstance(prediction, Mapping):
             said = f"returned {shown(prediction)}; return a mapping of named values, e.g. the last outputs"
             self._fail("program", f"run() {said}")
         elif fault := _unwritable(prediction):
             self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
         else:
-            self.prediction = prediction
+            self.prediction = NamedValues(prediction)
 
     def rollout(self, judged: Score | Failure) -> Rollout:
         """The record of this run, with the metric's score or with what went wrong."""
@@ -282,6 +285,9 @@ def _unsayable(inputs: Any) -> str:
 
 def _unwritable(prediction: Mapping[Any, Any]) -> str:
     """What stops a prediction from being written as JSON, as logs and `cotune predict` do; "" for nothing."""
+    for value in prediction.values():
+        if isinstance(value, Call):
+            return str(value.not_yielded())
     wrong = [name for name in prediction if not isinstance(name, str)]
     if wrong:
         return f"its key {shown(wrong[0])} is no text"

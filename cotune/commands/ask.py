@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cotune.errors import CotuneError
@@ -23,14 +24,24 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; the program's inputs are options too, which only its export knows."""
     made = argparse.ArgumentParser(
         "cotune ask",
-        usage="cotune ask --export FOLDER [--INPUT VALUE ...] [--verbose]",
-        description="Asks a tuned program one question and shows what each stage wrote. The program's inputs are "
-        'options, e.g. --question "…"; in a terminal those left out are asked for.',
+        usage="cotune ask --export FOLDER | --config FILE | --program PROGRAM [--INPUT VALUE ...] [--verbose]",
+        description="Asks a program one question and shows what each stage wrote: a tuned one (--export), or one as it "
+        'comes (--config, --program). The program\'s inputs are options, e.g. --question "…"; in a terminal those left '
+        "out are asked for.",
         epilog="Exit codes: 0 when the program gave an answer, 1 when it gave none, 2 for an error that the message "
         "explains.",
         allow_abbrev=False,
     )
-    made.add_argument("--export", required=True, metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
+    made.add_argument("--export", metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
+    made.add_argument(
+        *("-c", "--config"),
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the config of a fit, which need not have run",
+    )
+    made.add_argument("--program", help='module.Class, or a signature, e.g. "question -> answer"')
+    made.add_argument("--lm", metavar="MODEL", help="Hub id, folder or .gguf file, in place of the config's LM")
     made.add_argument("--verbose", action="store_true", help="show each stage's whole prompt")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     return made
@@ -54,21 +65,57 @@ def main(options: argparse.Namespace) -> int:
 
     from cotune.build import build_module
     from cotune.programs import Example
-    from cotune.tuned import export_folder, load, program_inputs, read_export
+    from cotune.tuned import Tuned, export_folder, load, program_inputs, read_export
 
-    folder = export_folder(options.export)
-    config = read_export(folder)["model"]
+    given = [bool(options.export), bool(options.config or options.program)]
+    if sum(given) != 1:
+        raise AskError("name a tuned program with --export, or one as it comes with --config or --program.")
+    folder = export_folder(options.export) if options.export else None
+    config = read_export(folder)["model"] if folder else _as_it_comes(options)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if config is None:
-        load(folder)  # refuses, and says how such an export is loaded
-    required, optional = program_inputs(build_module(config, where=str(folder / "program.json")).program)
+        load(folder or "")  # refuses, and says how such an export is loaded
+    module = build_module(config, where=str(folder / "program.json") if folder else "the options")
+    required, optional = program_inputs(module.program)
     inputs = question(options.inputs, required, optional, console)  # before the weights are read: it may be refused
     with console.status("reading the weights"):
-        tuned = load(folder, trust_remote_code=options.trust_remote_code)
+        if folder:
+            tuned = load(folder, trust_remote_code=options.trust_remote_code)
+        else:
+            module.configure_model()
+            tuned = Tuned(module.eval())
     with console.status("asking"):
         (rollout,) = tuned.rollouts([Example.of(inputs, {})])
     show(rollout, console, verbose=options.verbose)
     return int(rollout.error is not None)
+
+
+def _as_it_comes(options: argparse.Namespace) -> dict[str, Any]:
+    """The "model" part of the configs laid over one another, with --program and --lm in their places."""
+    import yaml
+
+    from cotune.fit.config_files import check_config_file
+    from cotune.shipped import resolved
+
+    model: dict[str, Any] = {"lm": {"class_path": "cotune.lightning_modules.LanguageModel"}, "max_error_rate": 1.0}
+    for path in map(Path, map(resolved, options.config)):
+        check_config_file(path)
+        model = _laid_over(model, yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}))
+    if options.program and "->" in options.program:
+        model["program"] = {"class_path": "Predict", "init_args": {"signature": options.program}}
+    elif options.program:
+        model["program"] = options.program
+    if "program" not in model:
+        raise AskError(f"{', '.join(options.config)} names no model.program; give one with --program.")
+    extra = {"trust_remote_code": options.trust_remote_code, **({"model": options.lm} if options.lm else {})}
+    return _laid_over(model, {"lm": {"init_args": extra}})
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        k: _laid_over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)
+    }
+    return {**below, **above, **both}
 
 
 def question(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +109,17 @@ def test_text_of_the_data_is_never_markup(answered: Any) -> None:
         verbose=True,
     )
     assert "[red]x[/red] [/nothing]" in out.getvalue()
+
+
+def test_a_program_is_asked_as_it_comes(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.yaml").write_text("model:\n  sampling: {max_new_tokens: 4}\n  lm: {init_args: {device: cpu}}\n")
+    words = ["--config", "own.yaml", "--lm", str(tiny_model)]
+    said = cotune(
+        ["ask", *words, "--program", "question -> answer: Literal['yes', 'no']", "--question", "Is it?"], capsys
+    )
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-1] in ("answer: yes", "answer: no")
+    assert "names no model.program" in cotune(["ask", *words], capsys).err
+    assert cotune(["ask"], capsys).err.startswith("cotune: error: name a tuned program with --export")
+    said = cotune(["ask", "--config", "iris", "--colour", "red"], capsys)
+    assert '"--colour" is no input of the program; its inputs are --petal_length' in said.err

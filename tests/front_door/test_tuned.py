@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ import pytest
 import torch
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.tasks.iris import iris_examples
-from cotune.programs import Rollout
+from cotune.programs import PredictionError, Rollout
 from tiny import save_tiny_model
 from tiny_fit import CurtLM, among
 
 import cotune
 from cotune import Predict, ProgramModule
 from cotune.build import BuildError
-from cotune.tuned import ExportError, PredictionError, Tuned, program_inputs
+from cotune.tuned import ExportError, Tuned, program_inputs
 
 SIGNATURE = "petal_length, petal_width, sepal_length, sepal_width -> answer"
 FLOWERS = iris_examples()[::15]
@@ -37,6 +38,16 @@ def test_a_loaded_export_reads_and_writes_the_tokens_of_the_run(finished: Any, t
     assert finished.module.lm.fingerprint() == tuned.module.lm.fingerprint()
     assert finished.module.prompts == tuned.module.prompts
     assert ids(tuned.rollouts(FLOWERS)) == ids(finished.module.rollouts(FLOWERS, metric=None))
+
+
+def test_its_repr_says_what_it_is(finished: Any, tuned: Tuned, tmp_path: Path) -> None:
+    first, stage, lm, scores = repr(tuned).splitlines()
+    assert first == f"Predict, tuned; from {finished.export}"
+    assert stage.startswith(f"  predict: {SIGNATURE}: Literal['setosa', 'versicolor', 'virginica'], ")
+    assert stage.endswith((" demo", " demos"))
+    assert lm == f"  base: {finished.module.lm.name}, adapter: {finished.export / 'adapter'}"
+    assert re.fullmatch(r"  scores: val \d\.\d{3} after p -> w -> p, test \d\.\d{3}", scores)
+    assert len(repr(Tuned(tuned.module, tmp_path / "moved")).splitlines()) == 3, "without its run it has no scores"
 
 
 def test_loading_writes_nothing_and_leaves_transformers_bar_as_it_was(

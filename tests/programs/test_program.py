@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
-from cotune.programs import Call, Predict, Program, Prompt, Signature, Stage
+from cotune.programs import Call, Demo, Example, Predict, PredictionError, Program, Prompt, Signature, Stage
 from cotune.programs.program import StageError, as_text
-from fakes import Branch, Loop
+from fakes import Branch, FakeLM, Loop
 
 PLAIN = Signature.parse("number -> answer")
 
@@ -98,3 +101,69 @@ def test_stages_that_stand_where_they_have_no_name_are_refused(held: object) -> 
 
     with pytest.raises(StageError, match=rf"Hops\.hops: stages in a {type(held).__name__} have no name"):
         _ = Hops().stages
+
+
+def test_a_program_runs_in_one_line_as_it_comes_and_with_prompts() -> None:
+    lm = FakeLM(lambda request: f"answer: {len(request.messages)}")
+    ask = Predict("question -> answer: int", instruction="Count.")
+    assert ask(question="How many?", lm=lm) == {"answer": 2}
+    assert lm.requests[0].messages[0]["content"].startswith("Count.")
+    demo = Demo({"question": "None?"}, {"answer": "0"}, source="x")
+    assert ask(question="And now?", lm=lm, prompts={"predict": Prompt("Count.", (demo,))}).answer == 4
+    with pytest.raises(PredictionError, match='stage "predict"'):
+        ask(question="How many?", lm=FakeLM(lambda request: "answer: many"))
+    with pytest.raises(PredictionError, match='misses "question"'):
+        ask(query="How many?", lm=lm)
+
+
+# Newcomers' slips
+
+
+class Slip(Program):
+    route = Stage("ticket -> team")
+    rate = Stage("ticket -> urgency")
+
+    def __init__(self, slip: str) -> None:
+        self.slip = slip
+
+    def run(self, ticket):  # type: ignore[no-untyped-def]
+        routed = self.route(ticket=ticket)
+        if self.slip == "no yield":
+            return routed
+        if self.slip == "an item":
+            return {"team": routed["team"]}
+        if self.slip == "an attribute":
+            return {"team": routed.team}
+        if self.slip == "all of it":
+            return {**routed}
+        rated = yield self.rate(ticket=routed if self.slip == "an input" else ticket)
+        return rated if self.slip == "works" else {"team": routed} if self.slip == "a value" else routed
+
+
+@pytest.mark.parametrize("slip", ["an item", "an attribute", "all of it", "an input", "a value", "the prediction"])
+def test_a_call_without_its_yield_is_told_apart_from_outputs(slip: str) -> None:
+    lm = FakeLM(lambda request: "urgency: high")
+    with pytest.raises(PredictionError) as raised:
+        Slip(slip)(ticket="It is broken.", lm=lm)
+    assert "Write: outputs = yield self.route(...)" in str(raised.value)
+    assert Slip("works")(ticket="It is broken.", lm=lm).urgency == "high"
+
+
+def test_outputs_and_predictions_have_attributes_and_name_the_ones_there_are() -> None:
+    class Both(Program):
+        say = Stage("text -> answer")
+
+        def run(self, text):  # type: ignore[no-untyped-def]
+            said = yield self.say(text=text)
+            return {"city": said.answer, "right": said.anser}
+
+    lm = FakeLM(lambda request: "answer: Oslo")
+    with pytest.raises(PredictionError, match='there is no value "anser"; there are answer'):
+        Both()(text="?", lm=lm)
+
+
+def test_an_example_made_like_a_row_says_how_it_is_made() -> None:
+    with pytest.raises(TypeError, match=r'Write Example.of\(\{"question": ...\}, \{"answer": ...\}\)'):
+        Example(question="1+1?", answer="2")
+    example = Example.of({"question": "1+1?"}, {"answer": "2"})
+    assert copy.deepcopy(example) == pickle.loads(pickle.dumps(example)) == example

@@ -1,0 +1,36 @@
+"""Several runs of each example as one: their mean score, or the answer that most of them gave."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from cotune.programs.rollout import Rollout
+from cotune.programs.types import plain
+
+Vote = Literal["mean", "majority"]
+
+
+def settled(passes: Sequence[Sequence[Rollout]], vote: Vote) -> list[Rollout]:
+    """One rollout for each example, of passes over the same examples in the same order.
+
+    With "mean" it is the first pass's with the mean score of all (mean@k). With "majority" it is the first one whose
+    prediction most runs of the example came to; runs without a prediction have no vote, and ties go to the earlier.
+    """
+    return [_mean(runs) if vote == "mean" else _majority(runs) for runs in zip(*passes, strict=True)]
+
+
+def _mean(runs: Sequence[Rollout]) -> Rollout:
+    # A run with an error scores 0; one whose siblings succeeded is not the one to show.
+    first = next((run for run in runs if run.error is None), runs[0])
+    return replace(first, score=math.fsum(run.score for run in runs) / len(runs))
+
+
+def _majority(runs: Sequence[Rollout]) -> Rollout:
+    votes = [None if run.prediction is None else json.dumps(plain(run.prediction), sort_keys=True) for run in runs]
+    counted = Counter(vote for vote in votes if vote is not None)
+    return runs[votes.index(counted.most_common(1)[0][0])] if counted else runs[0]

@@ -1,0 +1,35 @@
+"""Claims about several runs of an example: their mean, or what most of them say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cotune.programs import Example, Failure, Rollout, settled
+from cotune.programs.samples import Vote
+
+ROW = Example.of({"q": "1+1"}, {"answer": "2"})
+
+
+def run(answer: Any, score: float) -> Rollout:
+    error = Failure("format", "unreadable") if answer is None else None
+    return Rollout(ROW, (), None if answer is None else {"answer": answer}, score, error)
+
+
+@pytest.mark.parametrize(
+    ("vote", "runs", "answer", "score"),
+    [
+        ("mean", [("2", 1.0), ("3", 0.0), ("2", 1.0), (None, 0.0)], "2", 0.5),
+        ("mean", [(None, 0.0), ("2", 1.0)], "2", 0.5),
+        ("majority", [("3", 0.0), ("2", 1.0), ("2", 1.0)], "2", 1.0),
+        ("majority", [("2", 1.0), ("3", 0.0), ("3", 0.0)], "3", 0.0),
+        ("majority", [("3", 0.0), ("2", 1.0)], "3", 0.0),
+        ("majority", [(None, 0.0), (None, 0.0), ("2", 1.0)], "2", 1.0),
+        ("majority", [([2, 3], 1.0), ([3, 2], 0.0), ([2, 3], 1.0)], [2, 3], 1.0),
+        ("majority", [(None, 0.0)], None, 0.0),
+    ],
+)
+def test_runs_of_an_example_become_one(vote: Vote, runs: list[tuple[Any, float]], answer: Any, score: float) -> None:
+    (one,) = settled([[run(*given)] for given in runs], vote)
+    assert one.score == score
+    assert (one.prediction or {}).get("answer") == answer

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 
 from cotune.shipped import shipped
 
-OWN_COMMANDS = ("ask", "compare", "configs", "doctor", "export", "predict", "preview", "report", "table")
+OWN_COMMANDS = ("ask", "compare", "configs", "doctor", "export", "new", "predict", "preview", "report", "table")
 """The commands that have a module and a parser of their own; fit, validate and test are Lightning's."""
 
 Options = Mapping[str, Any]

@@ -1,0 +1,72 @@
+"""Claims about `cotune new`: what it writes runs as it is, with its own data or with the user's."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import Said, cotune, tiny
+
+from cotune.commands.new import propose_sizes
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Said]]:
+    yield lambda *words: cotune(words, capsys)
+    sys.modules.pop("program", None)
+
+
+def test_what_it_writes_is_tuned_by_the_command_that_it_prints(
+    run: Callable[..., Said], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = run("new", "my-task")
+    assert said.code == 0, said.err
+    assert said.out.endswith("next: cd my-task && cotune fit --config task.yaml\n")
+    assert "my-task is there already" in run("new", "my-task").err
+    monkeypatch.chdir("my-task")
+    small = [
+        "--alternate.schedule",
+        "p",
+        "--alternate.search.num_candidates",
+        "1",
+        "--data.bootstrapping.attempts",
+        "1",
+    ]
+    done = run("fit", "--config", "task.yaml", *tiny(tiny_model), "--data.metric", "program.metric", *small)
+    assert done.code == 0, done.err
+    (asked,) = [line for line in Path("README.md").read_text().splitlines() if line.startswith("cotune ask")]
+    assert asked.startswith("cotune ask --export runs/my-task --message ")
+    assert Path("runs/my-task/export/prompts.json").is_file()
+
+
+def test_rows_of_ones_own_get_their_fields_their_types_and_their_sizes(run: Callable[..., Said]) -> None:
+    with Path("mine.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["Question text", "class", "note"])
+        rows.writerows([f"what is {n}?", "even" if n % 2 == 0 else "odd", f"n{n}"] for n in range(40))
+    assert (
+        'there is no column "clas"; there are Question text, class, note.'
+        in run(*("new", "sorted", "--data", "mine.csv", "--labels", "clas")).err
+    )
+    said = run("new", "sorted", "--data", "mine.csv", "--inputs", "Question text", "--labels", "class,note")
+    assert said.code == 0, said.err
+    assert "question_text -> class_: Literal['even', 'odd'], note\"" in Path("sorted/program.py").read_text()
+    data = yaml.safe_load(Path("sorted/task.yaml").read_text())["data"]["init_args"]
+    assert data["path"] == str(Path("mine.csv").resolve())
+    assert data["inputs"] == {"question_text": "Question text"}
+    assert data["labels"] == {"class_": "class", "note": "note"}
+    assert (data["stratify"], data["sizes"]) == ("class_", {"train": 14, "dev": 8, "val": 8, "test": 10})
+    compile(Path("sorted/program.py").read_text(), "program.py", "exec")
+
+
+def test_too_few_rows_for_four_sets_are_refused(run: Callable[..., Said]) -> None:
+    Path("few.jsonl").write_text('{"q": "a", "a": "b"}\n' * 7)
+    assert "7 rows are too few" in run("new", "few", "--data", "few.jsonl").err
+    assert not Path("few").exists()
+    for rows in (8, 9, 99, 100, 3000):
+        assert min(propose_sizes(rows).values()) >= 1
+        assert sum(propose_sizes(rows).values()) <= rows

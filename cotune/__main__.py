@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cotune.fit.help_page import first_screen
 from cotune.fit.parse_errors import OWN_COMMANDS
 
 _HELP = """\
@@ -18,6 +19,7 @@ Tunes the prompts and the weights of multi-stage LM programs, by turns.
 
 before a run
   doctor     what this machine can do, what to set   cotune doctor
+  new        a task to start from: program, data     cotune new my-task
   configs    what comes with cotune, by name         cotune configs
 the run
   fit        a schedule of prompt and weight steps   cotune fit --config iris
@@ -28,7 +30,7 @@ what came of it
   report     the run as one HTML page                cotune report runs/iris
   compare    runs side by side                       cotune compare runs/iris runs/iris-2
   preview    training pairs as they are trained on   cotune preview runs/iris
-  ask        one question, shown stage by stage      cotune ask --export runs/iris
+  ask        one question, shown stage by stage      cotune ask --export runs/iris (or --config iris: as it comes)
   predict    answer the rows of a file or of stdin   cotune predict --export runs/iris --data rows.csv
   export     adapter, merged weights, model card     cotune export runs/iris --what all
 
@@ -36,6 +38,10 @@ cotune COMMAND --help lists a command's options; fit --print_config prints a con
 Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor), 2 an error that the message explains,
 3 no traces to train on, 130 stopped by Ctrl-C. COTUNE_DEBUG=1 shows the traceback behind a message.
 """
+
+
+_VARIABLES = ("COTUNE_CACHE", "COTUNE_DEBUG", "COTUNE_SMOLLM2_WHEEL")
+_OF_TESTS = ("COTUNE_CRASH", "COTUNE_DATA")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -50,6 +56,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(version_line())
         return 0
+    if words[0] in ("fit", "validate", "test") and {"-h", "--help"} & set(words):
+        print(first_screen(words[0]), end="")
+        return 0
+    if unread := sorted({name for name in os.environ if name.startswith("COTUNE_")} - {*_VARIABLES, *_OF_TESTS}):
+        print(
+            f"cotune: {', '.join(unread)}: no such environment variable is read; those of cotune are "
+            f"{', '.join(_VARIABLES)}. Options stand in YAML files or on the command line.",
+            file=sys.stderr,
+        )
     _share_cores()
     _keep_freed_memory()
     # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.

@@ -34,7 +34,7 @@ from cotune.datamodules import TraceDataModule
 from cotune.datamodules.splits import NAMES
 from cotune.errors import CotuneError, MissingFileError
 from cotune.fit.config_files import check_config_files
-from cotune.fit.help_page import arrange, options_of
+from cotune.fit.help_page import arrange, options_of, wanted
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
 from cotune.fit.wandb_setup import placed_loggers
@@ -73,6 +73,9 @@ _LIGHTNINGS = ("fit", "validate", "test")
 class Parser(LightningArgumentParser):
     """Lightning's parser, whose errors are one line and name the nearest right option."""
 
+    help_group = "all"
+    """The group of options that --help shows."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The base class would print a page of usage first, and the message would be lost behind it.
         print(f"cotune: error: {explain(message, options_of(self))}", file=sys.stderr)
@@ -80,7 +83,7 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         if "alternate.schedule" in options_of(self) and self.prog.split()[-1] in _LIGHTNINGS:
-            arrange(self)
+            arrange(self, self.help_group)
         return super().format_help(*args, **kwargs)
 
 
@@ -115,6 +118,8 @@ class CotuneCLI(PlainCLI):
         args = with_files(sys.argv[1:] if args is None else args) if isinstance(args, list | None) else args
         words = args if isinstance(args, list) else []
         first = words[0] if words else ""
+        if (group := wanted(words)) is not None and first in _LIGHTNINGS:
+            args, Parser.help_group = [first, "--help"], group
         check_config_files(words)
         self._asked = first if first in _LIGHTNINGS else ""
         try:
@@ -179,6 +184,11 @@ class CotuneCLI(PlainCLI):
             if config.ckpt_path is None:
                 folder = self.run_folder.path / "checkpoints"
                 raise MissingFileError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
+        if config.get("ckpt_path") == "best" and not Path("best").exists():
+            raise OptionError(
+                'ckpt_path "best": checkpoints are not ranked. A finished run\'s last one holds its best prefix: give '
+                "--ckpt_path last, or the path of a checkpoint."
+            )
         if config.get("ckpt_path"):
             config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
         config.trainer.default_root_dir = str(self.run_folder.path)

@@ -1,4 +1,4 @@
-"""The --help of fit, validate and test: the questions people have first, options of the chosen classes among them.
+"""The --help of fit, validate and test: a screen with what people ask first; all the rest by group.
 
 Of argparse and jsonargparse this file alone uses what they do not promise. tests/test_internals.py says from
 which version it was read, and fails if it goes.
@@ -7,14 +7,14 @@ which version it was read, and fails if it goes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Sequence
+from pydoc import locate
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch.cli import LightningArgumentParser
-
-from cotune.datamodules import TraceDataModule
-from cotune.lightning_modules import LanguageModel
-from cotune.prompting import RandomDemoSearch
+if TYPE_CHECKING:  # the first screen comes without the heavy libraries
+    from lightning.pytorch.cli import LightningArgumentParser
 
 _SAID = {
     "fit": "Tunes a program by a schedule of prompt and weight steps, and scores the result on test. After a stop or a "
@@ -22,7 +22,11 @@ _SAID = {
     "validate": "Scores a program on val: as it comes, or a run's with --ckpt_path last.",
     "test": "Scores a program on test: as it comes, or a run's with --ckpt_path last.",
 }
-_CLASSES = {"alternate.search": RandomDemoSearch, "model.lm": LanguageModel, "data": TraceDataModule}
+_CLASSES = {
+    "alternate.search": "cotune.prompting.RandomDemoSearch",
+    "model.lm": "cotune.lightning_modules.LanguageModel",
+    "data": "cotune.datamodules.TraceDataModule",
+}
 """Option that chooses a class -> the class whose options are shown: the default, or the base of all."""
 
 _ORDER = ("", "alternate", "model", "data", "record", "log", "ckpt_path", "trainer")
@@ -48,11 +52,90 @@ def options_of(parser: argparse.ArgumentParser) -> dict[str, Any]:
     return found
 
 
-def arrange(parser: LightningArgumentParser) -> None:
-    """Puts a subcommand's help into a reader's order.
+GROUPS = {
+    "alternate": "alternate",
+    "search": "alternate.search",
+    "model": "model",
+    "lm": "model.lm",
+    "data": "data",
+    "record": "record",
+    "log": "log",
+    "trainer": "trainer",
+}
+"""Name of a group, in --help=NAME -> what its options begin with."""
+
+_FIRST = """\
+usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
+
+{said}
+
+  -c, --config FILE             YAML with any of these options, or a shipped config's name (cotune configs)
+  --name NAME                   of the run; its files are in <runs_dir>/<name> (default: run)
+  --fresh                       start over; an earlier run of that name is archived
+  --seed_everything N           of all that is drawn: sets, adapter, demos, samples (default: 0)
+  --print_config                print the whole configuration, as YAML to start from, and stop
+
+  --model.program CLASS         the program, module.Class
+  --model.lm.model MODEL        embedded, a Hub id, a folder or a .gguf file (default: embedded)
+  --model.lm.dtype TYPE         float32, bfloat16 or float16 (default: float32)
+  --model.lm.quantization KIND  nf4, fp4 or int8 (default: null)
+  --model.sampling.max_new_tokens N  longest completion (default: 256)
+  --model.optimizer.lr RATE     (default: 5e-4)
+
+  --data CLASS                  Table for rows of your own; Iris, Banking77, GSM8K, HotPotQA
+  --data.path FILE              of Table: jsonl, json, csv, tsv, parquet, or a Hub data set
+  --data.metric FUNCTION        module.function, (example, prediction) -> 0 to 1 (default: exact_match)
+  --data.sizes.train N          and dev, val, test: rows of each set
+  --data.batch_size N           pairs in an optimiser step (default: 8)
+
+  --alternate.schedule STEPS    p searches prompts, w trains weights (default: "p -> w -> p")
+  --alternate.epochs N          of each weight step (default: 5)
+  --alternate.search CLASS      RandomDemoSearch, ReflectiveSearch or JointSearch (default: RandomDemoSearch)
+
+  --trainer.accelerator NAME    cpu, gpu, mps or auto (default: auto)
+  --trainer.logger CLASS        beside metrics.csv, e.g. WandbLogger
+  --trainer.fast_dev_run true   walk the whole schedule on a batch of each set, keeping nothing
+
+More: --help=all, or --help=GROUP with one of {groups}.
+A class's own options: --data.help Iris, --trainer.logger.help WandbLogger.
+"""
+
+
+class HelpError(ValueError):
+    """There is no group of options of that name."""
+
+
+def wanted(words: Sequence[str]) -> str | None:
+    """The group whose help a command line asks for, "all" for everything, None for no help.
+
+    >>> wanted(["fit", "--help=lm"]), wanted(["fit", "--model.help"]), wanted(["fit"])
+    ('lm', 'model', None)
+
+    Raises:
+        HelpError: there is no such group.
+    """
+    for word in words:
+        found = re.fullmatch(r"--help=(.*)|--(alternate|model|record|log|trainer)\.help", word)
+        if found is None:
+            continue
+        group = found[1] or found[2]
+        if group not in ("all", *GROUPS):
+            raise HelpError(f'there is no group "{group}" of options; there are all, {", ".join(GROUPS)}.')
+        return group
+    return None
+
+
+def first_screen(command: str) -> str:
+    """What `cotune fit --help` says."""
+    return _FIRST.format(command=command, said=fill(_SAID[command], 112), groups=", ".join(GROUPS))
+
+
+def arrange(parser: LightningArgumentParser, group: str) -> None:
+    """Puts a subcommand's help into a reader's order, and leaves one group of it, or "all".
 
     By default hundreds of the trainer's options come first, and the LM's, the search's and the data's not at all.
     """
+    start = f"{GROUPS[group]}." if group in GROUPS else ""
     command = parser.prog.split()[-1]
     parser.usage = f"cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     parser.description = (
@@ -62,19 +145,22 @@ def arrange(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         action.help = _HELP.get(action.dest, action.help)
     groups = {group.title: group for group in parser._action_groups if group.title != "Linked arguments"}
-    for group in _groups_of_classes(set(parser._option_string_actions)):
-        shown = groups.setdefault(group.title, group)
-        if shown is not group:
-            shown._group_actions += group._group_actions
-    for group in groups.values():
-        group.title = _TITLES.get(_ORDER[_place(group)], group.title)
-    parser._action_groups = sorted(groups.values(), key=_place)
+    for more in _groups_of_classes(set(parser._option_string_actions)):
+        shown = groups.setdefault(more.title, more)
+        if shown is not more:
+            shown._group_actions += more._group_actions
+    for shown in groups.values():
+        shown.title = _TITLES.get(_ORDER[_place(shown)], shown.title)
+        shown._group_actions = [a for a in shown._group_actions if f"{a.dest}.".startswith(start)]
+    parser._action_groups = sorted((g for g in groups.values() if g._group_actions), key=_place)
 
 
 def _groups_of_classes(known: set[str]) -> Iterator[Any]:
-    for option, cls in _CLASSES.items():
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    for option, path in _CLASSES.items():
         made = LightningArgumentParser(add_help=False)
-        made.add_class_arguments(cls, option, skip={"seed"})  # all seeds are seed_everything
+        made.add_class_arguments(cast(type, locate(path)), option, skip={"seed"})  # all seeds are seed_everything
         for group in made._action_groups:
             # The option that chooses the class stands with the command's own.
             group._group_actions = [a for a in group._group_actions if not known & set(a.option_strings)]

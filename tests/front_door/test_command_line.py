@@ -40,7 +40,9 @@ def one_error(said: Said, code: int = 2) -> str:
 # Help and configs
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["--version"], *([name, "--help"] for name in OWN_COMMANDS)])
+@pytest.mark.parametrize(
+    "words", [["--help"], [], ["--version"], ["fit", "--help"], *([name, "--help"] for name in OWN_COMMANDS)]
+)
 def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
     script = (
         "import sys\nfrom cotune.__main__ import main\n"
@@ -55,10 +57,13 @@ def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
-def test_the_help_has_the_options_of_the_default_classes_and_the_trainers_last(run: Run, command: str) -> None:
-    said = run(command, "--help")
-    assert said.code == 0, said.err
-    assert said.out.startswith(f"usage: cotune {command} --config FILE")
+def test_the_help_is_one_screen_first_and_all_of_it_has_the_default_classes_options(run: Run, command: str) -> None:
+    first, said = run(command, "--help"), run(command, "--help=all")
+    assert first.code == said.code == 0, said.err
+    assert len(first.out.splitlines()) <= 40
+    assert max(map(len, first.out.splitlines())) <= 120
+    for page in (first.out, said.out):
+        assert page.startswith(f"usage: cotune {command} --config FILE")
     heads = [line for line in said.out.splitlines() if re.match(r"\S.*:$", line)]
     assert heads[0] == "options:"
     assert heads[-1] == "Lightning's trainer:"
@@ -67,6 +72,18 @@ def test_the_help_has_the_options_of_the_default_classes_and_the_trainers_last(r
     for option in ("name", "alternate.search.racing", "model.lm.quantization", "data.bootstrapping.hints", "data"):
         assert len(re.findall(rf"^  --{option}[ ,]", said.out, re.MULTILINE)) == 1, option
     assert "--weights_only" not in said.out
+    known = {*re.findall(r"^  --([\w.]+)", said.out, re.MULTILINE), "config", "data.path", "model.optimizer.lr"}
+    assert set(re.findall(r"^  (?:-c, )?--([\w.]+)", first.out, re.MULTILINE)) <= known
+
+
+def test_a_group_of_options_has_a_help_of_its_own(run: Run) -> None:
+    for word in ("--help=search", "--help=record"):
+        options = re.findall(r"^  --([\w.]+)", run("fit", word).out, re.MULTILINE)
+        start = {"--help=search": "alternate.search", "--help=record": "record"}[word]
+        assert options
+        assert all(option.startswith(start) for option in options)
+    assert run("fit", "--record.help").out == run("fit", "--help=record").out
+    assert one_error(run("fit", "--help=lora")).startswith('there is no group "lora" of options; there are all, alter')
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
@@ -139,6 +156,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--modle.lm.model", "x"], "unknown option --modle.lm.model. Did you mean --model.lm.model?"),
         (["--alternate.search.num_candidats", "3"], 'unknown option "num_candidats". Did you mean num_candidates?'),
         (["--model.lm.lora.alfa", "3"], "unknown option --lora.alfa. Did you mean --lora.alpha?"),
+        (["--alternate.sched", "p"], "unknown option --alternate.sched. Did you mean --alternate.schedule?"),
         (["stray"], '"stray" is no option; options begin with --'),
         (["--alternate.keep", "bst"], "alternate.keep: 'bst' is not allowed; allowed is best or last."),
         (["--alternate.epochs", "many"], "alternate.epochs: 'many' is not allowed; allowed is a whole number."),
@@ -192,6 +210,11 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
     assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
 
 
+def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_SCHEDULE", "p")
+    assert "COTUNE_SCHEDULE: no such environment variable is read; those of cotune are COTUNE_CACHE" in run("fti").err
+
+
 # What only shows when a run starts
 
 
@@ -207,6 +230,7 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
         ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
         ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
+        ("ckpt_path", "best", "A finished run's last one holds its best prefix: give --ckpt_path last"),
         ("model.lm.dtype", "null", 'dtype "None" is none of float32, bfloat16, float16.'),
         ("model.program.signature", "two\nlines", 'signature "two lines" has 0 arrows.'),
     ],

@@ -45,11 +45,12 @@ class Alternate(Callback):
     step is `epochs` epochs of training on traces collected just before. At its end the new weights are scored with the
     prompts in the training pairs and with the prompts from before, and the better are kept; prompt steps that follow
     run then. Every prefix of the schedule gets a val score, and the fit ends holding the best prefix's weights and
-    prompts, unless `keep` is "last". Ties keep the earlier. A callback that sets `trainer.should_stop`, as
-    EarlyStopping does, ends the weight step under way, and the schedule goes on. A fit that ends before its schedule
-    raises `UnfinishedError`, and continues from its last checkpoint.
+    prompts, unless `keep` is "last". Of equal scores the one that takes fewer tokens is kept. A callback that sets
+    `trainer.should_stop`, as EarlyStopping does, ends the weight step under way, and the schedule goes on.
+    A fit that ends before its schedule raises `UnfinishedError`, and continues from its last checkpoint.
 
-    Use `Trainer(reload_dataloaders_every_n_epochs=1)`; the number of epochs is set here.
+    The trainer's number of epochs and its reloading of batches each epoch are set here. At the end `export/` is written
+    for `cotune.load`; an `ExportProgram` of your own is used in place of the one that is added.
 
     Args:
         schedule: e.g. "p -> w -> p": p is a prompt step, w a weight step, as is every letter in `steps`.
@@ -131,6 +132,8 @@ class Alternate(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
         # The alternation counts; Lightning goes on until it is told that nothing is left.
         trainer.fit_loop.max_epochs = -1
@@ -139,6 +142,10 @@ class Alternate(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._early = [(c, copy.deepcopy(c.state_dict())) for c in callbacks if isinstance(c, EarlyStopping)]
         callbacks.append(EpochEnd(self._epoch_ended))
+        from cotune.callbacks.export_program import ExportProgram  # which asks whether the schedule has ended
+
+        if not any(isinstance(callback, ExportProgram) for callback in callbacks):
+            callbacks.append(ExportProgram())  # so that `cotune.load` works however the fit was started
 
     @torch.no_grad()
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -39,7 +39,7 @@ class SayPlan(Callback, BoundaryListener):
         if stage != "fit" or not found or not isinstance(data, TraceDataModule):
             return
         assert isinstance(pl_module, ProgramModule)
-        self._alternate, self._val = found[0], len(data.splits.val)
+        self._alternate, self._val = found[0], len(data.splits.val) * data.val_samples
         for line in plan(Path(trainer.default_root_dir).name, pl_module, data, found[0]):
             say(line)
 
@@ -68,7 +68,8 @@ class SayPlan(Callback, BoundaryListener):
         if self._epochs == 1 and alternate is not None and alternate.work.epochs > 1:
             step = alternate.position
             runs = runs_left(alternate, trainer.datamodule, step + 1)  # type: ignore[attr-defined]
-            rest = (alternate.work.epochs - 1) * len(trainer.datamodule.splits.val)  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            rest = (alternate.work.epochs - 1) * len(data.splits.val) * data.val_samples
             epochs = _epochs(alternate, step) - 1
             with training_bar_paused(trainer):
                 say(f"first epoch done; {self._time(alternate, (runs[0] + rest, runs[1] + rest), epochs)}")
@@ -118,7 +119,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
     dtype = str(lm.dtype).removeprefix("torch.")
     sizes = ", ".join(f"{len(getattr(data.splits, part))} {part}" for part in ("train", "dev", "val", "test"))
     low, high = runs_left(alternate, data, 0)
-    vanilla = len(data.splits.val)
+    vanilla = len(data.splits.val) * data.val_samples
     metric = getattr(data.metric, "__name__", type(data.metric).__name__)
     return [
         f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
@@ -140,6 +141,7 @@ def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
 
 def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: int, dev: int, val: int) -> Runs:
     """How often the program will be run in a step of the schedule, for sets of these sizes."""
+    val *= data.val_samples
     chosen = alternate.options
     if step == PROMPTS:
         searched = alternate.search.most_runs(min(chosen.search_examples or train, train), dev) or 0

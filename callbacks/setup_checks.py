@@ -40,6 +40,11 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
             raise BadValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+    if data.val_samples > 1 and module.sampling.temperature == 0:
+        raise BadValueError(
+            f"data.val_samples is {data.val_samples}, and at model.sampling.temperature 0 all runs of an example are "
+            "the same; set a temperature above 0, or val_samples to 1."
+        )
     if data.bootstrapping.gold_answers and not labels_fill_a_stage(module.program, data):
         labels = sorted({name for example in data.splits.train for name in example.labels})
         stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,16 @@ from cotune.datamodules import (
 from cotune.errors import BadValueError
 from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.objectives import Objective, Rejection
-from cotune.programs import Example, Prompts, Rollout, mean_score, prompts_from_dict, prompts_id, prompts_to_dict
+from cotune.programs import (
+    Example,
+    Prompts,
+    Rollout,
+    mean_score,
+    mean_tokens,
+    prompts_from_dict,
+    prompts_id,
+    prompts_to_dict,
+)
 from cotune.prompting import Found, PromptSearch, SearchTask
 from cotune.storage.durable import write_durably
 from cotune.storage.schedule_text import name_of
@@ -335,9 +345,11 @@ class StepWork:
         self.history.append(boundary.record())
         self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
         self._incumbent, self._found = module.prompts, None
-        if self.options.keep == "last" or not self.best or score > self.best["score"]:
+        rank = (score, -mean_tokens(rollouts))  # of equal scores the cheaper to run; else the earlier
+        if self.options.keep == "last" or not self.best or rank > (self.best["score"], -self.best["tokens"]):
             prompts = prompts_to_dict(module.prompts)
-            self.best = {"index": index, "score": score, "prompts": prompts, "adapter": module.lm.adapter_state()}
+            self.best = {"index": index, "score": score, "tokens": -rank[1], "prompts": prompts}
+            self.best["adapter"] = module.lm.adapter_state()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BoundaryListener):
                 callback.on_boundary(trainer, module, boundary)
@@ -347,8 +359,11 @@ class StepWork:
     ) -> list[Rollout]:
         _, data = ours(module.trainer)
         with StepProgress(self.title("validation")) as progress, isolate_rng():
-            progress.start(len(examples), what)
-            return module.rollouts(examples, metric=data.metric, prompts=prompts, progress=progress.advance)
+            more: dict[str, Any] = {}
+            if examples is data.splits.val:
+                more = {"samples": data.val_samples, "vote": data.val_vote}
+            progress.start(len(examples) * more.get("samples", 1), what)
+            return module.rollouts(examples, metric=data.metric, prompts=prompts, progress=progress.advance, **more)
 
     # Checkpoints
 
@@ -366,7 +381,7 @@ class StepWork:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.history, self.best = state["history"], state["best"]
+        self.history, self.best = state["history"], {"tokens": math.inf, **state["best"]}
         self._incumbent, self._val_scores = prompts_from_dict(state["incumbent"]), state["val_scores"]
         self._report, self._coverage = Report(**state["report"]), state["coverage"]
         self._choice.load_state_dict(state["choice"])

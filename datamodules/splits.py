@@ -111,6 +111,35 @@ def split(
     return Splits(**sets, notes=tuple(notes))
 
 
+def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
+    """Other dev and val sets of the same examples: of so many parts that all but test is dealt into, one is val and the
+    next one dev. Over all folds each example is in each of them once. Labels are spread over the parts evenly.
+
+    >>> rows = tuple(Example.of({"n": n}, {"even": n % 2 == 0}) for n in range(10))
+    >>> folds = [rotated(Splits(rows[:6], rows[6:8], rows[8:], ()), fold=k, folds=5, seed=0) for k in range(5)]
+    >>> sorted(e.inputs["n"] for one in folds for e in one.val), [len(one.train) for one in folds]
+    ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [6, 6, 6, 6, 6])
+
+    Raises:
+        ValueError: fewer than 3 folds, no such fold, or fewer examples than folds.
+    """
+    pool = sorted((*splits.train, *splits.dev, *splits.val), key=lambda e: (str(dict(e.labels)), _order(seed, e)))
+    if not 3 <= folds <= len(pool) or not 0 <= fold < folds:
+        raise ValueError(
+            f"fold {fold} of {folds} folds, over {len(pool)} examples: folds is at least 3 (train, dev and val) and at "
+            "most the number of examples, and fold counts from 0."
+        )
+    parts = [tuple(sorted(pool[k::folds], key=lambda e: _order(seed, e))) for k in range(folds)]
+    train = [e for k in range(2, folds) for e in parts[(fold + k) % folds]]
+    return replace(
+        splits,
+        train=tuple(sorted(train, key=lambda e: _order(seed, e))),
+        dev=parts[(fold + 1) % folds],
+        val=parts[fold],
+        notes=(*splits.notes, f"fold {fold} of {folds}: val and dev are one part each of all but test"),
+    )
+
+
 def leak_notes(splits: Splits) -> list[str]:
     """How many examples of dev, val and test have the inputs of an example that comes before them: a line, or none."""
     counts, seen = {}, {inputs_key(example) for example in splits.train} - {""}

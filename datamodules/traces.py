@@ -13,7 +13,7 @@ from typing import Any
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import Bootstrapping, NoTracesError
 from cotune.datamodules.encode import Vocabulary
-from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes
+from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes, rotated
 from cotune.datamodules.trace import Trace, load_traces
 from cotune.errors import BadValueError
 from cotune.programs import (
@@ -23,6 +23,7 @@ from cotune.programs import (
     Metric,
     Program,
     Prompts,
+    Vote,
     draw_demos,
     exact_match,
     hide_own_demos,
@@ -256,6 +257,12 @@ class TraceDataModule(LightningDataModule, ABC):
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
         duplicates: what becomes of rows whose inputs another row has, in its own set or another ("leakage"): "refuse",
             "drop" all but one, or "keep" them; how many there are is said.
+        folds: deal all examples but test's into so many parts, of which one is val and one dev, for data with few
+            labels. Null: dev and val are as `sizes` says.
+        fold: which part is val, from 0. One run for each, with the same test set.
+        val_samples: runs of each example of val, to choose steps and epochs with less noise. Above 1 it needs a
+            model.sampling.temperature above 0. Test is run once, as the program will be.
+        val_vote: what becomes of them: their "mean" score, or the score of the "majority" answer.
         set_metrics: numbers of a whole set that stand beside the mean score on val and test, with their interval:
             "macro_f1", "auc", or functions of your own. No choice is made by them.
     """
@@ -272,14 +279,20 @@ class TraceDataModule(LightningDataModule, ABC):
         val_batch_size: int = 256,
         duplicates: Duplicates = "refuse",
         set_metrics: list[str] | None = None,
+        folds: int | None = None,
+        fold: int = 0,
+        val_samples: int = 1,
+        val_vote: Vote = "mean",
     ) -> None:
         super().__init__()
-        if batch_size < 1 or val_batch_size < 1:
-            raise BadValueError(f"batch_size {batch_size} and val_batch_size {val_batch_size} must be at least 1.")
+        if min(batch_size, val_batch_size, val_samples) < 1:
+            sized = f"batch_size {batch_size}, val_batch_size {val_batch_size} and val_samples {val_samples}"
+            raise BadValueError(f"{sized} must be at least 1.")
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
-        self.set_metrics = list(set_metrics or [])
+        self.set_metrics, self.folds, self.fold = list(set_metrics or []), folds, fold
+        self.val_samples, self.val_vote = val_samples, val_vote
         for name in self.set_metrics:
             set_metric(name)  # refuses a name that there is no metric of
         self.epoch = 0
@@ -297,6 +310,8 @@ class TraceDataModule(LightningDataModule, ABC):
     def splits(self) -> Splits:
         if self._splits is None:
             made = self.load()
+            if self.folds is not None:
+                made = rotated(made, fold=self.fold, folds=self.folds, seed=self.seed)
             self._splits = replace(made, notes=(*made.notes, *leak_notes(made)))
         return self._splits
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules import Batch, PairMaker, Vocabulary
+from cotune.datamodules import Batch, PairMaker, TraceDataModule, Vocabulary
 from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.lightning_modules.language_model import LanguageModel
@@ -28,9 +28,11 @@ from cotune.programs import (
     Rollout,
     Runner,
     Sampling,
+    Vote,
     mean_score,
     prompts_from_dict,
     prompts_to_dict,
+    settled,
 )
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -148,10 +150,17 @@ class ProgramModule(LightningModule):
         metric: Metric | None,
         prompts: Prompts | None = None,
         progress: Callable[[int], None] | None = None,
+        samples: int = 1,
+        vote: Vote = "mean",
     ) -> list[Rollout]:
-        """Runs the program as it stands (current weights; current prompts unless others are given)."""
-        given = self.prompts if prompts is None else prompts
-        return self.runner(metric).run(examples, given, seed=self.seed, progress=progress)
+        """Runs the program as it stands (current weights; current prompts unless others are given).
+
+        Args:
+            samples, vote: runs of each example, and how they become one (see `settled`).
+        """
+        given, runner = self.prompts if prompts is None else prompts, self.runner(metric)
+        passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
+        return settled(passes, vote) if samples > 1 else passes[0]
 
     def runner(self, metric: Metric | None) -> Runner:
         """How this program runs on its LM, and by what it is scored."""
@@ -177,6 +186,11 @@ class ProgramModule(LightningModule):
 
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""
+        if self.learning_rate.warmup >= steps and not done:
+            print(
+                f"model.learning_rate.warmup is {self.learning_rate.warmup} and this weight step has {steps} optimiser "
+                f"steps, so the full rate is never held; set it to {steps // 10} or so, or alternate.epochs higher."
+            )
         self.weight_step, self.weight_steps = done, steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -224,10 +238,11 @@ class ProgramModule(LightningModule):
             self._skip("the accumulated gradient", ())
 
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
-        self._evaluate(batch)
+        data = self._data
+        self.evaluated += self.rollouts(batch, metric=data.metric, samples=data.val_samples, vote=data.val_vote)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
-        self._evaluate(batch)
+        self.evaluated += self.rollouts(batch, metric=self._data.metric)
 
     def predict_step(self, batch: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """A plain dict an example, because Lightning moves what it returns and stops at frozen dataclasses."""
@@ -252,8 +267,9 @@ class ProgramModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.log("test/score", mean_score(self.evaluated))
 
-    def _evaluate(self, examples: list[Example]) -> None:
-        self.evaluated += self.rollouts(examples, metric=self.trainer.datamodule.metric)  # type: ignore[attr-defined]
+    @property
+    def _data(self) -> TraceDataModule:
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])

@@ -20,6 +20,7 @@ from cotune.programs import (
     Request,
     Sampling,
     mean_score,
+    mean_tokens,
     prompts_from_dict,
     prompts_id,
 )
@@ -59,7 +60,9 @@ def test_a_schedule_without_weight_steps_trains_nothing(tiny_model: Path, tmp_pa
 def test_the_fit_ends_with_the_best_prefix(schedule: str, tiny_model: Path, tmp_path: Path) -> None:
     fit = tiny_fit(tiny_model, tmp_path, schedule, callbacks=[seen := Seen()]).run()
     scores = [record["val_score"] for record in fit.alternate.history]
-    best = scores.index(max(scores))  # the first of equals
+    # Of equals the one that takes fewer tokens: after w -> p -> w the fourth, with shorter answers than the first.
+    ranks = [(boundary.val_score, -mean_tokens(boundary.rollouts)) for boundary in seen.boundaries]
+    best = ranks.index(max(ranks))
     assert fit.alternate.best["index"] == best
     assert fit.lm.fingerprint() == seen.adapters[best]
     assert fit.module.prompts == seen.boundaries[best].prompts
@@ -231,7 +234,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(pwp: Fit, tin
         ({"sizes": Sizes(train=12, dev=0, val=10, test=4)}, ValueError, "the dev set is empty.*set data.sizes.dev"),
         ({"sizes": Sizes(train=12, dev=6, val=0, test=4)}, ValueError, "the val set is empty.*set data.sizes.val"),
         ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs 3 cannot be had here.*alternate.epochs"),
-        ({"trainer": {"reload_dataloaders_every_n_epochs": 0}}, ValueError, "every_n_epochs 0.*set it to 1"),
+        ({"trainer": {"reload_dataloaders_every_n_epochs": 2}}, ValueError, "every_n_epochs 2.*set it to 1"),
     ],
 )
 def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
@@ -241,6 +244,17 @@ def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
     with pytest.raises(error, match=said):
         fit.run()
     assert fit.lm.model is None
+
+
+def test_val_is_run_several_times_where_draws_differ(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "p")
+    fit.data.val_samples = 3
+    with pytest.raises(ValueError, match=r"val_samples is 3, and at .* all runs of an example"):
+        fit.run()
+    again = tiny_fit(tiny_model, tmp_path, "p")
+    again.data.val_samples, again.module.sampling = 3, Sampling(temperature=0.7, max_new_tokens=8)
+    vanilla = again.run().alternate.history[0]
+    assert vanilla["lm_calls"] == 3 * len(again.data.splits.val)
 
 
 def test_gold_answers_for_a_stage_that_also_reasons_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from cotune.datamodules.splits import NAMES, Sizes, Splits, apportion, leak_notes, split
+from cotune.datamodules.splits import NAMES, Sizes, Splits, apportion, leak_notes, rotated, split
 from cotune.programs import Example
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,3 +219,16 @@ def test_stratifying_by_what_is_no_label_names_the_labels() -> None:
 def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Sizes(*sizes)
+
+
+def test_folds_spread_the_labels_and_leave_test_alone() -> None:
+    rows = [Example.of({"n": n}, {"kind": "rare" if n % 5 == 0 else "common"}) for n in range(30)]
+    drawn = split(rows, Sizes(12, 6, 7, 5), seed=3, stratify="kind")
+    folds = [rotated(drawn, fold=k, folds=5, seed=3) for k in range(5)]
+    assert all(fold.test == drawn.test for fold in folds)
+    assert {e.id for fold in folds for e in fold.val} == {e.id for e in rows} - {e.id for e in drawn.test}
+    assert [fold.dev for fold in folds] == [folds[(k + 1) % 5].val for k in range(5)]
+    assert {sum(e.labels["kind"] == "rare" for e in fold.val) for fold in folds} == {1}
+    for fold, count in ((5, 5), (0, 2), (0, 26)):
+        with pytest.raises(ValueError, match=f"fold {fold} of {count} folds, over 25 examples"):
+            rotated(drawn, fold=fold, folds=count, seed=3)

@@ -60,6 +60,14 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 # The rate
 
 
+def test_a_warm_up_as_long_as_the_weight_step_is_said(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = module(tiny_model, learning_rate=LearningRate(warmup=10))
+    made.begin_weight_step(steps=20)
+    assert not capsys.readouterr().out
+    made.begin_weight_step(steps=10)
+    assert "warmup is 10 and this weight step has 10 optimiser steps" in capsys.readouterr().out
+
+
 def test_the_rate_warms_up_and_then_falls_as_a_cosine() -> None:
     course = LearningRate(warmup=4, decay="cosine")
     factors = [course.factor(step, 24) for step in range(24)]

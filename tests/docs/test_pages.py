@@ -61,7 +61,7 @@ def ids(page: Path) -> str:
 def test_every_command_on_it_parses(page: Path, reader: Path) -> None:
     save_files(page, reader)
     for words in commands(page):
-        if not words:
+        if not words or words[0] == "--version":
             continue
         if words[0] in OWN_COMMANDS:
             command = importlib.import_module(f"cotune.commands.{words[0]}")

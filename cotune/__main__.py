@@ -41,6 +41,7 @@ Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor)
 
 
 _VARIABLES = ("COTUNE_CACHE", "COTUNE_DEBUG", "COTUNE_SMOLLM2_WHEEL")
+_LIGHT = ("configs", "doctor", "new")
 _OF_TESTS = ("COTUNE_CRASH", "COTUNE_DATA")
 
 
@@ -115,8 +116,14 @@ def _run_small(name: str, words: Sequence[str]) -> int:
     command = importlib.import_module(f"cotune.commands.{name}")
     # Most commands know all their options; `ask` takes the inputs of the program too.
     options = command.parse(words) if hasattr(command, "parse") else command.parser().parse_args(words)
-    if name == "doctor":  # it must answer where the imports of the others fail
-        return int(command.main(options))
+    if name in _LIGHT:  # they answer at once, and doctor where the imports of the others fail
+        try:
+            return int(command.main(options))
+        except ValueError as error:
+            if not type(error).__module__.startswith("cotune."):
+                raise
+            print(f"cotune: error: {error}", file=sys.stderr)
+            return 2
     from cotune.fit.cli import guarded
 
     return guarded(lambda: command.main(options))

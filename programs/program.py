@@ -159,7 +159,7 @@ class Program(ABC):
         """Runs the program once, tuned by nothing: `Predict("question -> answer")(question="…", lm=LanguageModel())`.
 
         Args:
-            lm: anything with `generate`.
+            lm: anything with `complete`.
             prompts: of its stages; without them each stage has its instruction and no demos.
             form, sampling: as in `ProgramModule`.
             inputs: arguments of `run`.

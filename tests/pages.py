@@ -41,5 +41,11 @@ def shown(page: Path, line: str) -> Block:
 def commands(page: Path) -> list[list[str]]:
     """The words of each `cotune` command in bash blocks, without variables before it and comments behind it."""
     lines = [line for block in blocks(page) if block.language == "bash" for line in block.text.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index("cotune") + 1 :] for line in words if "cotune" in line]
+    found = []
+    for line in lines:
+        for part in re.split(r" (?:&&|[|>]) ", line):
+            words = shlex.split(part, comments=True)
+            words = words[next((at for at, word in enumerate(words) if "=" not in word), 0) :]
+            if words[:1] == ["cotune"]:
+                found.append(words[1:])
+    return found

@@ -40,6 +40,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path) ->
     monkeypatch.setattr("cotune.lightning_modules.embedded.embedded_model", lambda: tiny_model)
     monkeypatch.setattr(sys, "argv", ["cotune"])  # Lightning warns of a command line beside its `args`
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    main(["new", "my-task"])  # the pages go into it; here its files are where they are read
+    for name in ("task.yaml", "program.py"):
+        (tmp_path / name).symlink_to(Path("my-task") / name)
     yield tmp_path
     for file in tmp_path.glob("*.py"):  # another page may have a module of that name
         sys.modules.pop(file.stem, None)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cotune.errors import CotuneError
 from cotune.fit.help_page import first_screen
 from cotune.fit.parse_errors import OWN_COMMANDS
 
@@ -119,11 +120,9 @@ def _run_small(name: str, words: Sequence[str]) -> int:
     if name in _LIGHT:  # they answer at once, and doctor where the imports of the others fail
         try:
             return int(command.main(options))
-        except ValueError as error:
-            if not type(error).__module__.startswith("cotune."):
-                raise
+        except CotuneError as error:
             print(f"cotune: error: {error}", file=sys.stderr)
-            return 2
+            return error.exit_code
     from cotune.fit.cli import guarded
 
     return guarded(lambda: command.main(options))

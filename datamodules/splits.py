@@ -125,7 +125,7 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
     """
     pool = sorted((*splits.train, *splits.dev, *splits.val), key=lambda e: (str(dict(e.labels)), _order(seed, e)))
     if not 3 <= folds <= len(pool) or not 0 <= fold < folds:
-        raise ValueError(
+        raise BadValueError(
             f"fold {fold} of {folds} folds, over {len(pool)} examples: folds is at least 3 (train, dev and val) and at "
             "most the number of examples, and fold counts from 0."
         )

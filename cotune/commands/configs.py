@@ -6,12 +6,13 @@ import argparse
 import shutil
 from pathlib import Path
 
+from cotune.errors import CotuneError
 from cotune.shipped import FOLDER, find, shipped
 
 _ALL = "all"
 
 
-class ConfigsError(ValueError):
+class ConfigsError(CotuneError):
     """There is no shipped config of that name, or a copy would replace a file."""
 
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cotune.errors import CotuneError
+
 _FEW = 20
 """Most different texts of a label that is taken for a choice among them."""
 
 
-class NewTaskError(ValueError):
+class NewTaskError(CotuneError):
     """The folder is there already, or the data is not what a task can be made of."""
 
 

@@ -13,6 +13,8 @@ from pydoc import locate
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, cast
 
+from cotune.errors import CotuneError
+
 if TYPE_CHECKING:  # the first screen comes without the heavy libraries
     from lightning.pytorch.cli import LightningArgumentParser
 
@@ -101,7 +103,7 @@ A class's own options: --data.help Iris, --trainer.logger.help WandbLogger.
 """
 
 
-class HelpError(ValueError):
+class HelpError(CotuneError):
     """There is no group of options of that name."""
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cotune.errors import WrongTypeError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -26,7 +28,7 @@ class Example:
     def __new__(cls, *args: Any, **named: Any) -> Example:
         unknown = [name for name in named if name not in ("id", "inputs", "labels")]
         if unknown:
-            raise TypeError(
+            raise WrongTypeError(
                 f'an Example has inputs and labels, and no "{unknown[0]}" of its own. Write '
                 f'Example.of({{"{unknown[0]}": ...}}, {{"answer": ...}}): what the program reads, then the labels.'
             )

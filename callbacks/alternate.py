@@ -26,7 +26,7 @@ from cotune.callbacks.progress import training_bar_paused
 from cotune.callbacks.save_policy import SavePolicy
 from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
-from cotune.callbacks.setup_checks import check_setup, ours
+from cotune.callbacks.setup_checks import check_setup, check_teachers, ours
 from cotune.callbacks.step_work import Options, StepWork
 from cotune.errors import BadValueError, CotuneError
 from cotune.prompting import PromptSearch, RandomDemoSearch
@@ -53,7 +53,9 @@ class Alternate(Callback):
     for `cotune.load`; an `ExportProgram` of your own is used in place of the one that is added.
 
     Args:
-        schedule: e.g. "p -> w -> p": p is a prompt step, w a weight step, as is every letter in `steps`.
+        schedule: e.g. "p -> w -> p": p is a prompt step, the other letters are weight steps: w learns what passing
+            runs wrote, d distils the prompts into the weights, k learns from passing and failing runs (KTO), g by
+            policy gradient (GRPO), and there are those in `steps`.
         search: the prompt optimiser.
         steps: letter -> settings of its weight step; what is left out there is as for all of them.
         epochs: of each weight step.
@@ -61,6 +63,8 @@ class Alternate(Callback):
         keep: "best" (by val) or "last" prefix.
         keep_best_epoch: end a weight step with the adapter of its best epoch by val, not of its last.
         try_both_prompts: score new weights also with the prompts from before the step (the paper keeps the pairs' own).
+        gate: a weight step that val is not better for leaves nothing behind: weights and prompts are as before it.
+            Distilled prompts need only be as good. Off, later steps go on from its weights all the same.
         average_last: after a weight step's last epoch, also score the average of its last so many epochs' adapters, on
             val like an epoch; it is kept if it is better than the best epoch (without `keep_best_epoch`: in any case).
             Of one training run, late adapters are near each other, and the average of their factors is nearly the
@@ -94,6 +98,7 @@ class Alternate(Callback):
         keep: Literal["best", "last"] = "best",
         keep_best_epoch: bool = True,
         try_both_prompts: bool = True,
+        gate: bool = True,
         average_last: int = 0,
         search_examples: int | None = None,
         lm_calls: int | None = None,
@@ -108,6 +113,7 @@ class Alternate(Callback):
             keep=keep,
             keep_best_epoch=keep_best_epoch,
             try_both_prompts=try_both_prompts,
+            gate=gate,
             average_last=average_last,
             search_examples=search_examples,
             lm_calls=lm_calls,
@@ -135,6 +141,7 @@ class Alternate(Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
+        check_teachers(ours(trainer, pl_module)[0], self.schedule, self.steps)
         # The alternation counts; Lightning goes on until it is told that nothing is left.
         trainer.fit_loop.max_epochs = -1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -283,8 +290,10 @@ class Alternate(Callback):
                 self._advance(Searched())
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):
-                self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
+                goes_on = self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
                 self._advance(CollectionEnded())
+                if not goes_on:
+                    self._advance(RoundEnded(stop=True))
             else:
                 self.work.reach_boundary(trainer, rounds=self.state.rounds)
                 self._advance(Scored())

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from cotune.errors import CotuneError
 from cotune.storage.formats import check_format
 
-FORMAT = 1
+FORMAT = 2
 """Of a state's record in a checkpoint."""
 
 Phase = Literal["search", "collect", "train", "score", "finish"]

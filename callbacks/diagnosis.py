@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotune.datamodules import Bootstrapping, Report, Trace
-from cotune.programs import Example, Rollout
+from cotune.programs import Example, Rollout, mean_score
 from cotune.programs.faults import KINDS
 from cotune.programs.set_metrics import measured
 from cotune.programs.values import gold_text
@@ -56,8 +57,33 @@ def diagnose(
     return found
 
 
+def nothing_gained(done: Sequence[Rollout], before: Mapping[str, float]) -> str:
+    """What is said of a weight step that val is not better for, example by example."""
+    pairs = [(rollout.score, before[rollout.example.id]) for rollout in done]
+    better, worse = (sum(now > then for now, then in pairs), sum(now < then for now, then in pairs))
+    mean, was = mean_score(done), math.fsum(then for _, then in pairs) / max(len(pairs), 1)
+    return (
+        f"nothing gained: val score {mean:.3f} against {was:.3f} before ({better} examples better, {worse} worse); "
+        "weights and prompts as before"
+    )
+
+
+def sampled_apart(traces: Sequence[Trace]) -> str:
+    """What is said of how far the sampler's log-probabilities lie from those that training computes of the same ids.
+
+    In fp32 they are the same to about 1e-5. What is more means that runs are drawn by another LM than is trained.
+    """
+    rows = [zip(trace.sampled, trace.reference, strict=True) for trace in traces if trace.sampled]
+    apart = [abs(drawn - known[0]) for row in rows for drawn, known in row if drawn]
+    if not apart:
+        return "the sampler's log-probabilities cannot be compared with the trainer's: no token was drawn among all."
+    most = max(apart)
+    warning = "" if most < 1e-4 else ": more than 1e-4, which is what 16-bit weights give, or a fault"
+    return f"sampler and trainer differ by at most {most:.1e} nats on {len(apart):,} tokens drawn among all{warning}"
+
+
 def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict[str, Any]:
-    """How many examples have a passing trace, by stage and by label; plain types. Those with gold answers do not count.
+    """How many examples have a trace, by stage and by label; plain types. Those with gold answers do not count.
 
     Returns:
         `by_stage`: stage -> examples; `by_label`: label -> [examples with a trace, examples], where labels repeat.

@@ -128,6 +128,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         f"  data      {sizes} examples; metric {metric}",
         *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
+        *_rates(module, alternate),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
     ]
 
@@ -147,10 +148,10 @@ def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: in
         searched = alternate.search.most_runs(min(chosen.search_examples or train, train), dev) or 0
         return searched + val, searched + val
     settings = alternate.steps[step]
-    scored = val * (settings.epochs_or_rounds + bool(chosen.average_last) + 1 + chosen.try_both_prompts)
-    options = data.bootstrapping
-    attempts = 0 if data.reused_traces else train * (settings.rounds or 1)
-    return attempts + scored, attempts * (options.attempts + options.hints) + scored
+    scored = val * (settings.epochs_or_rounds + bool(chosen.average_last) + 1 + chosen.try_both_prompts + chosen.gate)
+    few, most = settings.most_runs(data.bootstrapping)
+    collected = train * (settings.rounds or 1) if settings.learns.runs or not data.reused_traces else 0
+    return collected * few + scored, collected * most + scored
 
 
 def _epochs(alternate: Alternate, behind: int) -> int:
@@ -174,12 +175,32 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
     if PROMPTS in alternate.schedule:
         parts.append(f"p: {type(alternate.search).__name__}")
     for letter in dict.fromkeys(step for step in alternate.schedule if step != PROMPTS):
-        traces = "reused traces" if data.reused_traces else f"up to {data.bootstrapping.attempts} attempts an example"
         settings = alternate.steps[letter]
+        wanted = settings.learns.runs
+        if wanted is not None:
+            traces = f"{wanted.each} run{'s' if wanted.each > 1 else ''} an example"
+        elif data.reused_traces:
+            traces = "reused traces"
+        else:
+            traces = f"up to {data.bootstrapping.attempts} attempts an example"
         what = "round" if settings.rounds else "epoch"
         count = settings.epochs_or_rounds
         parts.append(f"{letter}: {count} {what}{'s' if count > 1 else ''} on {traces}")
     return f" ({'; '.join(parts)})"
+
+
+def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
+    """The full learning rate of each weight step, and where it comes from; nothing without one."""
+    group = module.configure_optimizers().param_groups[0]
+    rates: dict[str, list[str]] = {}
+    for letter in dict.fromkeys(step for step in alternate.schedule if step != PROMPTS):
+        step = alternate.steps[letter]
+        why = "as the step says" if step.lr else "as set"
+        if group["by_size"] and not step.lr:
+            why = f"by the LM's size, {module.lm.size / 1e6:,.0f}M parameters"
+        rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
+    said = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
+    return [f"  rate      {said}"] if said else []
 
 
 def _range(low: float, high: float) -> str:

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cotune.callbacks.alternation import Step
+from cotune.datamodules import Bootstrapping
 from cotune.errors import BadValueError
-from cotune.lightning_modules.objectives import Objective
+from cotune.lightning_modules.objectives import GRPO, KTO, Distil, Objective, Rejection
 from cotune.storage.schedule_text import steps_of
 
 PROMPTS = "p"
 """The letter of a prompt step. Every other letter is a weight step's."""
 
 WEIGHTS = "w"
-"""The letter of the weight step that needs no settings of its own."""
+"""The kind of all weight steps, and the letter of the plain one."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class WeightStep:
         objective: what the training rows are and what a token of them adds to the gradient. Null is `Rejection`:
             completion loss on what passing runs wrote.
         lr: the full learning rate, in place of the optimiser's own.
-        epochs: over the rows of one collection, made at the step's start. Null, without `rounds`: `alternate.epochs`.
-        rounds: epochs that each begin with a collection by the weights as they then are, for objectives that learn
-            from their own latest rollouts; in place of `epochs`.
+        epochs: over the rows of one collection, made at the step's start.
+        rounds: epochs that each begin with a collection by the weights as they then are, in place of `epochs`. With
+            neither there are `alternate.epochs` of them: rounds where the objective learns from runs of its own
+            (`Objective.runs`), epochs of one collection where it does not.
     """
 
     objective: Objective | None = None
@@ -51,28 +53,52 @@ class WeightStep:
             raise BadValueError(f"lr {self.lr:g} of a weight step must be above 0.")
 
     @property
+    def learns(self) -> Objective:
+        """The objective, the default one where none is set."""
+        return self.objective or Rejection()
+
+    def most_runs(self, options: Bootstrapping) -> tuple[int, int]:
+        """Fewest and most runs of a train example in one collection."""
+        wanted = self.learns.runs
+        return (1, options.attempts + options.hints) if wanted is None else (wanted.each, wanted.each)
+
+    @property
     def epochs_or_rounds(self) -> int:
         """Training epochs of the step, each a round of the alternation. For settings that `weight_steps` made whole."""
         return self.rounds or self.epochs or 1
 
 
-def weight_steps(settings: Mapping[str, WeightStep | None] | None, *, epochs: int) -> dict[str, WeightStep]:
-    """Letter -> its settings, those of "w" included, with the number of epochs filled in.
+PRESETS = {
+    WEIGHTS: WeightStep(),
+    "d": WeightStep(Distil()),
+    "k": WeightStep(KTO()),
+    "g": WeightStep(GRPO()),
+}
+"""The weight steps that there are without settings. Settings of their letters change what they say and nothing else."""
 
-    >>> weight_steps({"d": WeightStep(rounds=3)}, epochs=5)["w"].epochs
-    5
+
+def weight_steps(settings: Mapping[str, WeightStep | None] | None, *, epochs: int) -> dict[str, WeightStep]:
+    """Letter -> its settings, those of `PRESETS` included, with the number of epochs filled in.
+
+    >>> made = weight_steps({"d": WeightStep(lr=1e-4)}, epochs=5)
+    >>> made["w"].epochs, made["d"].rounds, type(made["d"].objective).__name__
+    (5, 5, 'Distil')
 
     Raises:
         ValueError: a letter is "p", or nothing that can stand in a schedule.
     """
     made = {}
-    for letter, given in {WEIGHTS: WeightStep(), **(settings or {})}.items():
+    for letter, given in {**PRESETS, **(settings or {})}.items():
         if letter == PROMPTS:
             raise BadValueError('steps: "p" is the prompt step, which alternate.search sets; give it no settings here.')
         if not letter.isidentifier() or letter != letter.lower():
             raise BadValueError(f'steps: "{letter}" is no letter of a schedule; take small letters, e.g. "d".')
         step = given or WeightStep()
-        made[letter] = step if step.rounds or step.epochs else replace(step, epochs=epochs)
+        if step.objective is None and letter in PRESETS:
+            step = replace(step, objective=PRESETS[letter].objective)
+        if not (step.rounds or step.epochs):
+            step = replace(step, epochs=epochs) if step.learns.runs is None else replace(step, rounds=epochs)
+        made[letter] = step
     return made
 
 
@@ -82,7 +108,7 @@ def planned(letters: Iterable[str], steps: Mapping[str, WeightStep]) -> list[Ste
     return [Step(name, own.epochs_or_rounds, bool(own.rounds)) if own else Step(name) for name, own in settings]
 
 
-def parse_schedule(text: str, letters: Iterable[str] = (WEIGHTS,)) -> tuple[str, ...]:
+def parse_schedule(text: str, letters: Iterable[str] = tuple(PRESETS)) -> tuple[str, ...]:
     """Steps in order. Spacing, letter case and the kind of arrow do not matter.
 
     Args:
@@ -94,9 +120,9 @@ def parse_schedule(text: str, letters: Iterable[str] = (WEIGHTS,)) -> tuple[str,
     Raises:
         ValueError: a step is unknown, or there is none.
     """
-    names = {PROMPTS: "prompts", **dict.fromkeys(letters, "weights")}
-    known = [f'"{letter}" ({what})' for letter, what in names.items()]
-    help_ = f'Steps are {", ".join(known[:-1])} and {known[-1]}, e.g. "p -> w -> p".'
+    names = (PROMPTS, *letters)
+    weights = ", ".join(f'"{letter}"' for letter in letters)
+    help_ = f'Steps are "{PROMPTS}" (prompts) and {weights} (weights), e.g. "p -> w -> p".'
     parts = steps_of(text)
     if not parts:
         raise BadValueError(f"the schedule is empty. {help_}")

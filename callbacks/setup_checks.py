@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from cotune.callbacks.alternation import Alternation
 from cotune.callbacks.diagnosis import advice_without_traces
+from cotune.callbacks.schedule import PROMPTS, WeightStep
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
 from cotune.errors import BadValueError, WrongTypeError
 from cotune.lightning_modules import ProgramModule
-from cotune.programs import Program
+from cotune.programs import Program, prompts_id
 from lightning.pytorch import LightningModule, Trainer
 
 
@@ -53,6 +56,24 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
             f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
             "that reason there is data.bootstrapping.hints."
         )
+
+
+def check_teachers(module: ProgramModule, schedule: Sequence[str], steps: Mapping[str, WeightStep]) -> None:
+    """Refuses a step that would distil prompts into the weights where there can be none but the plain ones.
+
+    Raises:
+        ValueError: no prompt step stands before it, and the run begins with the program's own prompts.
+    """
+    for place, letter in enumerate(schedule):
+        reference = steps[letter].learns.reference if letter in steps else None
+        if reference is None or reference.prompts != "before" or PROMPTS in schedule[:place]:
+            continue
+        if prompts_id(module.prompts) == prompts_id(module.initial_prompts):
+            raise BadValueError(
+                f'schedule "{" -> ".join(schedule)}": step {letter} distils the prompts in force into the weights, and '
+                f"before it they are the program's own, which the student has anyway. Put a p before it, "
+                f'e.g. "p -> {letter} -> p".'
+            )
 
 
 def _check_trainer(trainer: Trainer, epochs: int) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.costs import Costs
-from cotune.callbacks.diagnosis import diagnose, trace_coverage
-from cotune.callbacks.epoch_choice import EpochChoice
+from cotune.callbacks.diagnosis import diagnose, nothing_gained, sampled_apart, trace_coverage
+from cotune.callbacks.epoch_choice import Adapter, EpochChoice
 from cotune.callbacks.progress import StepProgress, say, say_if_piped
 from cotune.callbacks.schedule import PROMPTS, WEIGHTS, WeightStep
 from cotune.callbacks.setup_checks import no_traces, ours
@@ -29,12 +29,14 @@ from cotune.datamodules import (
     Trace,
     TraceDataModule,
     collect,
+    collect_runs,
     load_traces,
     save_traces,
 )
 from cotune.errors import BadValueError
 from cotune.lightning_modules import ProgramModule
-from cotune.lightning_modules.objectives import Objective, Rejection
+from cotune.lightning_modules.objectives import Objective, Reference
+from cotune.lightning_modules.training.reference import drawn_by
 from cotune.programs import (
     Example,
     Prompts,
@@ -61,6 +63,7 @@ class Options:
     keep: Literal["best", "last"] = "best"
     keep_best_epoch: bool = True
     try_both_prompts: bool = True
+    gate: bool = True
     average_last: int = 0
     search_examples: int | None = None
     lm_calls: int | None = None
@@ -101,6 +104,8 @@ class StepWork:
         self._report, self._coverage = Report(), dict[str, Any]()
         self._choice = EpochChoice(keep_best=options.keep_best_epoch)
         self._found: Found | None = None  # by a search that has not been scored yet
+        self._start: Adapter = {}  # the adapter at the last boundary
+        self._average: Adapter = {}  # the moving average that teaches in the weight step under way
 
     def begin(self, module: ProgramModule) -> None:
         """A fit begins, or goes on if there is a history."""
@@ -172,32 +177,47 @@ class StepWork:
         """From now on weight steps are one epoch long, as `fast_dev_run` asks."""
         self.steps = {letter: replace(step, epochs=1, rounds=None) for letter, step in self.steps.items()}
 
-    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
+    def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
         """Collects what the next rounds train on, with `rounds` of the weight step behind.
 
+        Returns:
+            Whether the step goes on: objectives that learn from runs of their own may find nothing in them.
+
         Raises:
-            NoTracesError: there is nothing to train on.
+            NoTracesError: no run passed, where those that did are learnt from.
         """
         module, data = ours(trainer)
-        traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        prompts = self._pairs_prompts(module, data)
+        reference = self._objective.reference
+        if reference and reference.prompts == "before" and prompts_id(prompts) == prompts_id(self._incumbent):
+            say(f"{self.title('weight step')}: the prompts in force are the plain ones, so there is nothing to distil")
+            self._report, self._coverage = Report(), {}
+            return False
+        try:
+            traces = self._traces(module, data, self._folder(run, rounds), rounds)
+        except NoTracesError as error:
+            if self._objective.runs is None:
+                raise
+            say(str(error))
+            return False
         if not rounds:
-            if data.bootstrapping.pairs == "initial":
-                module.prompts = module.initial_prompts
+            module.prompts = prompts
             if self.options.weights == "fresh" and set(self.schedule[: self.position]) - {PROMPTS}:
                 module.lm.reset_adapter(seed=self.seed("adapter", self.position))
         # For `cotune preview`: the prompts that stand in the training pairs.
-        prompts = json.dumps(prompts_to_dict(module.prompts), ensure_ascii=False, indent=2)
-        write_durably(self._folder(run, rounds) / "prompts.json", prompts)
+        text = json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2)
+        write_durably(self._folder(run, rounds) / "prompts.json", text)
         self._train_on(trainer, traces, rounds)
         done = module.weight_step if rounds else 0
         left = self._settings.epochs_or_rounds - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
+        return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
         """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
         module, data = ours(trainer)
         collected = rounds if self._settings.rounds else 0
-        traces = data.reuse_traces(module.program) or load_traces(self._folder(run, collected), module.program)
+        traces = self._reused(module, data) or load_traces(self._folder(run, collected), module.program)
         self._train_on(trainer, traces, rounds)
 
     def epoch_scored(self, module: ProgramModule, *, rounds: int) -> None:
@@ -223,7 +243,17 @@ class StepWork:
 
     @property
     def _objective(self) -> Objective:
-        return self._settings.objective or Rejection()
+        return self._settings.learns
+
+    def _pairs_prompts(self, module: ProgramModule, data: TraceDataModule) -> Prompts:
+        """Those that stand in the training rows of the step under way."""
+        wanted = self._objective.runs
+        which = data.bootstrapping.pairs if wanted is None else wanted.prompts
+        return module.initial_prompts if which == "initial" else self._incumbent
+
+    def _reused(self, module: ProgramModule, data: TraceDataModule) -> list[Trace] | None:
+        """The traces of another run, where the objective takes any."""
+        return data.reuse_traces(module.program) if self._objective.runs is None else None
 
     def _folder(self, run: Path, rounds: int) -> Path:
         folder = run / "traces" / f"step-{self.position + 1}"
@@ -231,41 +261,79 @@ class StepWork:
 
     def _train_on(self, trainer: Trainer, traces: list[Trace], rounds: int) -> None:
         module, data = ours(trainer)
+        as_drawn = self._objective.runs is not None
         self._coverage = trace_coverage(traces, data.splits.train)
+        if as_drawn:  # by runs that need not have passed
+            self._coverage["taught"] = len({trace.example for trace in traces})
+        if silent := set(module.program.stages) - {trace.stage for trace in traces}:
+            say(f"no row is of stage {', '.join(sorted(silent))}: it learns only what the other stages' rows teach.")
         maker = module.pair_maker(module.prompts)
-        left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=rounds)
+        left_out = data.begin_weight_step(traces, maker, step=self.position, epoch=rounds, as_drawn=as_drawn)
         if left_out:
             say(f"{left_out} of {len(traces)} traces do not fit the model's window and are left out.")
         module.full_rate, module.objective = self._settings.lr, self._objective
 
     def _traces(self, module: ProgramModule, data: TraceDataModule, folder: Path, rounds: int) -> list[Trace]:
-        reused = data.reuse_traces(module.program)
+        reused = self._reused(module, data)
         if reused is not None:
             count = len({trace.example for trace in reused})
             self._report = Report(examples=count, solved_at_attempt=[count])
             return reused
-        train = data.splits.train
+        train, objective = data.splits.train, self._objective
         with StepProgress(self.title("traces")) as progress, isolate_rng():
             progress.start(len(train), "collecting")
-            collected = collect(
-                train,
-                module.runner(data.metric),
-                module.prompts,
-                options=data.bootstrapping,
-                seed=self.seed("traces", self.position, *([rounds] if rounds else [])),
-                progress=progress.advance,
-                vocabulary=module.vocabulary,
-            )
-            traces = self._objective.rows(collected)
+            given: dict[str, Any] = {
+                "options": data.bootstrapping,
+                "seed": self.seed("traces", self.position, *([rounds] if rounds else [])),
+                "progress": progress.advance,
+                "vocabulary": module.vocabulary,
+            }
+            runner, prompts = module.runner(data.metric), self._pairs_prompts(module, data)
+            if objective.runs is None:
+                collected = collect(train, runner, module.prompts, **given)
+            else:
+                collected = collect_runs(train, runner, prompts, runs=objective.runs, **given)
+            traces = objective.rows(collected)
             if not traces and module.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 progress.say("no run of so few examples is learnt from, so training is tried on made-up scores")
-                traces = self._objective.rows(_made_up(collected))
+                traces = objective.rows(_made_up(collected))
             self._report = collected.report(traces)
-            progress.say(str(self._report))
+            remark = objective.said(collected, traces)
+            progress.say(f"{self._report}; {remark}" if remark else str(self._report))
+        if not traces and objective.runs is not None:
+            raise NoTracesError(f"weight step: nothing to learn from ({remark}), so it ends here.")
         if not traces:
             raise NoTracesError(no_traces(self._report, module.program, data))
+        if objective.reference is not None:
+            shown = self._incumbent if objective.reference.prompts == "before" else prompts
+            traces = self._referenced(module, traces, objective.reference, shown, rounds)
         save_traces(traces, folder)
         return traces
+
+    def _referenced(
+        self, module: ProgramModule, traces: list[Trace], reference: Reference, prompts: Prompts, rounds: int
+    ) -> list[Trace]:
+        """The traces with what the reference says of them."""
+        own = module.lm.adapter_state()
+        if reference.weights == "average":
+            newest = 1 - reference.decay if rounds else 1.0
+            self._average = {n: t.lerp(own[n], newest) for n, t in (self._average or own).items()}
+        weights = {"start": self._start, "average": self._average}.get(reference.weights, own)
+        others = rounds > 0 and weights is not own
+        if others:
+            module.lm.load_adapter_state(weights)
+        found = module.referenced(traces, prompts, adapter=reference.weights != "base", top_k=reference.top_k)
+        if others:
+            module.lm.load_adapter_state(own)
+        if len(found) < len(traces):
+            left_out = f"{len(traces) - len(found)} of {len(traces)} calls"
+            say(f"{left_out} do not fit the window behind the prompts that teach, and are left out.")
+        if not found:
+            raise NoTracesError("weight step: no call fits the model's window behind the prompts that would teach.")
+        if reference.weights == "round":
+            say(sampled_apart(found))
+            found = drawn_by(found)
+        return found
 
     # Boundaries
 
@@ -307,8 +375,23 @@ class StepWork:
         module.prompts, done = tried[kept]
         scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
         more: dict[str, Any] = {"traces": self._report, "coverage": self._coverage, "epochs": rounds, **choice.record}
+        if self.options.gate and not self._gained(done):
+            note = nothing_gained(done, self._val_scores)
+            say(f"{self.title('weight step')}: {note}")
+            more["notes"] = (note,)
+            module.lm.load_adapter_state(self._start)
+            module.prompts = self._incumbent
+            for optimizer in trainer.optimizers:  # what it remembers are the gradients of those weights
+                optimizer.state.clear()
+            done = self._score(module, data.splits.val, "weights as before")
         self._choice = EpochChoice(keep_best=self.options.keep_best_epoch)
         self._record(trainer, WEIGHTS, done, scores=scores, **more)
+
+    def _gained(self, done: Sequence[Rollout]) -> bool:
+        """Whether a weight step is kept: val is better than before it. Distilled prompts need only be as good."""
+        gain = mean_score(done) - float(self.history[-1]["val_score"])
+        reference = self._objective.reference
+        return gain > 0 or (gain == 0 and reference is not None and reference.prompts == "before")
 
     def _record(
         self,
@@ -326,6 +409,7 @@ class StepWork:
         if self.options.test_prefixes:
             more["tested"] = self._score(module, data.splits.test, "test")
             more["test_cost"] = self.costs.take()
+        more.setdefault("notes", found.notes if found else ())
         before = self._val_scores if index else None
         boundary = Boundary(
             index=index,
@@ -339,12 +423,11 @@ class StepWork:
             cost=cost,
             diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold, set_metrics=data.set_metrics),
             found=found,
-            notes=found.notes if found else (),
             **more,
         )
         self.history.append(boundary.record())
         self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
-        self._incumbent, self._found = module.prompts, None
+        self._incumbent, self._found, self._start, self._average = module.prompts, None, module.lm.adapter_state(), {}
         rank = (score, -mean_tokens(rollouts))  # of equal scores the cheaper to run; else the earlier
         if self.options.keep == "last" or not self.best or rank > (self.best["score"], -self.best["tokens"]):
             prompts = prompts_to_dict(module.prompts)
@@ -377,6 +460,8 @@ class StepWork:
             "report": vars(self._report),
             "coverage": self._coverage,
             "choice": self._choice.state_dict(),
+            "start": self._start,
+            "average": self._average,
             "costs": self.costs.state_dict(),
         }
 
@@ -385,6 +470,7 @@ class StepWork:
         self._incumbent, self._val_scores = prompts_from_dict(state["incumbent"]), state["val_scores"]
         self._report, self._coverage = Report(**state["report"]), state["coverage"]
         self._choice.load_state_dict(state["choice"])
+        self._start, self._average = state["start"], state["average"]
         self.costs.load_state_dict(state["costs"])
 
 

@@ -1,7 +1,16 @@
 """Data modules: examples in four disjoint sets, and traces of the program as training data."""
 
 from cotune.datamodules.collate import Batch, Bearing, Pair, Segment, collate
-from cotune.datamodules.collect import Attempt, Bootstrapping, Collected, NoTracesError, Report, collect
+from cotune.datamodules.collect import (
+    Attempt,
+    Bootstrapping,
+    Collected,
+    NoTracesError,
+    Report,
+    Runs,
+    collect,
+    collect_runs,
+)
 from cotune.datamodules.encode import ChatEncoder, Vocabulary
 from cotune.datamodules.rows import DataError
 from cotune.datamodules.splits import Sizes, Splits, split
@@ -30,6 +39,7 @@ __all__ = [
     "Pair",
     "PairMaker",
     "Report",
+    "Runs",
     "Segment",
     "Sizes",
     "Splits",
@@ -39,6 +49,7 @@ __all__ = [
     "Vocabulary",
     "collate",
     "collect",
+    "collect_runs",
     "load_traces",
     "save_traces",
     "split",

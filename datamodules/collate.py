@@ -27,7 +27,8 @@ class Pair:
         candidates: ids whose log-probabilities the objective reads besides the token's own, as many at each token.
         reference: log-probabilities under the reference at each token: of the token itself, then of its candidates.
             Empty where the row has none of its own.
-        sampled: log-probabilities with which the tokens were drawn; 0 for those that were forced. Empty where unknown.
+        sampled: log-probabilities with which the tokens were drawn; 0 for those that were forced, or drawn among fewer
+            than all tokens. Empty where unknown.
         group: rows of one non-empty group stand in one batch, in their order: preferred and rejected, say.
         desirable: whether the run was a good one, for objectives that learn from either kind.
 

@@ -29,6 +29,7 @@ from cotune.programs import (
 )
 from cotune.programs.demos import hinted, label_text
 from cotune.programs.faults import KINDS, faults_to_dict
+from cotune.programs.layout import Field
 
 _FAILED = ("wrong", "format", "type", "cut")
 """Outcomes of runs that failed by what the LM wrote, or by what it could not be asked."""
@@ -97,6 +98,29 @@ class Bootstrapping:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Runs of each example that an objective wants instead of tries until one passes.
+
+    Attributes:
+        each: runs of an example, all drawn by the same prompts, which are those of the training rows.
+        temperature: of all of them.
+        prompts: "initial" (the program's own, zero-shot) or "current".
+    """
+
+    each: int
+    temperature: float = 1.0
+    prompts: Literal["initial", "current"] = "current"
+
+    def __post_init__(self) -> None:
+        if self.each < 1:
+            raise BadValueError(f"{self.each} runs an example are too few; at least 1.")
+        if self.temperature < 0 or (self.temperature == 0 and self.each > 1):
+            raise BadValueError(
+                f"temperature {self.temperature:g} with {self.each} runs an example: all would be alike; take more."
+            )
+
+
+@dataclass(frozen=True)
 class Attempt:
     """One run of an example in a collection, whatever came of it.
 
@@ -135,6 +159,14 @@ class Collected:
     def successes(self) -> tuple[Attempt, ...]:
         """The passing attempts, less those whose completions are an earlier one's of their example over again."""
         return _successes(self.attempts, self.options)
+
+    @property
+    def siblings(self) -> list[list[Attempt]]:
+        """The runs of each example."""
+        found: dict[str, list[Attempt]] = {}
+        for attempt in self.attempts:
+            found.setdefault(attempt.example, []).append(attempt)
+        return list(found.values())
 
     def outcome(self, attempt: Attempt) -> str:
         """ "passed", "wrong", "cut" (it reached the threshold with a text closed at its limit), or a failure's kind."""
@@ -184,6 +216,9 @@ class Collected:
 
     def _trace(self, attempt: Attempt, call: int, step: Step) -> Trace:
         completion = step.completion
+        drawn, forced = completion.log_probs, completion.forced
+        if 0 in drawn:  # no other token was allowed there, which is as good as forced
+            forced = tuple(p == 0 for p in drawn)
         return Trace(
             example=attempt.example,
             attempt=attempt.number,
@@ -198,12 +233,26 @@ class Collected:
             complete=completion.finished == "eos",
             prompts=attempt.prompts,
             hinted=attempt.hinted,
-            forced=completion.forced,
-            sampled=completion.log_probs,
+            forced=forced,
+            sampled=self._drawn_among_all(step) if drawn else (),
             closed=_closed(step),
             tokenizer=self.vocabulary.tokenizer,
             base=self.vocabulary.base,
         )
+
+    def _drawn_among_all(self, step: Step) -> tuple[float, ...]:
+        """The log-probabilities of the tokens that were drawn among all there are; 0 for the others."""
+        layout = self.form.layout(self.program.stages[step.stage].signature)
+        fields = {part.name: part for part in layout if isinstance(part, Field) and part.syntax is None}
+        free: set[int] = set()
+        for filled in step.completion.fields:
+            if (part := fields.get(filled.name)) is None:
+                continue
+            first, ids = filled.start, step.completion.completion_ids
+            while not part.may_be_empty and first < filled.end and not self.vocabulary.decode(ids[first:][:1]).strip():
+                first += 1  # until something is written, the field may not end
+            free |= set(range(first if part.may_be_empty else first + 1, filled.end))
+        return tuple(p if place in free else 0.0 for place, p in enumerate(step.completion.log_probs))
 
     def _gold_trace(self, attempt: Attempt) -> Trace | None:
         """The run's last call with the labels as its outputs; None where the labels do not give all of them.
@@ -324,6 +373,33 @@ def collect(
         before, solved = solved, len({attempt.example for attempt in successes})
         if progress is not None:
             progress(solved - before if wanting else len(examples) - before)
+    return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
+
+
+def collect_runs(
+    examples: Sequence[Example],
+    runner: Runner,
+    prompts: Prompts,
+    *,
+    runs: Runs,
+    options: Bootstrapping,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+    vocabulary: Vocabulary = Vocabulary(),  # noqa: B008 (frozen)
+) -> Collected:
+    """So many runs of each example, whatever becomes of them. Completions tell how likely each token was.
+
+    Args:
+        progress: told of each example once, after its last run.
+        options: say what passes.
+    """
+    drawn = replace(runner.sampling, temperature=runs.temperature, top_p=1.0, log_probs=True)
+    shown = [hide_own_demos(prompts, example.id) for example in examples]
+    attempts: list[Attempt] = []
+    for number in range(runs.each):
+        told = progress if number == runs.each - 1 else None
+        done = replace(runner, sampling=drawn).run(examples, shown, seed=seed, attempt=number, progress=told)
+        attempts += [Attempt(r, number, prompts_id(p)) for r, p in zip(done, shown, strict=True)]
     return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
 
 

@@ -300,6 +300,7 @@ class TraceDataModule(LightningDataModule, ABC):
         self._weight_step = 0
         self._traces: list[Trace] = []
         self._maker: PairMaker | None = None
+        self._options = bootstrapping  # of the rows at hand
         self._all_trained = False
 
     @abstractmethod
@@ -328,12 +329,15 @@ class TraceDataModule(LightningDataModule, ABC):
         """The traces of another run, if `traces` names some."""
         return load_traces(Path(self.reused_traces), program) if self.reused_traces else None
 
-    def begin_weight_step(self, traces: Sequence[Trace], maker: PairMaker, *, step: int, epoch: int = 0) -> int:
+    def begin_weight_step(
+        self, traces: Sequence[Trace], maker: PairMaker, *, step: int, epoch: int = 0, as_drawn: bool = False
+    ) -> int:
         """Takes the traces that the next epochs train on.
 
         Args:
             step: place in the schedule; with seed and epoch it decides the order of the rows.
             epoch: epochs of this weight step that are already behind.
+            as_drawn: the rows keep the prompts that they were drawn by: none gets demos besides (`demo_share`).
 
         Returns:
             How many traces were left out because they do not fit the model's window.
@@ -353,6 +357,7 @@ class TraceDataModule(LightningDataModule, ABC):
             raise NoTracesError(f"weight step: no traces to train on: {said}.")
         self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
         self._all_trained = False
+        self._options = replace(self.bootstrapping, demo_share=0.0) if as_drawn else self.bootstrapping
         return len(traces) - len(fitting)
 
     def nothing_to_train(self) -> None:
@@ -377,7 +382,7 @@ class TraceDataModule(LightningDataModule, ABC):
         return EpochBatches(
             self._traces,
             self._maker,
-            self.bootstrapping,
+            self._options,
             batch_size=self.batch_size,
             seed=f"{self.seed}|{self._weight_step}|{self.epoch}",
         )

@@ -75,11 +75,11 @@ def cost_of(run: Run, parts: Parts, pace: Pace | None, *, equals: Steps = ()) ->
     """
     stages = len(parts.module.program.stages)
     steps = equals or run.steps
-    runs, examples = _runs(steps, parts)
+    runs, rows = _runs(steps, parts)
     prefixes = len(run.steps) + 1
     tested = (prefixes + 1) * parts.data.sizes.test
     calls = (runs + tested) * stages
-    pairs = 0 if equals else examples * stages * parts.alternate.options.epochs * run.steps.count("w")
+    pairs = 0 if equals else rows * stages
     return Cost(
         calls,
         pairs,
@@ -132,11 +132,15 @@ def totals(costs: Mapping[Run, Cost]) -> dict[Cell, Cost]:
 
 
 def _runs(steps: Steps, parts: Parts) -> tuple[int, int]:
-    """(runs of the program at most, train examples of a weight step)."""
-    sizes, data = parts.data.sizes, parts.data
-    runs = [runs_of(s, parts.alternate, data, train=sizes.train, dev=sizes.dev, val=sizes.val) for s in steps]
-    total = sizes.val + sum(most for _, most in runs)
-    return round(total), sizes.train * data.bootstrapping.traces_per_example
+    """(runs of the program at most, runs that are trained on, counted once an epoch)."""
+    sizes, data, alternate = parts.data.sizes, parts.data, parts.alternate
+    runs = [runs_of(s, alternate, data, train=sizes.train, dev=sizes.dev, val=sizes.val) for s in steps]
+    trained = 0
+    for settings in (alternate.steps[step] for step in steps if step in alternate.steps):
+        wanted = settings.learns.runs
+        rows = data.bootstrapping.traces_per_example if wanted is None else wanted.each
+        trained += rows * settings.epochs_or_rounds * sizes.train
+    return round(sizes.val + sum(most for _, most in runs)), trained
 
 
 def _sum(one: float | None, other: float | None) -> float | None:

@@ -17,8 +17,8 @@ PAPERS = (VANILLA, "p", "w", "p -> p", "w -> w", "p -> w", "w -> p", "p -> w -> 
 def parse_strategy(text: str) -> Steps:
     """Steps of a strategy: "vanilla", or a schedule of any length.
 
-    >>> parse_strategy("w->P"), parse_strategy("vanilla")
-    (('w', 'p'), ())
+    >>> parse_strategy("w->P"), parse_strategy("p -> d"), parse_strategy("vanilla")
+    (('w', 'p'), ('p', 'd'), ())
 
     Raises:
         ValueError: a step is unknown.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
@@ -225,6 +226,12 @@ class LanguageModel(nn.Module):
                 f"its generation_config asks for {', '.join(left_out)}: left out, its own probabilities decide"
             )
         return begins + findings(self.model).remarks
+
+    @property
+    def size(self) -> int:
+        """Parameters of the loaded base, those of 4 bits counted as what they stand for."""
+        base = (p for p in self.model.parameters() if not p.requires_grad)
+        return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in base)
 
     @property
     def pad_id(self) -> int:

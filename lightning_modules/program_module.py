@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules import Batch, PairMaker, TraceDataModule, Vocabulary
+from cotune.datamodules import Batch, PairMaker, Trace, TraceDataModule, Vocabulary
 from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.lightning_modules.language_model import LanguageModel
@@ -17,6 +19,7 @@ from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.training.packing import checkpoint_layers
+from cotune.lightning_modules.training.reference import with_reference, without_dropout
 from cotune.lightning_modules.training.skips import SkipLimits, Skips
 from cotune.programs import (
     Example,
@@ -70,6 +73,21 @@ class LearningRate:
         return courses[self.decay]
 
 
+_FITTING = ((135e6, 5e-4), (494e6, 5e-5))
+"""Parameters of an LM and the learning rate that was found to fit its adapter. Below and above, the nearest holds."""
+
+
+def rate_for(parameters: float) -> float:
+    """The full learning rate for the adapter of an LM of this size.
+
+    >>> rate_for(1e6), round(rate_for(258e6), 5), rate_for(7e9)
+    (0.0005, 0.00016, 5e-05)
+    """
+    (small, high), (large, low) = _FITTING
+    share = math.log(parameters / small) / math.log(large / small)
+    return high if share <= 0 else low if share >= 1 else high * (low / high) ** share
+
+
 class ProgramModule(LightningModule):
     """Trains the LM on the program's own steps; validates by running the program.
 
@@ -83,7 +101,8 @@ class ProgramModule(LightningModule):
         lm: the shared LM.
         form: how stages talk to it; reasoning first and then each output behind its name, where none is given.
         sampling: how the program's completions are drawn, in prompt steps, validation and test.
-        optimizer: for the adapter's parameters.
+        optimizer: for the adapter's parameters. A learning rate of 0 stands for one that fits the LM's size: 5e-4 up to
+            135M parameters, 5e-5 from 0.5B on; objectives may want a share of it (`Objective.rate`).
         learning_rate: its course within a weight step.
         seed: of the adapter's initial values and of every draw while running the program.
         max_error_rate: share of examples on which the program or the metric may raise before the run stops.
@@ -101,7 +120,7 @@ class ProgramModule(LightningModule):
         lm: LanguageModel,
         form: Form | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0),
         learning_rate: LearningRate = LearningRate(),
         seed: int = 0,
         max_error_rate: float = 0.5,
@@ -184,6 +203,17 @@ class ProgramModule(LightningModule):
             vocabulary=self.vocabulary,
         )
 
+    def referenced(self, traces: Sequence[Trace], prompts: Prompts, *, adapter: bool, top_k: int) -> list[Trace]:
+        """The traces with what the LM says of them behind these prompts, less those that would not fit its window.
+
+        Args:
+            adapter: with it, or of the base alone.
+        """
+        model, off = self.lm.model, nullcontext() if adapter else self.lm.model.disable_adapter()
+        with without_dropout(model), off, self.trainer.precision_plugin.train_step_context():
+            scored = functools.partial(self._gradients.likeliest, model, count=top_k)
+            return with_reference(traces, self.pair_maker(prompts), scored)
+
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""
         if self.learning_rate.warmup >= steps and not done:
@@ -229,7 +259,7 @@ class ProgramModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         factor = self.learning_rate.factor(self.weight_step, self.weight_steps)
         for group in optimizer.param_groups:
-            group["lr"] = (self.full_rate or group["initial_lr"]) * factor
+            group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
         self.weight_step += 1
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self._loss_scaler() is None and not is_finite([p.grad for p in self._trained()]):
@@ -274,8 +304,13 @@ class ProgramModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
+            group["by_size"] = group["lr"] == 0
+            group["initial_lr"] = group["lr"] or rate_for(self.lm.size)
         return optimizer
+
+    def rate(self, objective: Objective, own: float | None, group: Mapping[str, Any]) -> float:
+        """The full learning rate of a weight step: its own, the optimiser's, or what fits LM and objective."""
+        return own or group["initial_lr"] * (objective.rate if group["by_size"] else 1.0)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return batch  # plain ids and examples, which have no device; Lightning would walk into the frozen ones and fail

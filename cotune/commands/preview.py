@@ -196,14 +196,14 @@ def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tup
 
 
 def _pair_prompts(module: ProgramModule, traces: Path, data: TraceDataModule) -> Any:
-    """The prompts in the pairs: the zero-shot ones, or those that the weight step recorded."""
+    """The prompts in the pairs, which the weight step recorded; the zero-shot ones where it did not."""
     import json
 
     from cotune.programs import prompts_from_dict
 
-    if data.bootstrapping.pairs == "initial":
-        return module.initial_prompts
     path = traces / "prompts.json"
+    if not path.is_file() and data.bootstrapping.pairs == "initial":
+        return module.initial_prompts
     if not path.is_file():
         raise PreviewError(f'"{path}" is missing: it holds the prompts that stood in the training pairs.')
     return prompts_from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from cotune.datamodules import Bearing, Collected, Trace
+from cotune.datamodules import Bearing, Collected, Runs, Trace
+from cotune.errors import BadValueError
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Whose log-probabilities the rows of a collection bring along: known once, before any of them is trained on.
+
+    Attributes:
+        weights: "start", those at the weight step's start; "base", without the adapter; "average", the moving average
+            of those at the start of each round, of which the newest counts 1 - `decay`; "round", those that the runs
+            were drawn with. What these say of the tokens takes the place of `sampled`, to be compared with later.
+        prompts: "rows", which stand in the training rows, or "before", those in force when the step began.
+        top_k: ids that it finds likeliest at each token become the row's candidates.
+    """
+
+    weights: Literal["start", "base", "average", "round"] = "start"
+    prompts: Literal["rows", "before"] = "rows"
+    top_k: int = 0
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise BadValueError(f"top_k {self.top_k} is below 0; 0 takes no candidates.")
+        if not 0 <= self.decay < 1:
+            raise BadValueError(f"decay {self.decay:g} of the average is outside [0, 1).")
 
 
 class Objective(ABC):
@@ -18,11 +44,25 @@ class Objective(ABC):
     small (`loss`). The training step does the rest: it renders and packs the rows, computes the log-probabilities of
     their tokens, asks for the loss's derivatives by these, and makes gradients of them. A loss is always asked for over
     the whole batch, so cutting a batch into parts changes no more than the order of a sum.
+
+    Attributes:
+        runs: the runs of each example that it learns from; None for tries until one passes (`Bootstrapping`). With
+            them a weight step collects before every epoch, unless it is told how many epochs share a collection.
+        reference: whose log-probabilities the rows bring along; None for nobody's.
+        rate: share of the learning rate that fits the LM's size, where that is taken.
     """
+
+    runs: Runs | None = None
+    reference: Reference | None = None
+    rate: float = 1.0
 
     @abstractmethod
     def rows(self, collected: Collected) -> list[Trace]:
         """The stage calls to learn from, chosen among all runs of a collection, passing or not."""
+
+    def said(self, collected: Collected, traces: Sequence[Trace]) -> str:
+        """What to say of the rows, beside the counts of runs that passed and failed; "" for nothing."""
+        return ""
 
     @abstractmethod
     def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:

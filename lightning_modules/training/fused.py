@@ -11,7 +11,7 @@ from cotune.lightning_modules.lora import lora_layers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_LOGITS_AT_ONCE = 1 << 22
+LOGITS_AT_ONCE = 1 << 22
 """Most logits held at once, forward and backward: 16 MB in fp32, about what a cache holds."""
 
 
@@ -115,7 +115,7 @@ class _HeadLogProbs(torch.autograd.Function):
         ids_NK: Tensor,
         coefficients_NK: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        step = max(1, _LOGITS_AT_ONCE // weight_VD.shape[0])
+        step = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
         exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         found_NK = hidden_ND.new_empty(ids_NK.shape, dtype=exact)
         wanted = ctx.needs_input_grad[0] and coefficients_NK is not None

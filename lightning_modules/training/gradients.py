@@ -13,7 +13,7 @@ from cotune.datamodules.collate import Batch, Bearing
 from cotune.errors import BadValueError, CotuneError
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.objectives import Objective
-from cotune.lightning_modules.training.loss import exact_dtype, log_probs
+from cotune.lightning_modules.training.loss import exact_dtype, likeliest, log_probs
 from torch import Tensor
 
 _T = TypeVar("_T")
@@ -90,6 +90,13 @@ class BatchGradients:
         with torch.no_grad():
             loss = objective.loss(log_probs_nK, tokens) / size
         return Computed(loss, size, tokens.by_row(log_probs_nK.sum(dim=1)), tuple(total), coefficients, tokens)
+
+    def likeliest(self, model: Any, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        """(n, count) the ids that the model finds likeliest at each token that bears weight, and (n, 1 + count) the
+        log-probabilities of the token itself and of these."""
+        ids_n1 = batch.bearing(model.device, exact_dtype(model)).ids[:, :1]
+        found = list(self._in_parts(batch, lambda part, place: likeliest(model, part, ids_n1[place], count)))
+        return torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
 
     def not_finite(self, model: Any, parameters: Sequence[Tensor], batch: Batch, computed: Computed) -> list[str]:
         """Names of the rows that make loss or gradients what is no number."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from cotune.datamodules.collate import Batch, Segment
 from cotune.lightning_modules.training import plain
-from cotune.lightning_modules.training.fused import has_plain_head, head_log_probs
+from cotune.lightning_modules.training.fused import LOGITS_AT_ONCE, has_plain_head, head_log_probs
 from cotune.lightning_modules.training.packing import abilities, backbone, forward, pack
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -36,6 +37,32 @@ def log_probs(model: Any, batch: Batch, ids_nK: Tensor, coefficients_nK: Tensor 
     found_nK = found_nK.gather(1, ids_nK.clamp(min=0)).masked_fill(ids_nK < 0, 0.0)
     weighted = found_nK.new_zeros(()) if coefficients_nK is None else (found_nK * coefficients_nK).sum()
     return found_nK.detach(), weighted
+
+
+@torch.no_grad()
+def likeliest(model: Any, batch: Batch, ids_nK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What an LM says at the places of a batch that bear weight.
+
+    Returns:
+        (n, count) its likeliest ids there, and (n, K + count) the log-probabilities of the ids given and of these.
+    """
+    can = abilities(model, batch.longest)
+    logits: Iterable[Tensor]
+    if can.packed and can.plain_head and has_plain_head(model):
+        packed = pack(batch, model.device)
+        hidden_nD = forward(backbone(model), packed).last_hidden_state[0][packed.places]
+        head = model.get_output_embeddings()
+        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        logits = map(head, torch.split(hidden_nD, size))
+    else:
+        compute = packed_logits if can.packed else padded_logits if can.padded else plain.logits
+        size, logits = len(ids_nK), [compute(model, batch)]
+    found = []
+    for logits_mV, ids_mK in zip(logits, torch.split(ids_nK, size), strict=True):
+        log_p_mV = _exact(logits_mV).log_softmax(dim=-1)
+        best = log_p_mV.topk(min(count, log_p_mV.shape[1]), dim=1)
+        found.append((best.indices, torch.cat([log_p_mV.gather(1, ids_mK), best.values], dim=1)))
+    return torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
 
 
 def exact_dtype(model: Any) -> torch.dtype:

@@ -155,6 +155,39 @@ def test_a_second_weight_step_continues_or_starts_fresh(
     assert fit.alternate.history[-1]["prefix"] == "w -> w"
 
 
+def test_a_weight_step_that_gains_nothing_leaves_weights_and_prompts_as_before(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = tiny_fit(
+        tiny_model,
+        tmp_path,
+        "w -> w",
+        gate=True,
+        metric=lambda example, prediction: 1.0,
+        callbacks=[seen := Seen(), starts := Starts()],
+    ).run()
+    assert len(set(seen.adapters)) == 1
+    assert starts.of_weight_steps(epochs=2)[1] == {"B": 0, "moments": 0}
+    (note,) = fit.alternate.history[1]["notes"]
+    assert note.startswith("nothing gained: val score 1.000 against 1.000 before (0 examples better, 0 worse)")
+    assert f"[0/2] weight step: {note}" in capsys.readouterr().out
+
+
+def test_a_weight_step_that_gains_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    score = [0.5]
+    fit = tiny_fit(
+        tiny_model,
+        tmp_path,
+        "w",
+        gate=True,
+        metric=lambda example, prediction: score[0],
+        bootstrapping=Bootstrapping(threshold=0.5),
+        callbacks=[seen := Seen(), Paid(score)],
+    ).run()
+    assert seen.adapters[0] != seen.adapters[1]
+    assert "notes" not in fit.alternate.history[1]
+
+
 def test_dropout_acts_in_training_and_never_in_rollouts(tiny_model: Path, tmp_path: Path) -> None:
     modes = Modes()
     fit = tiny_fit(tiny_model, tmp_path, lora=LoRA(r=4, alpha=8, dropout=0.3), callbacks=[modes])
@@ -326,6 +359,16 @@ class Starts(Callback):
 
     def of_weight_steps(self, *, epochs: int) -> list[dict[str, float]]:
         return self.epochs[::epochs]
+
+
+class Paid(Callback):
+    """The metric gives more from the first step of training on."""
+
+    def __init__(self, score: list[float]) -> None:
+        self.score = score
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.score[0] = 0.9
 
 
 class Modes(Callback):

@@ -31,7 +31,7 @@ def test_the_first_lines_say_what_will_happen(
         "  schedule  p -> w -> p (p: RandomDemoSearch; w: 2 epochs on up to 2 attempts an example)",
     ]
     # vanilla 10; p: 12, 8 told the answer, 6 candidates of 6, 10, twice; w: 12 or 24 + 10 x (2 epochs + 2); test 4
-    assert lines[5] == "  in all    198 to 210 runs of the program"
+    assert lines[5:7] == ["  rate      w: 2.0e-02 (as set)", "  in all    198 to 210 runs of the program"]
     assert fit.module.lm.usage.calls <= 190
 
 

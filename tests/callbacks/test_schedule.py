@@ -17,7 +17,8 @@ def test_an_unknown_step_is_named_and_a_right_schedule_shown(text: str, wrong: s
     with pytest.raises(ValueError) as error:
         parse_schedule(text)
     assert str(error.value) == (
-        f'schedule "{text}": unknown step "{wrong}". Steps are "p" (prompts) and "w" (weights), e.g. "p -> w -> p".'
+        f'schedule "{text}": unknown step "{wrong}". '
+        'Steps are "p" (prompts) and "w", "d", "k", "g" (weights), e.g. "p -> w -> p".'
     )
 
 

@@ -317,7 +317,7 @@ def test_the_most_that_a_run_can_cost_follows_from_its_options() -> None:
     found = cost_of(Run(CELL, ("p", "w"), 0), parts, Pace(100.0, 0.5, 2.0, 7.0))
     runs = 50  # vanilla
     runs += 100 + 12 + (4 + 6) * 50 + 50  # p: bootstrap, some of it with hints, candidates on dev, val
-    runs += (2 + 1) * 100 + (5 + 1 + 1) * 50 + 50  # w: attempts and hints, epochs, average, both prompts
+    runs += (2 + 1) * 100 + (5 + 1 + 1 + 1) * 50 + 50  # w: attempts and hints, epochs, average, both prompts, gate
     calls = 3 * (runs + 4 * 100)  # three stages; test after each of three prefixes and at the end
     assert found == Cost(calls, 3 * 100 * 5, calls * 32, calls * 100.0, 7 + calls * 0.5 + 1500 * 2.0)
 

@@ -265,7 +265,8 @@ def test_a_class_that_lacks_its_package_says_which(run: Run, tiny_model: Path) -
 def test_an_unknown_step_is_named_before_anything_is_loaded(run: Run, tiny_model: Path) -> None:
     message = one_error(run(*fit(tiny_model, schedule="p -> x")))
     assert message == (
-        'schedule "p -> x": unknown step "x". Steps are "p" (prompts) and "w" (weights), e.g. "p -> w -> p".'
+        'schedule "p -> x": unknown step "x". '
+        'Steps are "p" (prompts) and "w", "d", "k", "g" (weights), e.g. "p -> w -> p".'
     )
 
 

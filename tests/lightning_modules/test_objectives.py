@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.callbacks.schedule import WeightStep
-from cotune.datamodules import Batch, Bearing, Bootstrapping, Collected, Pair, Trace, collate
+from cotune.datamodules import Batch, Bearing, Bootstrapping, Pair, collate
 from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import attach
-from cotune.lightning_modules.objectives import Objective, Rejection
+from cotune.lightning_modules.objectives import DPO, GRPO, KTO, Objective, Rejection
 from cotune.lightning_modules.training import gradients
 from cotune.lightning_modules.training.gradients import BatchGradients, Computed
 from tiny_fit import tiny_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-
-
-class WithoutRows(Objective):
-    def rows(self, collected: Collected) -> list[Trace]:
-        raise NotImplementedError
-
-
-class Preference(WithoutRows):
-    """Of the two rows of a group the first is preferred to the second (DPO, Rafailov et al., 2023)."""
-
-    def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
-        assert tokens.reference is not None
-        rewards_R = tokens.by_row(log_probs[:, 0] - tokens.reference[:, 0])
-        pairs = [[row for row, _ in rows] for _, rows in groupby(enumerate(tokens.groups), key=lambda row: row[1])]
-        chosen, rejected = torch.tensor(pairs).unbind(dim=1)
-        return -F.logsigmoid(0.1 * (rewards_R[chosen] - rewards_R[rejected])).sum()
-
-    def reads(self, tokens: Bearing) -> Any:
-        return ("policy", "reference")
-
-    def size(self, tokens: Bearing) -> float:
-        return len(tokens.groups) / 2
-
-
-class Desirability(Preference):
-    """Good and bad rows against the batch's mean distance from the reference (KTO, Ethayarajh et al., 2024)."""
-
-    def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
-        assert tokens.reference is not None
-        rewards_R = tokens.by_row(log_probs[:, 0] - tokens.reference[:, 0])
-        sign_R = torch.tensor([1.0 if good else -1.0 for good in tokens.desirable], dtype=rewards_R.dtype)
-        return (1 - torch.sigmoid(0.1 * sign_R * (rewards_R - rewards_R.mean().detach().clamp(min=0)))).sum()
-
-    def size(self, tokens: Bearing) -> float:
-        return len(tokens.groups)
-
-
-class Distillation(WithoutRows):
-    """The divergence of the LM from its teacher over the candidates, each way of counting it in by the `kl` weight."""
-
-    def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
-        assert tokens.reference is not None
-        teacher, known = tokens.reference[:, 1:], tokens.ids[:, 1:] >= 0
-        each = torch.where(known, teacher.exp() * (teacher - log_probs[:, 1:]), 0.0)
-        return (tokens.kl * each.sum(dim=1)).sum()
 
 
 @pytest.fixture(scope="module")
@@ -149,35 +103,108 @@ def streams(*names: str) -> list[Pair]:
     return given
 
 
+def judged(model: Any) -> list[Pair]:
+    """The rows with a weight of 1/4 a token, advantages, and log-probabilities from before, near to today's."""
+    rows = []
+    for i, row in enumerate(pairs()):
+        count = len(row.completion_ids)
+        with torch.no_grad():
+            own = plain_log_probs(model, [row])[:, 0]
+        noise = torch.randn(2, count, generator=torch.Generator().manual_seed(50 + i))
+        weights = {"kl": (0.25,) * count, "pg": ((-1.0) ** i * 0.25 * (1 + i),) * count}
+        before = {"sampled": (own + 0.3 * noise[0]).tolist(), "reference": (own - 1 + noise[1])[:, None].tolist()}
+        rows.append(replace(row, ce=(), **weights, **before))
+    return rows
+
+
 LOSSES: dict[str, Objective] = {
-    "pairs": Preference(),
-    "good and bad": Desirability(),
+    "pairs": DPO(),
+    "good and bad": KTO(good=1.5),
     "streams": Rejection(),
+    **{variant: GRPO(variant, length=7) for variant in ("grpo", "dr_grpo", "dapo", "cispo")},
+    "near the base": GRPO(kl=0.3),
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_are_those_of_the_loss_by_autograd(model: Any, name: str) -> None:
-    rows = streams("ce", "pg", "kl") if name == "streams" else pairs()
+def rows_for(name: str, model: Any) -> list[Pair]:
+    if name == "streams":
+        return streams("ce", "pg", "kl")
+    return judged(model) if name != "near the base" else [replace(row, reference=()) for row in judged(model)]
+
+
+def published(name: str, own_n: Tensor, tokens: Bearing) -> Tensor:
+    """The formulas of TRL 1.16's trainers on the same rows, written out; its masked means over (B, T) as loops."""
+    rows = [tokens.rows == row for row in range(len(tokens.groups))]
+    if name in ("pairs", "good and bad"):
+        assert tokens.reference is not None
+        ratios = [0.25 * (own_n - tokens.reference[:, 0])[row].sum() for row in rows]  # 0.25: what a token weighs here
+        if name == "pairs":
+            losses = [-F.logsigmoid(0.1 * (ratios[i] - ratios[i + 1])) for i in range(0, len(rows), 2)]
+        else:
+            kl = torch.stack(ratios).mean().detach().clamp(min=0)
+            losses = [
+                1.5 * (1 - F.sigmoid(0.1 * (ratio - kl))) if good else 1 - F.sigmoid(0.1 * (kl - ratio))
+                for ratio, good in zip(ratios, tokens.desirable, strict=True)
+            ]
+        return torch.stack(losses).mean()
+    high = {"dapo": 1.28, "cispo": 4.0}.get(name, 1.2)
+    advantages, ratio = tokens.pg / 0.25, (own_n - tokens.sampled).exp()
+    each = -torch.min(ratio * advantages, ratio.clamp(0.8, high) * advantages)
+    if name == "cispo":
+        each = -ratio.clamp(max=high).detach() * advantages * own_n
+    if name == "near the base":
+        assert tokens.reference is not None
+        apart = tokens.reference[:, 0] - own_n
+        each = each + 0.3 * (apart.exp() - apart - 1)
+    if name == "dr_grpo":
+        return 0.25 * each.sum() / len(rows)  # the rows' weights are their 1 / length
+    return each.mean()  # in equal parts: the rows of "grpo" all have the weight that a run of 4 tokens gives
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "streams"])
+def test_losses_and_gradients_are_those_of_the_published_formulas(model: Any, name: str) -> None:
+    rows = rows_for(name, model)
     found = compute(model, batch(rows), LOSSES[name])
-    assert apart(found.gradients, plain(model, rows, LOSSES[name])) < 1e-6
+    own = plain_log_probs(model, rows)[:, 0]
+    tokens = batch(rows).bearing(model.device, torch.float64)
+    if name == "near the base":
+        with torch.no_grad(), model.disable_adapter():
+            tokens = tokens.with_reference(plain_log_probs(model, rows))
+    expected = published(name, own, tokens)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert apart(found.gradients, torch.autograd.grad(expected, trained(model))) < 1e-6
+
+
+def test_gradients_are_those_of_the_loss_by_autograd(model: Any) -> None:
+    rows = streams("ce", "pg", "kl")
+    assert apart(compute(model, batch(rows), Rejection()).gradients, plain(model, rows, Rejection())) < 1e-6
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("rows_at_once", [1, 2, 5])
-def test_a_batch_cut_into_parts_gives_the_same(model: Any, name: str, rows_at_once: int) -> None:
-    given = batch(streams("ce", "pg", "kl") if name == "streams" else pairs())
+def test_a_batch_cut_into_parts_gives_the_same(model: Any, name: str) -> None:
+    given = batch(rows_for(name, model))
     whole = compute(model, given, LOSSES[name])
-    parts = compute(model, given, LOSSES[name], rows=rows_at_once)
-    assert apart(parts.gradients, whole.gradients) < 1e-6
-    assert torch.allclose(parts.loss, whole.loss, rtol=1e-9)
-    assert parts.size == whole.size
+    for rows_at_once in (1, 5):
+        parts = compute(model, given, LOSSES[name], rows=rows_at_once)
+        assert apart(parts.gradients, whole.gradients) < 1e-6
+        assert torch.allclose(parts.loss, whole.loss, rtol=1e-9)
+        assert parts.size == whole.size
+
+
+def test_rows_whose_pair_was_left_out_and_groups_of_one_kind_pull_nowhere_or_finitely(model: Any) -> None:
+    rows = judged(model)
+    unpaired = compute(model, batch(rows[::2]), DPO())
+    assert unpaired.loss == 0
+    assert all(not gradient.any() for gradient in unpaired.gradients if gradient is not None)
+    twice = compute(model, batch([*rows[:2], *rows[:2]]), DPO()).loss  # a group may stand twice in a batch
+    assert torch.allclose(twice, 2 * compute(model, batch(rows[:2]), DPO()).loss)
+    assert compute(model, batch(rows[1::2]), KTO()).finite  # none of them good
 
 
 def test_parts_alone_would_not_know_of_the_whole(model: Any) -> None:
     """What the pass over the whole batch is for: rows alone have another mean."""
-    whole = compute(model, batch(pairs()), Desirability()).gradients
-    alone = [compute(model, part, Desirability()) for part in batch(pairs()).parts(1)]
+    whole = compute(model, batch(judged(model)), KTO()).gradients
+    alone = [compute(model, part, KTO()) for part in batch(judged(model)).parts(1)]
     summed = [sum(each) / len(alone) for each in zip(*(one.gradients for one in alone), strict=True)]  # type: ignore[arg-type]
     assert apart(summed, whole) > 1e-3
 
@@ -207,30 +234,6 @@ def test_the_reference_is_the_base_unless_the_rows_bring_their_own(model: Any) -
     assert torch.allclose(mixed.reference[mixed.rows >= 3], base[mixed.rows >= 3], rtol=1e-9)
 
 
-def test_candidates_are_distilled_beside_rows_that_have_none(model: Any) -> None:
-    rows = pairs()
-    taught = []
-    for i, row in enumerate(rows[:3]):
-        shape = (len(row.completion_ids), 21)
-        teacher = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).log_softmax(
-            dim=-1
-        )
-        candidates = [ids(20, 1000 * i + place) for place in range(shape[0])]
-        taught.append(replace(row, ce=(), kl=(1.0,) * shape[0], candidates=candidates, reference=teacher.tolist()))
-    given = batch([*taught, *rows[3:]])
-    found = compute(model, given, Distillation())
-    scores = []
-    for row in taught:
-        text = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
-        logits = model(input_ids=text, use_cache=False).logits[0, len(row.prompt_ids) - 1 : -1]
-        teacher = torch.tensor(row.reference, dtype=torch.float64)[:, 1:]
-        own = logits.log_softmax(dim=-1).gather(1, torch.tensor(row.candidates))
-        scores.append((teacher.exp() * (teacher - own)).sum())
-    expected = torch.autograd.grad(torch.stack(scores).sum() / given.tokens, trained(model))
-    assert apart(found.gradients, expected) < 1e-6
-    assert apart(compute(model, given, Distillation(), rows=1).gradients, expected) < 1e-6
-
-
 def test_a_pass_before_is_made_only_where_its_result_is_read(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real, passes = gradients.log_probs, []
 
@@ -243,7 +246,7 @@ def test_a_pass_before_is_made_only_where_its_result_is_read(model: Any, monkeyp
         (Rejection(), pairs(), [True]),
         (Rejection(), streams("ce", "pg"), [True]),
         (Rejection(), streams("kl"), [False, False, True]),
-        (Preference(), pairs(), [False, False, True]),
+        (KTO(), judged(model), [False, True]),
     ):
         passes.clear()
         compute(model, batch(rows), objective)
@@ -251,7 +254,7 @@ def test_a_pass_before_is_made_only_where_its_result_is_read(model: Any, monkeyp
 
 
 def test_memory_that_runs_out_in_a_pass_before_leaves_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = compute(model, batch(pairs()), Preference())
+    whole = compute(model, batch(judged(model)), KTO())
     real = gradients.log_probs
 
     def scarce(model: Any, part: Batch, *given: Any) -> Any:
@@ -260,7 +263,7 @@ def test_memory_that_runs_out_in_a_pass_before_leaves_the_same(model: Any, monke
         return real(model, part, *given)
 
     monkeypatch.setattr(gradients, "log_probs", scarce)
-    assert apart(compute(model, batch(pairs()), Preference()).gradients, whole.gradients) < 1e-6
+    assert apart(compute(model, batch(judged(model)), KTO()).gradients, whole.gradients) < 1e-6
 
 
 def test_rows_that_make_a_coupled_loss_no_number_are_named_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +275,8 @@ def test_rows_that_make_a_coupled_loss_no_number_are_named_alone(model: Any, mon
         return found.masked_fill(bad[:, None], float("nan")), weighted
 
     monkeypatch.setattr(gradients, "log_probs", poisoned)
-    computing, given = BatchGradients(), batch(pairs())
-    found = computing.compute(model, trained(model), given, Preference())
+    computing, given = BatchGradients(), batch(judged(model))
+    found = computing.compute(model, trained(model), given, DPO())
     assert not found.finite
     assert computing.not_finite(model, trained(model), given, found) == ["row 3"]
 

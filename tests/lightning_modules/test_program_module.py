@@ -11,6 +11,7 @@ import torch
 from cotune.datamodules import Pair, Splits, TraceDataModule, collate
 from cotune.datamodules.splits import Sizes
 from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule
+from cotune.lightning_modules.objectives import GRPO, Rejection
 from cotune.programs import Demo, Predict, Prompt, Sampling
 from fakes import Loop, doubles
 from lightning.pytorch import Trainer
@@ -74,6 +75,18 @@ def test_the_rate_warms_up_and_then_falls_as_a_cosine() -> None:
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 20)) for i in range(20)])
     assert factors[-1] < 0.01
+
+
+@pytest.mark.parametrize(("lr", "own", "full"), [(0.0, None, 5e-4), (0.0, 3e-3, 3e-3), (0.01, None, 0.01)])
+def test_a_rate_of_0_is_one_that_fits_the_lm_and_the_objective(
+    lr: float, own: float | None, full: float, tiny_model: Path
+) -> None:
+    made = module(tiny_model, lr=lr)
+    made.configure_model()
+    group = made.configure_optimizers().param_groups[0]
+    assert made.rate(Rejection(), own, group) == full
+    assert made.rate(GRPO(), own, group) == pytest.approx(full * (0.1 if not (lr or own) else 1.0))
+    assert made.lm.size == sum(p.numel() for p in made.parameters() if not p.requires_grad)
 
 
 def test_a_late_decay_stays_whole_for_two_thirds_and_then_falls_to_zero() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cotune.datamodules.collect import Report
-from cotune.programs import Faults, Prompts, Rollout, faults_of, mean_score, prompts_id
+from cotune.programs import Faults, LMJudge, Prompts, Rollout, faults_of, mean_score, prompts_id
 from cotune.programs.faults import faults_from_dict, faults_to_dict, merged
 from cotune.prompting import Found
 from lightning.pytorch import LightningModule, Trainer
@@ -36,6 +36,7 @@ class Boundary:
         coverage: whose traces passed, after a weight step; see `trace_coverage`.
         tested: rollouts on test, where Alternate was asked for them; no choice is made by them.
         test_cost: what those cost, which `cost` leaves out.
+        judge: how far an `LMJudge` agreed with itself so far, where it is the metric.
     """
 
     index: int
@@ -57,6 +58,7 @@ class Boundary:
     tested: Sequence[Rollout] | None = None
     test_cost: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
+    judge: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def faults(self) -> Faults:
@@ -95,9 +97,16 @@ class Boundary:
             record["test_cost"] = dict(self.test_cost)
         if self.faults:
             record["faults"] = faults_to_dict(self.faults)
+        if self.judge:
+            record["judge"] = dict(self.judge)
         if self.notes:
             record["notes"] = list(self.notes)
         return record
+
+
+def judge_noise(metric: Any) -> dict[str, Any]:
+    """How far a judge agreed with itself, in plain types; {} for another metric, and where it was asked once."""
+    return asdict(metric.noise) if isinstance(metric, LMJudge) and metric.noise.asked_twice else {}
 
 
 class BoundaryListener:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from cotune.lightning_modules import LanguageModel, Usage
+from cotune.lightning_modules import Usage
+
+
+class Counted(Protocol):
+    """An LM that counts what it was asked."""
+
+    usage: Usage
 
 
 class Costs:
@@ -20,7 +26,7 @@ class Costs:
         self._usage, self._at_boundary = Usage(), Usage()
         self._before, self._began = 0.0, time.perf_counter()
 
-    def begin(self, lm: LanguageModel, *, resumed: bool) -> None:
+    def begin(self, lm: Counted, *, resumed: bool) -> None:
         """From now on this LM is counted; the count of a resumed run goes on from its checkpoint."""
         self._began = time.perf_counter()
         if resumed:

@@ -14,6 +14,7 @@ from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.embedded import HUB_ID, gguf_source
 from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.lightning_modules.quantization import quantized_as
+from cotune.lightning_modules.text_lm import TextLM
 from cotune.programs import prompts_to_dict
 from cotune.storage.durable import explained, new_folder, write_whole
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,8 +26,9 @@ FORMAT = 2
 class ExportProgram(Callback):
     """Writes `export/` when the fit ends; nothing if the schedule did not, or if it was a `fast_dev_run`.
 
-    `adapter/` is what PEFT saves; `prompts.json` maps stage names to prompts; `program.json` says which program, LM,
-    template, sampling and data they belong to. `cotune export` makes a model card and merged weights of it.
+    `adapter/` is what PEFT saves, of an LM with weights here; `prompts.json` maps stage names to prompts;
+    `program.json` says which program, LM, template, sampling and data they belong to. `cotune export` makes a model
+    card and merged weights of it.
 
     Args:
         folder: the run's folder; null takes the trainer's default_root_dir.
@@ -39,12 +41,15 @@ class ExportProgram(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ProgramModule)
-        if trainer.fast_dev_run or not ended(trainer):  # type: ignore[attr-defined]
-            return
+        if not trainer.fast_dev_run and ended(trainer):  # type: ignore[attr-defined]
+            self.write(trainer, pl_module)
+
+    def write(self, trainer: Trainer, module: ProgramModule) -> None:
+        """Writes the export of the module as it is."""
         folder = Path(self.folder or trainer.default_root_dir) / "export"
         data = getattr(trainer, "datamodule", None)
         described = describe_data(data) if isinstance(data, TraceDataModule) else None
-        export_program(pl_module, folder, config=self.config, data=described)
+        export_program(module, folder, config=self.config, data=described)
 
 
 def export_program(
@@ -55,10 +60,11 @@ def export_program(
     data: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the export; an older one in its place is replaced only once the new one is complete and on disk."""
-    base = describe_base(module.lm)
+    lm = module.lm
+    base = describe_base(lm)
     described = {
         "format": FORMAT,
-        "base_model": module.lm.name,
+        "base_model": lm.name,
         "base": base,
         "program": f"{type(module.program).__module__}.{type(module.program).__qualname__}",
         "stages": {
@@ -69,19 +75,22 @@ def export_program(
         "model": dict(config) if config is not None else None,
     }
     with explained(folder), new_folder(folder) as partial:
-        module.lm.save_adapter(partial / "adapter")
-        name_base(partial / "adapter", base["name"], base["revision"])
+        if isinstance(lm, LanguageModel):
+            lm.save_adapter(partial / "adapter")
+            name_base(partial / "adapter", base["name"], base["revision"])
         write_whole(partial / "prompts.json", json.dumps(prompts_to_dict(module.prompts), indent=2, ensure_ascii=False))
         write_whole(partial / "program.json", json.dumps(described, indent=2, ensure_ascii=False))
 
 
-def describe_base(lm: LanguageModel) -> dict[str, Any]:
-    """What the adapter was trained on.
+def describe_base(lm: LanguageModel | TextLM) -> dict[str, Any]:
+    """What the adapter was trained on; of an LM without weights here, its name and how it is asked.
 
     `name` is what others can load: the Hub id where there is one, else the folder on this machine. `quantization` says
     how the weights were held, e.g. "bitsandbytes nf4", "" for unquantised; `gguf` names the file they were read from.
     `identity` and `tokenizer` are hashes of the base's files and of the tokenizer's tokens: `load` compares them.
     """
+    if isinstance(lm, TextLM):
+        return {"name": lm.name, "asked": lm.identity}
     source = gguf_source(lm.source)
     here = Path(lm.source).expanduser().is_dir()
     on_hub = HUB_ID if lm.name == EMBEDDED else None if here else lm.name

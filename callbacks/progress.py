@@ -31,10 +31,14 @@ class StepProgress:
 
     Args:
         title: what the bar is of, e.g. "[1/3] prompt step".
+
+    Attributes:
+        tried: candidates so far that were scored to the end.
     """
 
     def __init__(self, title: str) -> None:
         self._title = title
+        self.tried: list[Candidate] = []
         self._console = Console()
         self._bar = Progress(
             # A line that is too long for the terminal would be drawn anew below itself at every refresh.
@@ -77,6 +81,7 @@ class StepProgress:
 
     def candidate(self, index: int, total: int, candidate: Candidate, best: float) -> None:
         self._head = f"candidate {index + 2}/{total}, best {best:.3f}" if index + 1 < total else ""
+        self.tried += [] if candidate.pruned else [candidate]
         ended = "pruned at" if candidate.pruned else "score"
         self.say(f"candidate {index + 1}/{total} ({candidate.why}): {ended} {candidate.score:.3f}, best {best:.3f}")
 

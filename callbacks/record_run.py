@@ -7,15 +7,16 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cotune.callbacks.alternate import Alternate
-from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.boundary import Boundary, BoundaryListener, judge_noise
 from cotune.callbacks.progress import say
 from cotune.lightning_modules import ProgramModule
-from cotune.programs import faults_of, mean_score
+from cotune.programs import Ledger, faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
 from cotune.programs.set_metrics import measured
 from cotune.storage.durable import clock, read_durably, write_durably
@@ -59,10 +60,21 @@ class RecordRun(Callback, BoundaryListener):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._alternate is not None and self._alternate.finished:
-            made = summary(self._alternate, seed=getattr(pl_module, "seed", 0))
-            assert isinstance(pl_module, ProgramModule)
-            more = {"adapter": str(pl_module.lm.attached), "durability": self._durability(pl_module)}
-            self._write(trainer, pl_module, {**made, **more})
+            self.write_summary(trainer, pl_module)
+
+    def write_summary(self, trainer: Trainer, module: LightningModule, *, ended: str = "", found: str = "") -> None:
+        """Writes what has come of the run so far.
+
+        Args:
+            ended: the bound of its budget that ended it early.
+            found: what the export holds then, where that is a candidate of a search that was broken off.
+        """
+        assert self._alternate is not None
+        assert isinstance(module, ProgramModule)
+        made = summary(self._alternate, seed=module.seed)
+        made |= {"ended": ended, "found": found, "adapter": str(module.lm.attached)}
+        more = {**spent_and_judged(trainer, module), "durability": self._durability(module)}
+        self._write(trainer, module, {**made, **more})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer, "summary.json")
@@ -75,7 +87,7 @@ class RecordRun(Callback, BoundaryListener):
             if names := trainer.datamodule.set_metrics:  # type: ignore[attr-defined]
                 pairs = [(rollout.example, rollout.prediction) for rollout in pl_module.evaluated]  # type: ignore[union-attr]
                 tested["test_set_metrics"] = measured(names, pairs)
-            self._write(trainer, pl_module, {**known, **tested})
+            self._write(trainer, pl_module, {**known, **tested, **spent_and_judged(trainer, pl_module)})
 
     def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
         write_durably(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -110,6 +122,13 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "command": redacted_text(" ".join(sys.argv)),
     }
+
+
+def spent_and_judged(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """What was paid, by role, where LMs are charged to a ledger; and how far a judge agreed with itself."""
+    roles = getattr(module, "ledger", Ledger()).roles
+    metric = getattr(getattr(trainer, "datamodule", None), "metric", None)
+    return {"costs": {role: asdict(usage) for role, usage in roles.items()}, "judge": judge_noise(metric)}
 
 
 def history_faults(history: Sequence[Mapping[str, Any]]) -> Faults:

@@ -14,6 +14,7 @@ from cotune.callbacks.schedule import PROMPTS
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.splits import NAMES
 from cotune.lightning_modules import ProgramModule
+from cotune.programs import Budget, Ledger
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 Runs = tuple[float, float]
@@ -112,25 +113,37 @@ def seconds_a_call(history: Sequence[Mapping[str, Any]]) -> float:
 
 def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alternate) -> list[str]:
     """The first lines of a run; loads its LM, to say of it what is and not what was asked for."""
-    program, lm = module.program, module.lm
-    lm.load(seed=module.seed)
+    program, lm = module.program, module.lm.described(seed=module.seed)
     stages = ", ".join(program.stages)
-    held = f"{lm.quantization}, " if lm.quantization else ""
-    dtype = str(lm.dtype).removeprefix("torch.")
     sizes = ", ".join(f"{len(getattr(data.splits, part))} {part}" for part in ("train", "dev", "val", "test"))
     low, high = runs_left(alternate, data, 0)
     vanilla = len(data.splits.val) * data.val_samples
     metric = getattr(data.metric, "__name__", type(data.metric).__name__)
     return [
         f"{name}: {type(program).__name__}, stage{'s' if len(program.stages) > 1 else ''} {stages}",
-        f"  LM        {lm.name}, {held}{dtype}; {lm.attached}",
-        *(f"            {line}" for line in lm.remarks),
+        f"  LM        {lm[0]}",
+        *(f"            {line}" for line in lm[1:]),
         f"  data      {sizes} examples; metric {metric}",
         *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
         *_rates(module, alternate),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
+        *(f"  {role:9} {lm}" for role, lm in module.ledger.asked.items() if role != "program"),
+        *_budget(module.ledger, (low + vanilla) * len(program.stages)),
     ]
+
+
+def _budget(ledger: Ledger, calls: float) -> list[str]:
+    """What may be spent, and whether that is less than the run's runs take with one call for each stage."""
+    if ledger.budget == Budget():
+        return []
+    spent = f", of which are spent {ledger.spent}" if ledger.roles else ""
+    bound = ledger.budget.lm_calls
+    short = bound is not None and bound < calls
+    least = (
+        f": it takes about {calls:,.0f} calls at least, so the run ends early, with the best so far" if short else ""
+    )
+    return [f"  budget    {ledger.budget}{spent}{least}"]
 
 
 def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
@@ -191,13 +204,16 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
 
 def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
     """The full learning rate of each weight step, and where it comes from; nothing without one."""
-    group = module.configure_optimizers().param_groups[0]
+    optimizer = module.configure_optimizers()
+    if isinstance(optimizer, list):  # an LM without weights
+        return []
+    group = optimizer.param_groups[0]
     rates: dict[str, list[str]] = {}
     for letter in dict.fromkeys(step for step in alternate.schedule if step != PROMPTS):
         step = alternate.steps[letter]
         why = "as the step says" if step.lr else "as set"
         if group["by_size"] and not step.lr:
-            why = f"by the LM's size, {module.lm.size / 1e6:,.0f}M parameters"
+            why = f"by the LM's size, {module.weights.size / 1e6:,.0f}M parameters"
         rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
     said = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
     return [f"  rate      {said}"] if said else []

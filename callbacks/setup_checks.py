@@ -26,6 +26,7 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
     Raises:
         WrongTypeError: module or data are of another kind.
         TrainerOptionError: the trainer was made with an option that cannot be honoured.
+        NoWeightsError: the schedule trains, and the LM has no weights here.
         BadValueError: the fit has several processes, a set is empty that steps are chosen by, or gold answers are asked
             for where labels give none.
     """
@@ -39,6 +40,8 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         raise BadValueError(
             f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
         )
+    if any(step.rounds for step in alternation.steps):
+        _ = module.weights
     _check_trainer(trainer, sum(step.rounds for step in alternation.steps))
     for name in ("dev", "val"):
         if not getattr(data.splits, name):

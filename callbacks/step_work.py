@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cotune.callbacks.boundary import Boundary, BoundaryListener
+from cotune.callbacks.boundary import Boundary, BoundaryListener, judge_noise
 from cotune.callbacks.costs import Costs
 from cotune.callbacks.diagnosis import diagnose, nothing_gained, sampled_apart, trace_coverage
 from cotune.callbacks.epoch_choice import Adapter, EpochChoice
@@ -47,7 +47,7 @@ from cotune.programs import (
     prompts_id,
     prompts_to_dict,
 )
-from cotune.prompting import Found, PromptSearch, SearchTask
+from cotune.prompting import Candidate, Found, PromptSearch, SearchTask
 from cotune.storage.durable import write_durably
 from cotune.storage.schedule_text import name_of
 from lightning.pytorch import Trainer
@@ -106,6 +106,7 @@ class StepWork:
         self._found: Found | None = None  # by a search that has not been scored yet
         self._start: Adapter = {}  # the adapter at the last boundary
         self._average: Adapter = {}  # the moving average that teaches in the weight step under way
+        self._tried: Sequence[Candidate] = ()  # in a search that has not ended
 
     def begin(self, module: ProgramModule) -> None:
         """A fit begins, or goes on if there is a history."""
@@ -143,6 +144,7 @@ class StepWork:
         """Searches, and gives the module what was found."""
         module, data = ours(trainer)
         with StepProgress(self.title("prompt step")) as progress:
+            self._tried = progress.tried
             task = SearchTask(
                 runner=module.runner(data.metric),
                 initial=module.initial_prompts,
@@ -157,6 +159,7 @@ class StepWork:
             with isolate_rng():
                 self._found = self.search.search(task)
         module.prompts = self._found.prompts
+        self._tried = []
 
     def _search_examples(self, data: TraceDataModule) -> list[Example]:
         train, most = list(data.splits.train), self.options.search_examples
@@ -203,7 +206,7 @@ class StepWork:
         if not rounds:
             module.prompts = prompts
             if self.options.weights == "fresh" and set(self.schedule[: self.position]) - {PROMPTS}:
-                module.lm.reset_adapter(seed=self.seed("adapter", self.position))
+                module.weights.reset_adapter(seed=self.seed("adapter", self.position))
         # For `cotune preview`: the prompts that stand in the training pairs.
         text = json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2)
         write_durably(self._folder(run, rounds) / "prompts.json", text)
@@ -352,6 +355,20 @@ class StepWork:
         module.prompts = prompts_from_dict(self.best["prompts"])
         module.lm.load_adapter_state(self.best["adapter"])
 
+    def take_best_so_far(self, module: ProgramModule) -> str:
+        """The run ends within a step: the module becomes the best prefix, or what a search found beyond it.
+
+        Returns:
+            What a search had found; "" for the best prefix.
+        """
+        self.take_best(module)
+        beaten = [one for one in self._tried if one.why == "incumbent"]
+        best = max(self._tried, key=lambda one: one.rank, default=None)  # the first of equals
+        if not beaten or best is None or best.rank <= beaten[0].rank or self.best["index"] < self.position:
+            return ""
+        module.prompts = best.prompts
+        return f'candidate "{best.why}", {best.score:.3f} on dev (incumbent {beaten[0].score:.3f}), not scored on val'
+
     def _end_weight_step(self, trainer: Trainer, rounds: int) -> None:
         module, data = ours(trainer)
         choice = self._choice
@@ -423,6 +440,7 @@ class StepWork:
             cost=cost,
             diagnosis=diagnose(rollouts, before, threshold=data.bootstrapping.threshold, set_metrics=data.set_metrics),
             found=found,
+            judge=judge_noise(data.metric),
             **more,
         )
         self.history.append(boundary.record())

@@ -7,10 +7,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from cotune.callbacks.alternate import Alternate
+from cotune.programs import BudgetSpentError
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -44,12 +46,14 @@ class StopSignals:
     Attributes:
         max_seconds: that the run may take, from here on and in `seconds_before` together; None: as long as it takes.
         seconds_before: that earlier processes of the run have taken.
+        late: says whether the minutes of the run's budget are over.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self.patient = False
         self.requested: int | None = None
         self.max_seconds, self.seconds_before, self._began = max_seconds, 0.0, time.monotonic()
+        self.late: Callable[[], BudgetSpentError | None] = lambda: None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -73,14 +77,16 @@ class StopSignals:
     @property
     def wanted(self) -> bool:
         """Whether a signal has come, or time is over."""
-        return self.requested is not None or self._out_of_time
+        return self.requested is not None or self._out_of_time or self.late() is not None
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come or time is over. To be called between units of work."""
+        """Raises Stopped if a signal has come or time is over, or BudgetSpentError. For between two units of work."""
         if self.requested is not None:
             raise Stopped(self.requested)
         if self._out_of_time:
             raise OutOfTime
+        if error := self.late():
+            raise error
 
     @property
     def _out_of_time(self) -> bool:
@@ -109,11 +115,12 @@ class StopOnSignal(Callback):
         self.signals = signals
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        pl_module.lm.before_wave = self.signals.check  # type: ignore[union-attr]
+        pl_module.lm.before_wave = pl_module.ledger.between = self.signals.check  # type: ignore[union-attr]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Alternate):
                 callback.saver.stopping = self.signals
                 self.signals.seconds_before = callback.work.seconds_before
+        self.signals.late = pl_module.ledger.late  # type: ignore[union-attr, assignment]
         self.signals.patient = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

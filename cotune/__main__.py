@@ -37,7 +37,8 @@ what came of it
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
 Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor), 2 an error that the message explains,
-3 no traces to train on, 130 stopped by Ctrl-C. COTUNE_DEBUG=1 shows the traceback behind a message.
+3 no traces to train on, 4 the budget is spent (fit has written the best so far), 130 stopped by Ctrl-C. COTUNE_DEBUG=1
+shows the traceback behind a message.
 """
 
 
@@ -48,7 +49,7 @@ _OF_TESTS = ("COTUNE_CRASH", "COTUNE_DATA")
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 1 when `predict` could answer no row, 2 for an error that the user
-    can mend, 3 for a lack of traces, 130 when stopped by Ctrl-C."""
+    can mend, 3 for a lack of traces, 4 for a spent budget, 130 when stopped by Ctrl-C."""
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")

@@ -85,22 +85,29 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
     """
     folder = export_folder(folder)
     described = read_export(folder)
-    if not (folder / "adapter" / "adapter_config.json").is_file():
+    weights = "asked" not in (described.get("base") or {})
+    if weights and not (folder / "adapter" / "adapter_config.json").is_file():
         raise ExportError(f'"{folder}" has no adapter/, only merged weights; export it with --what adapter or all.')
     _check_weights(folder)
     module = module or _build(folder, described["model"], trust_remote_code)
     _check_stages(folder, described["stages"], module.program)
-    if module.lm.model is not None:
-        raise ExportError(
-            "the LM of the given module is loaded already; give a module that is not, or use it as it is."
-        )
-    _check_base(folder, described.get("base") or {}, module.lm)
-    module.lm.adapter = str(folder / "adapter")
-    with _no_bar():
-        module.configure_model()
+    if weights:
+        _load_weights(module, folder, described.get("base") or {})
     module.prompts = prompts_from_dict(_json(folder / "prompts.json"))
     module.max_error_rate = 1.0  # no error ends a batch of predictions: each is in its own rollout
     return Tuned(module.eval(), folder)
+
+
+def _load_weights(module: ProgramModule, folder: Path, base: Mapping[str, Any]) -> None:
+    lm = module.weights
+    if lm.model is not None:
+        raise ExportError(
+            "the LM of the given module is loaded already; give a module that is not, or use it as it is."
+        )
+    _check_base(folder, base, lm)
+    lm.adapter = str(folder / "adapter")
+    with _no_bar():
+        module.configure_model()
 
 
 @contextmanager
@@ -207,7 +214,10 @@ def _build(folder: Path, config: Mapping[str, Any] | None, trust_remote_code: bo
 
 def _trusted(lm: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
     """The LM's settings, with the reader's own word on running the model's code."""
-    return {**lm, "init_args": {**lm.get("init_args", {}), "trust_remote_code": trust_remote_code}}
+    given = dict(lm.get("init_args", {}))
+    if trust_remote_code or "trust_remote_code" in given:  # an endpoint has no such thing
+        given["trust_remote_code"] = trust_remote_code
+    return {**lm, "init_args": given}
 
 
 def _check_stages(folder: Path, exported: Mapping[str, Mapping[str, Sequence[str]]], program: Program) -> None:

@@ -10,9 +10,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from cotune.datamodules.encode import Vocabulary
+from cotune.datamodules.teacher import teach
 from cotune.datamodules.trace import Trace
 from cotune.errors import BadValueError, CotuneError
 from cotune.programs import (
+    LM,
     Demo,
     Example,
     Form,
@@ -61,6 +63,8 @@ class Bootstrapping:
             learnt as if it ended there.
         demo_share: share of the batches whose pairs carry 1 to `fresh_demos` demos of other rows, so that the tuned
             weights still know what to do with demos. 0 in the paper.
+        teacher: an LM, such as an endpoint, that runs the examples which the student does not solve, once, with the
+            current prompts. What passes the metric is trained on in the student's form and ids, and counted apart.
     """
 
     threshold: float = 1.0
@@ -74,6 +78,7 @@ class Bootstrapping:
     balance_stages: bool = False
     cut_traces: bool = False
     demo_share: float = 0.0
+    teacher: LM | None = None
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
@@ -128,12 +133,14 @@ class Attempt:
         number: of the attempt, from 0.
         prompts: id of those it was run with.
         hinted: they held the gold answer.
+        taught: the teacher ran it.
     """
 
     rollout: Rollout
     number: int
     prompts: str
     hinted: bool = False
+    taught: bool = False
 
     @property
     def example(self) -> str:
@@ -206,6 +213,7 @@ class Collected:
             **{name: outcomes[name] for name in ("wrong", "format", "type", *KINDS, "cut")},
             faults=faults_to_dict(faults_of([attempt.rollout for attempt in self.attempts])),
             hinted=sum(attempt.hinted for attempt in solved.values()),
+            taught=sum(attempt.taught for attempt in solved.values()),
             more=len(self.successes) - len(solved),
             repeated=outcomes["passed"] - len(self.successes),
             gold=sum(trace.gold for trace in traces),
@@ -301,6 +309,8 @@ class Report:
     """the user's code's faults by kind, each with its first example, in plain types: checkpoints hold reports"""
     hinted: int = 0
     """of the solved examples, those that needed a hint"""
+    taught: int = 0
+    """of the solved examples, those that the teacher solved"""
     more: int = 0
     """further successes of solved examples, where `traces_per_example` asks for them"""
     repeated: int = 0
@@ -328,6 +338,7 @@ class Report:
         why |= {f"{kind} faults": getattr(self, kind) for kind in KINDS}
         failed = ", ".join(f"{count} {kind}" for kind, count in why.items() if count) or "none"
         hinted = f", {self.hinted} of them with a hint" if self.hinted else ""
+        hinted += f", {self.taught} of them by the teacher" if self.taught else ""
         more = f", {self.more} further traces of them" if self.more else ""
         gold = f", {self.gold} unsolved ones with their gold answer" if self.gold else ""
         solved = f"{self.solved} of {self.examples} examples solved{hinted}"
@@ -373,6 +384,12 @@ def collect(
         before, solved = solved, len({attempt.example for attempt in successes})
         if progress is not None:
             progress(solved - before if wanting else len(examples) - before)
+    if options.teacher is not None:
+        unsolved = _unsolved(examples, attempts, options)
+        shown = [hide_own_demos(prompts, example.id) for example in unsolved]
+        number = options.attempts + options.hints
+        taught = teach(options.teacher, unsolved, runner, shown, seed=seed, attempt=number, encode=vocabulary.encode)
+        attempts += [Attempt(r, number, prompts_id(p), taught=True) for r, p in zip(taught, shown, strict=False)]
     return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
 
 
@@ -412,6 +429,11 @@ def _wanting(
     enough = options.traces_per_example if number < options.attempts else 1
     found = Counter(attempt.example for attempt in successes)
     return [example for example in examples if found[example.id] < enough]
+
+
+def _unsolved(examples: Sequence[Example], attempts: Sequence[Attempt], options: Bootstrapping) -> list[Example]:
+    solved = {attempt.example for attempt in _successes(attempts, options)}
+    return [example for example in examples if example.id not in solved]
 
 
 def _shown(

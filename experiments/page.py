@@ -11,7 +11,7 @@ from cotune.experiments.paper import LMS, SOURCE, paper_scores
 from cotune.experiments.results import Attempt, Row, RunResult, rows_of
 from cotune.experiments.runs import CONTROL, EQUAL_CALLS, Cell, cells_of
 from cotune.experiments.table_config import TableConfig
-from cotune.reporting.statistics import paired_difference, standard_error
+from cotune.reporting.statistics import paired_difference, standard_error, widened
 from cotune.storage.schedule_text import name_of
 
 _CONTROL = name_of(CONTROL)
@@ -91,7 +91,12 @@ def _difference(row: Row, control: Row | None) -> dict[str, Any] | None:
         {attempt.seed: attempt.scores for attempt in control.attempts},
         {attempt.seed: attempt.scores for attempt in row.attempts},
     )
-    return None if found is None else asdict(found)
+    if found is None:
+        return None
+    # Of a difference, the noise of both scores; over all pairs, as the judge errs in each anew.
+    noise = sum(max((attempt.noise for attempt in one.attempts), default=0.0) for one in (row, control)) / found.pairs
+    low, high = widened(found.mean, (found.low, found.high), noise) if noise else (found.low, found.high)
+    return {**asdict(found), "low": low, "high": high}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -54,6 +54,7 @@ class Attempt:
     Attributes:
         chosen: the prefix whose program was taken.
         lm_calls, seconds: what all of the strategy's steps took, those not taken included, test excluded.
+        noise: variance of one score by the metric alone, as far as its judge was asked twice.
     """
 
     seed: int
@@ -64,6 +65,7 @@ class Attempt:
     lm_calls: int
     seconds: float
     unreadable: int
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def _attempt(result: RunResult, steps: Steps, fellows: Sequence[RunResult]) -> A
         lm_calls=sum(int(record["lm_calls"]) for record in behind),
         seconds=sum(float(record["seconds"]) for record in own),
         unreadable=tested.unreadable,
+        noise=float((behind[-1].get("judge") or {}).get("variance", 0.0)),
     )
 
 

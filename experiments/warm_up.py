@@ -79,14 +79,14 @@ def _pair(parts: Parts, step: Step) -> Pair:
     """A step as it is trained on: behind the zero-shot prompt."""
     module = parts.module
     signature, prompt = module.program.stages[step.stage].signature, module.initial_prompts[step.stage]
-    ids = module.lm.encode(module.form.render(signature, prompt, step.inputs))
-    return Pair(ids, step.completion.completion_ids or (module.lm.end_ids[0],))
+    ids = module.weights.encode(module.form.render(signature, prompt, step.inputs))
+    return Pair(ids, step.completion.completion_ids or (module.weights.end_ids[0],))
 
 
 def _seconds_a_pair(parts: Parts, pairs: list[Pair]) -> float:
     if not pairs:
         return 0.0
-    model = parts.module.lm.model
+    model = parts.module.weights.model
     trained = [p for p in model.parameters() if p.requires_grad]
     batch = collate([pairs])
     began = time.perf_counter()

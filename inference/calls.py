@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from cotune.errors import BadValueError
+from cotune.programs.budget import answers_of
 from cotune.programs.lm import LM, Completion, Filled, Request, Sampling
 from cotune.programs.usage import Usage
 from cotune.storage.row_store import RowStore
@@ -45,11 +46,10 @@ class StoredLM:
         own: Usage = getattr(self.lm, "usage", Usage())
         return own + Usage(stored=self._stored)
 
-    def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
-        """What the store has of these completions. Nothing is asked and nothing counted."""
-        keys = call_keys(requests, sampling, self.identity)
-        found = self._find(keys)
-        return [found.get(key) for key in keys]
+    @property
+    def seconds(self) -> float:
+        """Wall time that keeping has taken."""
+        return self._store.seconds
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion for each request, in their order; equal requests are asked once. Raises what the LM does."""
@@ -58,7 +58,7 @@ class StoredLM:
         self._stored += len(found)
         asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         places = list(asked)
-        for come in self._answers(list(asked.values()), sampling) if asked else ():
+        for come in answers_of(self.lm, list(asked.values()), sampling) if asked else ():
             new = {places[at]: one for at, one in come.items()}
             if answered := {key: _pack(one) for key, one in new.items() if one.finished not in _REFUSED}:
                 self._store.write(answered)
@@ -72,13 +72,6 @@ class StoredLM:
 
     def _find(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         return {key: _unpack(value) for key, value in self._store.read(list(dict.fromkeys(keys))).items()}
-
-    def _answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterable[Mapping[int, Completion]]:
-        answers = getattr(self.lm, "answers", None)
-        if answers is None:
-            return [dict(enumerate(self.lm.complete(requests, sampling)))]
-        coming: Iterable[Mapping[int, Completion]] = answers(requests, sampling)
-        return coming
 
 
 def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping[str, Any]) -> list[bytes]:

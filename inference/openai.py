@@ -11,7 +11,7 @@ from cotune.errors import BadValueError
 from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
 from cotune.inference.response_format import read_reply, response_format
 from cotune.programs.layout import Field
-from cotune.programs.lm import Completion, Request, Sampling
+from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.usage import Usage
 
 _MOST_STOPS = 4
@@ -19,7 +19,7 @@ _MOST_STOPS = 4
 _THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)
 
 
-class OpenAILM:
+class OpenAILM(LM):
     """An LM behind an endpoint with chat completions: hosted, vLLM, SGLang, llama.cpp, Ollama, a proxy.
 
     Requests are under way side by side, and are sent again when the server is busy, slow or gone for a moment.
@@ -38,6 +38,7 @@ class OpenAILM:
         prices: model -> dollars for a million tokens read and for a million written. An answer that says its cost is
             believed.
         extra: further parameters of each request, such as {"reasoning_effort": "low"}.
+        max_calls: calls that a run may pay it for; null for as many as its budget allows.
 
     Attributes:
         usage: what the completions have cost so far.
@@ -59,6 +60,7 @@ class OpenAILM:
         response_format: Literal["auto", "off"] = "auto",
         prices: Mapping[str, Sequence[float]] | None = None,
         extra: Mapping[str, Any] | None = None,
+        max_calls: int | None = None,
     ) -> None:
         if response_format not in ("auto", "off"):
             raise BadValueError(f'response_format "{response_format}" is neither auto nor off.')
@@ -67,6 +69,7 @@ class OpenAILM:
         self._endpoint = Endpoint(
             endpoint, model, key_variable=key_variable, concurrency=concurrency, timeout=timeout, tries=tries
         )
+        self.max_calls = max_calls
         self.usage = Usage()
         self.answered_by: Counter[str] = Counter()
 

@@ -17,6 +17,7 @@ from typing import Any
 from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Completion, Filled, Sampling
+from cotune.programs.usage import Usage
 from cotune.storage.row_store import CompletionStoreError, RowStore
 
 __all__ = [
@@ -71,14 +72,14 @@ class StoredEngine(Engine):
     Attributes:
         store: where completions are kept; None keeps none from one call to the next.
         before_wave: called before each wave; what it raises stops there.
-        generated: completions that the engine made so far.
+        paid: what the engine made so far: completions, and the tokens that were read and written for them.
     """
 
     def __init__(self, engine: Engine, *, identity: Callable[[str], Mapping[str, Any]]) -> None:
         self.engine, self._identity_of = engine, identity
         self.store: CompletionStore | None = None
         self.before_wave: Callable[[], None] = lambda: None
-        self.generated = 0
+        self.paid = Usage()
 
     def start(self, weights: Weights) -> None:
         self.engine.start(weights)
@@ -104,7 +105,8 @@ class StoredEngine(Engine):
         self.before_wave()
         results = self.engine.generate(list(missing.values()), sampling, adapter=adapter)
         made = dict(zip(missing, results, strict=True))
-        self.generated += len(made)
+        written = sum(len(one.ids) for one in results)
+        self.paid += Usage(len(made), tokens_in=sum(len(one.ids) for one in missing.values()), tokens_out=written)
         if self.store:
             self.store.keep(made)
         return made

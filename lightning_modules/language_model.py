@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cotune.datamodules.encode import ChatEncoder
+from cotune.datamodules.encode import ChatEncoder, Vocabulary
 from cotune.datamodules.thinking import told_apart
 from cotune.errors import BadValueError, CotuneError
 from cotune.inference import Codec
@@ -56,7 +56,8 @@ from cotune.lightning_modules.quantization import (
     prepare_layers,
     quantized_as,
 )
-from cotune.programs import Completion, Request, Sampling
+from cotune.programs import LM, Completion, Request, Sampling
+from cotune.programs.usage import Usage as Cost
 from cotune.storage.durable import file_sum
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ class Usage:
         return {name: value - earlier[name] for name, value in asdict(self).items()}
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(nn.Module, LM):
     """A causal LM with a chat template, a LoRA adapter, and batched generation.
 
     The constructor only keeps its arguments; `load` reads the weights.
@@ -254,7 +255,7 @@ class LanguageModel(nn.Module):
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
         self.load()
-        started, before = time.perf_counter(), self.completing.generated
+        started, before = time.perf_counter(), self.paid.calls
         prompts = [Prompted(self.encode(r.messages), r.layout, r.seed) for r in requests]
         results = [Completion("")] * len(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
@@ -268,7 +269,7 @@ class LanguageModel(nn.Module):
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.completion_ids) for r in results)
         self.usage.too_long += sum(r.finished == "too_long" for r in results)
-        self.usage.cached += len(prompts) - (self.completing.generated - before)
+        self.usage.cached += len(prompts) - (self.paid.calls - before)
         self.usage.seconds += time.perf_counter() - started
         return results
 
@@ -295,6 +296,11 @@ class LanguageModel(nn.Module):
         self.completing.store = CompletionStore(path) if path and path != "off" else None
 
     @property
+    def paid(self) -> Cost:
+        """What was generated so far; what the store had is free."""
+        return self.completing.paid
+
+    @property
     def store(self) -> CompletionStore | None:
         """Where completions are kept, if they are."""
         return self.completing.store
@@ -316,6 +322,22 @@ class LanguageModel(nn.Module):
     def decodes_together(self, tokens: int) -> bool:
         """Whether texts of so many tokens were found to come out right where they are decoded together."""
         return findings(self.model).decodes.fits(tokens)
+
+    def described(self, *, seed: int) -> list[str]:
+        """What it is, in lines for people; loads it, to say what is and not what was asked for."""
+        self.load(seed=seed)
+        held = f"{self.quantization}, " if self.quantization else ""
+        return [f"{self.name}, {held}{str(self.dtype).removeprefix('torch.')}; {self.attached}", *self.remarks]
+
+    def close(self) -> None:
+        """Closes the store; it opens again where it is asked again."""
+        if self.store is not None:
+            self.store.close()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What its token ids mean; the tokenizer must be loaded."""
+        return self.encode.vocabulary(self.name)
 
     def base_identity(self) -> str:
         """What the base is, by the content of its files or its commit on the Hub; the adapter and its training apart.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,18 @@ from cotune.inference.engine import Engine
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.quantization import refuse_plugin
+from cotune.lightning_modules.text_lm import NoWeightsError, TextLM, no_weights
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.training.packing import checkpoint_layers
 from cotune.lightning_modules.training.reference import with_reference, without_dropout
 from cotune.lightning_modules.training.skips import SkipLimits, Skips
 from cotune.programs import (
+    LM,
+    BudgetedLM,
     Example,
     Form,
+    Ledger,
     Metric,
     Program,
     Prompts,
@@ -98,7 +103,8 @@ class ProgramModule(LightningModule):
 
     Args:
         program: what to tune.
-        lm: the shared LM.
+        lm: the shared LM: a `LanguageModel`, or any other, such as an endpoint, whose prompts can be tuned and whose
+            weights cannot.
         form: how stages talk to it; reasoning first and then each output behind its name, where none is given.
         sampling: how the program's completions are drawn, in prompt steps, validation and test.
         optimizer: for the adapter's parameters. A learning rate of 0 stands for one that fits the LM's size: 5e-4 up to
@@ -117,7 +123,7 @@ class ProgramModule(LightningModule):
     def __init__(
         self,
         program: Program,
-        lm: LanguageModel,
+        lm: LM,
         form: Form | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0),
@@ -130,9 +136,12 @@ class ProgramModule(LightningModule):
         engine: Engine | None = None,
     ) -> None:
         super().__init__()
+        self.program, self.sampling = program, sampling
+        self.lm: LanguageModel | TextLM = lm if isinstance(lm, LanguageModel | TextLM) else TextLM(lm)
         if engine is not None:
-            lm.use(engine)
-        self.program, self.lm, self.sampling = program, lm, sampling
+            self.weights.use(engine)
+        self.ledger = Ledger()
+        self._bounded: BudgetedLM | None = None
         self.form: Form = form or ReasonThenFill()
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.seed, self.max_error_rate = seed, max_error_rate
@@ -157,10 +166,36 @@ class ProgramModule(LightningModule):
         self._precision = self.trainer.precision_plugin
 
     def configure_model(self) -> None:
+        if isinstance(self.lm, TextLM):
+            return
         self.lm.load(seed=self.seed)
         fuse_adapter(self.lm.model)
         if self.gradient_checkpointing:
             checkpoint_layers(self.lm.model)
+
+    def meter(self, ledger: Ledger, completions: str | Path | None = None) -> None:
+        """Charges the LM's calls to a ledger. One without weights keeps its answers in the file, if one is given."""
+        self.ledger = ledger
+        if isinstance(self.lm, TextLM):
+            self.lm.meter(ledger, completions)
+        else:
+            self._bounded = BudgetedLM(self.lm, ledger)
+
+    @property
+    def asked(self) -> LM:
+        """The LM as it is to be asked: within the budget."""
+        return self._bounded or self.lm
+
+    @property
+    def weights(self) -> LanguageModel:
+        """The LM with its weights.
+
+        Raises:
+            NoWeightsError: it has none here.
+        """
+        if isinstance(self.lm, TextLM):
+            raise NoWeightsError(no_weights(self.lm.name))
+        return self.lm
 
     def rollouts(
         self,
@@ -183,16 +218,16 @@ class ProgramModule(LightningModule):
 
     def runner(self, metric: Metric | None) -> Runner:
         """How this program runs on its LM, and by what it is scored."""
-        return Runner(self.program, self.lm, self.form, metric, self.sampling, self.max_error_rate)
+        return Runner(self.program, self.asked, self.form, metric, self.sampling, self.max_error_rate)
 
     @property
     def vocabulary(self) -> Vocabulary:
         """What the LM's token ids mean; its tokenizer must be loaded."""
-        return self.lm.encode.vocabulary(self.lm.name)
+        return self.lm.vocabulary
 
     def pair_maker(self, prompts: Prompts) -> PairMaker:
         """Makes training pairs with these prompts, for this LM; its tokenizer must be loaded."""
-        lm = self.lm
+        lm = self.weights
         return PairMaker(
             self.program,
             self.form,
@@ -209,7 +244,7 @@ class ProgramModule(LightningModule):
         Args:
             adapter: with it, or of the base alone.
         """
-        model, off = self.lm.model, nullcontext() if adapter else self.lm.model.disable_adapter()
+        model, off = self.weights.model, nullcontext() if adapter else self.weights.model.disable_adapter()
         with without_dropout(model), off, self.trainer.precision_plugin.train_step_context():
             scored = functools.partial(self._gradients.likeliest, model, count=top_k)
             return with_reference(traces, self.pair_maker(prompts), scored)
@@ -227,7 +262,7 @@ class ProgramModule(LightningModule):
         parameters = self._trained()
         scaler = self._loss_scaler()
         scale = scaler.get_scale() if scaler else 1.0
-        computed = self._gradients.compute(self.lm.model, parameters, batch, self.objective, scale=scale)
+        computed = self._gradients.compute(self.weights.model, parameters, batch, self.objective, scale=scale)
         # Gradients of fp16 that overflow are the loss scaler's: it skips the step and lowers its factor.
         finite = bool(torch.isfinite(computed.loss)) if scaler else computed.finite
         if finite:
@@ -235,7 +270,7 @@ class ProgramModule(LightningModule):
             self.log("train/loss", computed.loss, prog_bar=True, batch_size=batch.rows)
         else:
             what = "the gradient" if torch.isfinite(computed.loss) else "the loss"
-            self._skip(what, self._gradients.not_finite(self.lm.model, parameters, batch, computed))
+            self._skip(what, self._gradients.not_finite(self.weights.model, parameters, batch, computed))
         self.log("train/skipped_steps", float(self.skips.total))
         self._size = computed.size if finite or scaler else 0
         return known_gradients(computed, parameters) if self._size else computed.loss.requires_grad_()
@@ -301,7 +336,9 @@ class ProgramModule(LightningModule):
     def _data(self) -> TraceDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
+        if isinstance(self.lm, TextLM):
+            return []
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         for group in optimizer.param_groups:
             group["by_size"] = group["lr"] == 0

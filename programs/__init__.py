@@ -1,6 +1,6 @@
 """Programs: what runs. Signatures, prompts, stages, forms, rollouts and metrics; no torch, no Lightning."""
 
-from cotune.programs.budget import Budget, BudgetedLM, BudgetSpentError
+from cotune.programs.budget import Budget, BudgetedLM, BudgetSpentError, Ledger, RoleSpentError
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Fault, Faults, FaultyProgramError, faults_of
@@ -51,6 +51,7 @@ __all__ = [
     "LMJudge",
     "LMUnavailableError",
     "Layout",
+    "Ledger",
     "Line",
     "Lines",
     "Markers",
@@ -73,6 +74,7 @@ __all__ = [
     "Request",
     "Retriever",
     "RetrieverError",
+    "RoleSpentError",
     "Rollout",
     "Runner",
     "Sampling",

@@ -1,10 +1,11 @@
-"""Budgets: bounds on what a run may spend on an LM, kept to the call."""
+"""Budgets: what a run spends on its LMs, by role, and the bounds that it keeps to the call."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Request, Sampling
@@ -15,7 +16,25 @@ _WAVE = 32
 
 
 class BudgetSpentError(LMUnavailableError):
-    """A bound of the budget is met: the run ends in order, and a larger budget continues it."""
+    """A bound is met: the run ends in order, and a larger one continues it.
+
+    Attributes:
+        bound: that is met, e.g. "budget.lm_calls 100" or "max_calls 50 of the teacher".
+    """
+
+    exit_code = 4
+
+    def __init__(self, bound: str, spent: Usage, minutes: float) -> None:
+        self.bound = bound
+        option = bound.split()[0]
+        super().__init__(
+            f"the budget is spent: {bound} (so far {spent}, {minutes:.1f} minutes). What was answered is kept; set a "
+            f"larger {option} to go on from there."
+        )
+
+
+class RoleSpentError(BudgetSpentError):
+    """One role's LM has made the calls that it may make; others may still be asked."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +42,10 @@ class Budget:
     """What may be spent; None leaves a thing unbounded.
 
     Attributes:
-        lm_calls: completions that are paid for; those from a store are free. Never exceeded.
+        lm_calls: completions that are paid for, of all LMs; those from a store are free. Never exceeded.
         tokens: read and written. Looked at between waves of 32 requests, so the last wave may exceed it.
         dollars: likewise; needs an LM that knows its prices.
-        minutes: likewise, of wall time.
+        minutes: likewise, of wall time, also between two steps of training.
     """
 
     lm_calls: int | None = None
@@ -59,39 +78,124 @@ class Budget:
                 return f"{name} {bound:g}" if isinstance(bound, float) else f"{name} {bound}"
         return ""
 
+    @property
+    def only_calls(self) -> bool:
+        """Whether nothing is bounded that is known only afterwards."""
+        return all(bound is None for name, bound in self._bounds() if name != "lm_calls")
+
+    def __str__(self) -> str:
+        """
+        >>> str(Budget(lm_calls=500, dollars=2.5))
+        'lm_calls 500, dollars 2.5'
+        """
+        return ", ".join(f"{name} {bound}" for name, bound in self._bounds() if bound is not None)
+
     def _bounds(self) -> list[tuple[str, float | None]]:
         return [(name, getattr(self, name)) for name in ("lm_calls", "tokens", "dollars", "minutes")]
 
 
-class BudgetedLM:
-    """An LM that counts what it spends and stops at a budget.
+class Ledger:
+    """What a run's LMs cost, by role, and its budget.
 
     Args:
-        lm: any LM. One that has a `usage` is charged by what that grows by; another by its requests and ids. One with
-            `known(requests, sampling)` says which completions it has already: they are given even when nothing is left.
-        spent, minutes: what the run had spent before it was stopped and resumed.
+        budget: of all roles together.
+        keep: called with `state()` whenever something was paid for, so that it outlives the process.
         clock: seconds.
 
     Attributes:
-        spent: so far.
+        asked: role -> who it is.
+        roles: role -> what it has cost so far.
+        between: called between answers; what it raises stops there, and what was answered is kept.
     """
 
     def __init__(
         self,
-        lm: LM,
-        budget: Budget,
+        budget: Budget = Budget(),
         *,
-        spent: Usage = Usage(),  # noqa: B008 (frozen)
-        minutes: float = 0.0,
+        keep: Callable[[dict[str, Any]], None] = lambda state: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lm, self.budget, self.spent = lm, budget, spent
-        self._clock, self._began = clock, clock() - 60 * minutes
+        self.budget, self._keep, self._clock, self._began = budget, keep, clock, clock()
+        self.asked: dict[str, str] = {}
+        self.roles: dict[str, Usage] = {}
+        self.between: Callable[[], None] = lambda: None
+
+    @property
+    def spent(self) -> Usage:
+        """By all roles."""
+        return sum(self.roles.values(), Usage())
 
     @property
     def minutes(self) -> float:
         """Wall time since the run began, the time before a stop included and that between not."""
         return (self._clock() - self._began) / 60
+
+    def met(self) -> BudgetSpentError | None:
+        """The bound of the budget that is met, if one is."""
+        bound = self.budget.met(self.spent, self.minutes)
+        return BudgetSpentError(f"budget.{bound}", self.spent, self.minutes) if bound else None
+
+    def late(self) -> BudgetSpentError | None:
+        """The bound on minutes, if it is met."""
+        if self.budget.minutes is None or self.minutes < self.budget.minutes:
+            return None
+        return BudgetSpentError(f"budget.minutes {self.budget.minutes:g}", self.spent, self.minutes)
+
+    def charge(self, role: str, usage: Usage) -> None:
+        self.roles[role] = self.roles.get(role, Usage()) + usage
+        if usage != Usage():
+            self._keep(self.state())
+
+    def check(self, role: str, max_calls: int | None) -> None:
+        """Raises BudgetSpentError if nothing is left for a role."""
+        if error := self.met():
+            raise error
+        spent = self.roles.get(role, Usage())
+        if max_calls is not None and spent.calls >= max_calls:
+            raise RoleSpentError(f"max_calls {max_calls} of the {role}", spent, self.minutes)
+
+    def wave(self, role: str, max_calls: int | None) -> int | None:
+        """Requests that may be asked before the next look at the bounds; None for any number."""
+        left = None if max_calls is None else max_calls - self.roles.get(role, Usage()).calls
+        sizes = [left, self.budget.calls_left(self.spent), None if self.budget.only_calls else _WAVE]
+        return min((size for size in sizes if size is not None), default=None)
+
+    def state(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"minutes": self.minutes, "roles": {role: asdict(usage) for role, usage in self.roles.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what an earlier process of the run had spent."""
+        self._began = self._clock() - 60 * state["minutes"]
+        self.roles = {role: Usage(**usage) for role, usage in state["roles"].items()}
+
+
+class BudgetedLM:
+    """An LM whose calls are charged to a ledger, and that stops at its bounds.
+
+    To have what was answered free of charge, put the store outside: `StoredLM(BudgetedLM(lm, ledger), ...)`.
+
+    Args:
+        lm: any LM. One that has a `usage` is charged by what that grows by; another by its requests and ids.
+        role: what it is for, as costs are said: "program", "teacher", "proposer", "judge".
+        max_calls: of this role; null for as many as the budget allows.
+    """
+
+    def __init__(self, lm: LM, ledger: Ledger, *, role: str = "program", max_calls: int | None = None) -> None:
+        if max_calls is not None and max_calls < 0:
+            raise BadValueError(f"max_calls {max_calls} of the {role} is below 0; leave it out for no bound.")
+        self.lm, self.ledger, self.role, self.max_calls = lm, ledger, role, max_calls
+        ledger.asked[role] = repr(lm) + (f", {max_calls} calls at most" if max_calls is not None else "")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The LM's, if it has one."""
+        return dict(getattr(self.lm, "identity", {}))
+
+    @property
+    def usage(self) -> Usage:
+        """What the role has cost."""
+        return self.ledger.roles.get(self.role, Usage())
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """The LM's completions.
@@ -100,41 +204,54 @@ class BudgetedLM:
             BudgetSpentError: the budget does not last for all requests. Those that it lasts for have been asked, so
                 that a store has them for a run with a larger budget.
         """
-        known = getattr(self.lm, "known", None)
-        found: list[Completion | None] = list(known(requests, sampling)) if known else [None] * len(requests)
-        wanted = [at for at, one in enumerate(found) if one is None]
-        while wanted:
-            if bound := self.budget.met(self.spent, self.minutes):
-                raise BudgetSpentError(self._message(bound))
-            wave = wanted[: self._wave()]
-            for at, one in zip(wave, self._charged([requests[at] for at in wave], sampling), strict=True):
-                found[at] = one
-            wanted = wanted[len(wave) :]
-        return [one for one in found if one is not None]
+        found: dict[int, Completion] = {}
+        for come in self.answers(requests, sampling):
+            found |= come
+        return [found[at] for at in range(len(requests))]
 
-    def _wave(self) -> int | None:
-        bounded = any(bound is not None for name, bound in self.budget._bounds() if name != "lm_calls")
-        sizes = [self.budget.calls_left(self.spent), _WAVE if bounded else None]
-        return min((size for size in sizes if size is not None), default=None)
+    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[dict[int, Completion]]:
+        """The same by their places, as they come."""
+        start = 0
+        while start < len(requests):
+            self.ledger.check(self.role, self.max_calls)
+            size = self.ledger.wave(self.role, self.max_calls)
+            wave = requests[start:] if size is None else requests[start : start + size]
+            for come in self._charged(wave, sampling):
+                yield {start + at: one for at, one in come.items()}
+                self.ledger.between()
+            start += len(wave)
 
-    def _charged(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        before: Usage | None = getattr(self.lm, "usage", None)
-        done: list[Completion] = []
+    def close(self) -> None:
+        """Closes what the LM holds open."""
+        getattr(self.lm, "close", lambda: None)()
+
+    def _charged(self, wave: Sequence[Request], sampling: Sampling) -> Iterator[Mapping[int, Completion]]:
+        """A wave's answers, each charged before it is given."""
+        charged = _usage(self.lm)
         try:
-            done = self.lm.complete(requests, sampling)
+            for come in answers_of(self.lm, wave, sampling):
+                now = _usage(self.lm)
+                counted = sum(map(_counted, come.values()), Usage())
+                self.ledger.charge(self.role, counted if charged is None or now is None else now - charged)
+                charged = now
+                yield come
         finally:  # what an endpoint answered before it failed was paid as well
-            after: Usage | None = getattr(self.lm, "usage", None)
-            if isinstance(before, Usage) and isinstance(after, Usage):
-                self.spent += after - before
-            else:
-                self.spent += sum(map(_counted, done), Usage())
-        return done
+            if charged is not None and (now := _usage(self.lm)) is not None:
+                self.ledger.charge(self.role, now - charged)
 
-    def _message(self, bound: str) -> str:
-        return (
-            f"the budget is spent: {bound} (so far {self.spent}, {self.minutes:.1f} minutes). What was answered is "
-            f"kept; set a larger budget.{bound.split()[0]} to go on from there."
-        )
+
+def answers_of(lm: LM, requests: Sequence[Request], sampling: Sampling) -> Iterable[Mapping[int, Completion]]:
+    """Completions by their places as they come, of an LM with `answers`; of another, all at once."""
+    answers = getattr(lm, "answers", None)
+    if answers is None:
+        return [dict(enumerate(lm.complete(requests, sampling)))]
+    coming: Iterable[Mapping[int, Completion]] = answers(requests, sampling)
+    return coming
+
+
+def _usage(lm: LM) -> Usage | None:
+    found = getattr(lm, "paid", None) or getattr(lm, "usage", None)
+    return found if isinstance(found, Usage) else None
 
 
 def _counted(one: Completion) -> Usage:

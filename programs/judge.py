@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cotune.errors import BadValueError
@@ -98,6 +98,10 @@ class LMJudge(BatchMetric):
         self.reference, self.noise_share = reference, noise
         self._runner = Runner(_Judging(self.rubric, self.scale, reference), lm, form or Lines(), None, sampling, 1.0)
         self._twice: dict[str, tuple[float, float]] = {}
+
+    def ask(self, lm: LM) -> None:
+        """Asks this LM from now on."""
+        self.lm, self._runner = lm, replace(self._runner, lm=lm)
 
     @property
     def noise(self) -> Noise:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cotune.errors import BadValueError
-from cotune.programs import LM, Completion, Program, Request, Sampling
+from cotune.programs import LM, Completion, Program, Request, RoleSpentError, Sampling
 from cotune.prompting.evaluate import CountingLM
 from cotune.prompting.search import SearchTask, at_least
 
@@ -108,7 +108,10 @@ class Proposer:
             for text, seed in zip(asked, seeds, strict=True)
         ]
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_tokens)
-        return self.lm.complete(requests, sampling) if requests else []
+        try:
+            return self.lm.complete(requests, sampling) if requests else []
+        except RoleSpentError:
+            return [Completion("", finished="refused")] * len(requests)
 
     def read(self, completion: Completion, current: str, tried: Collection[str]) -> Written:
         """The instruction that a completion holds, and what is wrong with it.
@@ -120,6 +123,8 @@ class Proposer:
         text = instruction_in(completion.text)
         if completion.finished == "too_long":
             return Written(text, "the request does not fit the proposer's context window")
+        if completion.finished == "refused":
+            return Written(text, "the proposer would not answer, or has made its max_calls")
         if completion.finished == "length":
             return Written(completion.text.strip(), f"cut at max_tokens ({self.max_tokens})")
         return Written(text, self._flaw(text, current, tried))

@@ -110,7 +110,7 @@ def timeline(run: RunRecord, *, width: int) -> Timeline:
     dots = []
     following = [prefix.val_score for prefix in run.prefixes[1:]] + [-1.0]
     for prefix, name, after in zip(run.prefixes, names, following, strict=True):
-        low, high = interval(prefix.val_score, n)
+        low, high = interval(prefix.val_score, n, run.noise)
         shown = name if fits or not prefix.index else f"+{run.schedule[prefix.index - 1]}"
         ends = (y(low), y(high)) if n else (y(prefix.val_score),) * 2
         label = f"{prefix.val_score:.2f}"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cotune.programs.faults import faults_from_dict
+from cotune.programs.judge import Noise
+from cotune.programs.usage import Usage
 from cotune.storage.durable import DamagedFileError, read_durably
 from rich.console import Console
 from rich.table import Table
@@ -38,12 +40,19 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     console.print(table)
     tested = summary["test_score"]
     said = "not tested" if tested is None else f"test score {tested:.3f}"
+    if summary.get("ended"):
+        steps = summary["schedule"].count("->") + 1
+        where = "in the closing test" if len(records) > steps else f"in step {len(records)} of {steps}"
+        said += f"; ended by {summary['ended']} {where}"
+    if summary.get("found"):
+        said += f"; exported is the search's {summary['found']}"
     console.print(
         f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
     for line in set_metric_lines(summary, records):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for line in fault_lines(summary):
+    judged = judge_line(summary.get("judge"))
+    for line in [*([f"Metric: {judged}"] if judged else []), *cost_lines(summary), *fault_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if damage:
         console.print(damage, highlight=False, markup=False, soft_wrap=True)
@@ -83,6 +92,16 @@ def set_metric_lines(summary: Mapping[str, Any], records: Sequence[Mapping[str, 
         )
         for name in names
     ]
+
+
+def cost_lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each role whose LM was paid."""
+    return [f"Paid, {role}: {Usage(**usage)}" for role, usage in (summary.get("costs") or {}).items()]
+
+
+def judge_line(judge: Mapping[str, Any] | None) -> str:
+    """What a judge's noise was measured to be; "" where it was not."""
+    return str(Noise(**judge)) if judge else ""
 
 
 def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:

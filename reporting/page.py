@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from cotune.reporting import charts, journeys
+from cotune.reporting.closing_table import cost_lines, judge_line
 from cotune.reporting.comparison import Comparison
 from cotune.reporting.journeys import Journey
 from cotune.reporting.prompt_changes import PromptChange, demo_fields, prompt_changes
@@ -107,6 +108,8 @@ def render_report(run: RunRecord, *, examples: int = 60, now: datetime | None = 
             unanswered=_unanswered(run),
             costs=costs(run),
             key_settings=key_settings(run.config, str(run.summary.get("adapter", ""))),
+            paid=cost_lines(run.summary),
+            judged=judge_line(run.judge),
             now=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
             version=version("cotune"),
         )
@@ -165,10 +168,14 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def score_of(value: float, scores: Sequence[float], n: int | None) -> Score:
-    """A score and its error: from the single scores where they were recorded, else the largest it can have."""
+def score_of(value: float, scores: Sequence[float], n: int | None, noise: float = 0.0) -> Score:
+    """A score and its error: from the single scores where they were recorded, else the largest it can have.
+
+    Both grow by the variance of a score that is its metric's alone (`noise`).
+    """
     error = standard_error(scores) if len(scores) > 1 else binomial_error(value, n) if n else math.nan
-    low, high = interval(value, n) if n else (math.nan, math.nan)
+    error = math.sqrt(error**2 + noise / n) if n else error
+    low, high = interval(value, n, noise) if n else (math.nan, math.nan)
     return Score(value, n, error, low, high)
 
 
@@ -285,21 +292,21 @@ def same_values(inputs: Json, given: Json) -> bool:
 
 
 def _val_score(run: RunRecord, prefix: Prefix) -> Score:
-    return score_of(prefix.val_score, [row["score"] for row in prefix.rollouts or ()], run.size("val"))
+    return score_of(prefix.val_score, [row["score"] for row in prefix.rollouts or ()], run.size("val"), run.noise)
 
 
 def _prefix_test(run: RunRecord, prefix: Prefix) -> Score | None:
     if prefix.test_score is None:
         return None
     scores = [row["score"] for row in prefix.tested or ()]
-    return score_of(prefix.test_score, scores, len(scores) or run.size("test"))
+    return score_of(prefix.test_score, scores, len(scores) or run.size("test"), run.noise)
 
 
 def _test_score(run: RunRecord) -> Score | None:
     value = run.summary.get("test_score")
     if value is None:
         return None
-    return score_of(float(value), [row["score"] for row in run.test or ()], run.size("test"))
+    return score_of(float(value), [row["score"] for row in run.test or ()], run.size("test"), run.noise)
 
 
 def _groups(run: RunRecord, ways: Sequence[Journey], examples: int) -> list[dict[str, Any]]:

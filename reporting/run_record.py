@@ -97,7 +97,18 @@ class RunRecord:
 
     @property
     def finished(self) -> bool:
-        return bool(self.summary)
+        return bool(self.summary) and not self.summary.get("ended")
+
+    @property
+    def judge(self) -> Json:
+        """How far the metric's judge agreed with itself, as `Noise` holds it; {} where none was asked twice."""
+        found = self.summary.get("judge") or self.prefixes[-1].record.get("judge")
+        return dict(found or {})
+
+    @property
+    def noise(self) -> float:
+        """Variance of one score by the metric alone."""
+        return float(self.judge.get("variance", 0.0))
 
     @property
     def best(self) -> Prefix:

@@ -53,19 +53,32 @@ def binomial_error(score: float, n: int) -> float:
     return math.sqrt(score * (1 - score) / n) if n else math.nan
 
 
-def interval(score: float, n: int) -> tuple[float, float]:
+def interval(score: float, n: int, noise: float = 0.0) -> tuple[float, float]:
     """95 % Wilson interval of a mean of `n` scores of 0 and 1; for graded scores it is wider than need be.
 
     Unlike score ± 2 errors it does not shrink to nothing at 0 and 1.
 
-    >>> tuple(round(x, 2) for x in interval(1.0, 10))
-    (0.72, 1.0)
+    Args:
+        noise: variance of one score by the metric alone, as of a judge that contradicts itself; it is added.
+
+    >>> tuple(round(x, 2) for x in interval(1.0, 10)), tuple(round(x, 2) for x in interval(0.5, 10, noise=0.1))
+    ((0.72, 1.0), (0.17, 0.83))
     """
     if not n:
         return 0.0, 1.0
+    if noise:
+        return widened(score, interval(score, n), noise / n)
     middle = (score + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(score * (1 - score) / n + _Z**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def widened(middle: float, ends: tuple[float, float], variance: float) -> tuple[float, float]:
+    """An interval of a score in [0, 1], or of a difference of two, with a further, independent variance added."""
+    more = _Z * math.sqrt(variance)
+    low, high = middle - math.hypot(middle - ends[0], more), middle + math.hypot(ends[1] - middle, more)
+    floor = 0.0 if ends[0] >= 0 else -1.0
+    return max(floor, low), min(1.0, high)
 
 
 def paired_difference(first: Scores, second: Scores, *, resamples: int = _RESAMPLES) -> Difference | None:

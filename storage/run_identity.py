@@ -20,13 +20,18 @@ from cotune.storage.run_folder import FORMAT
 _FILE = "run.json"
 _FREE = (
     # Where things are. What is there counts: of model and data it is the content that is compared.
-    *("name", "runs_dir", "fresh", "config", "ckpt_path", "weights_only", "record", "log"),
+    *("name", "runs_dir", "fresh", "config", "budget", "ckpt_path", "weights_only", "record", "log"),
     *("model.lm.init_args.model", "model.lm.init_args.gguf_file", "model.lm.init_args.completions"),
     *("data.init_args.path", "trainer.default_root_dir", "alternate.folder"),
     # What is shown and saved, and how much memory generating may take. No result follows from them.
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
     *("trainer.profiler", "alternate.save_every", "model.lm.init_args.cache_tokens"),
     *("trainer.enable_checkpointing", "trainer.max_time"),
+    # How an endpoint is asked, and what it may cost.
+    *(
+        f"model.lm.init_args.{name}"
+        for name in ("concurrency", "timeout", "tries", "key_variable", "prices", "max_calls")
+    ),
 )
 """Options that may be others when a run is continued."""
 

@@ -71,8 +71,8 @@ class ProgramArtifacts:
                 origins = ["data", f"prompts:step-{boundary.index - 1}"]
                 self._log("traces", _files(traces), alias=alias, origins=origins, root=traces, metadata=facts)
             adapter = self.own / f"adapter-{alias}"
-            module.lm.save_adapter(adapter)
-            base = describe_base(module.lm)
+            module.weights.save_adapter(adapter)
+            base = describe_base(module.weights)
             name_base(adapter, base["name"], base["revision"])
             self._log(
                 "adapter", _files(adapter), alias=alias, origins=[f"traces:{alias}"], root=adapter, metadata=facts

@@ -51,10 +51,16 @@ def parser() -> argparse.ArgumentParser:
         "cotune doctor",
         allow_abbrev=False,
         description="Looks at this machine and says what a run can use and what to set. Nothing is downloaded, changed "
-        "or sent, and no key is shown.",
+        "or sent, and no key is shown. With --engine it looks at an endpoint instead, "
+        "by five requests of a few tokens.",
         epilog="Exit codes: 0 when all that cotune needs works, 1 when something is broken.",
     )
     made.add_argument("--runs_dir", default="runs", help="where runs would go, to look at its disk")
+    made.add_argument(
+        "--engine", metavar="URL", help="an endpoint, up to and with its version, in place of the machine"
+    )
+    made.add_argument("--model", default="", help="of the endpoint; the first that it lists, where none is named")
+    made.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable of the endpoint's key")
     made.add_argument("--json", action="store_true", help="the findings as a JSON list")
     made.add_argument(
         "--constraints",
@@ -69,7 +75,12 @@ def main(options: argparse.Namespace) -> int:
     if options.constraints:
         print(_CONSTRAINTS.read_text(encoding="utf-8"), end="")
         return 0
-    found = list(findings(Path(options.runs_dir)))
+    if options.engine:
+        from cotune.commands.doctor_engine import engine_findings
+
+        found = list(engine_findings(options.engine, options.model, options.key_variable))
+    else:
+        found = list(findings(Path(options.runs_dir)))
     if options.json:
         print(json.dumps([asdict(one) for one in found], indent=2))
     else:

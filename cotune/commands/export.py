@@ -109,6 +109,11 @@ def write_export(
     from cotune.tuned import ExportError, read_export
 
     described = _with_base(read_export(export), base_model)
+    if "asked" in described["base"]:
+        raise ExportError(
+            f'"{export}" is of an LM without weights here, {described["base_model"]}: prompts.json and program.json '
+            "are all that it takes, and cotune predict and cotune ask read them as they are."
+        )
     if not (export / "adapter" / "adapter_config.json").is_file():
         raise ExportError(f'"{export}" has no adapter/, so nothing can be made of it; give the run\'s own folder.')
     _check_target(out, export)

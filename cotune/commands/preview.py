@@ -91,10 +91,10 @@ def load_batches(folder: Path, *, step: int | None = None, epoch: int = 0) -> tu
 
     module, data = _read_config(folder)
     step, traces = _traces_folder(folder, step, data)
-    module.lm.load_tokenizer()
+    module.weights.load_tokenizer()
     maker = module.pair_maker(_pair_prompts(module, folder / "traces" / f"step-{step}", data))
     data.begin_weight_step(load_traces(traces, module.program), maker, step=step - 1, epoch=epoch)
-    return data.epoch_batches(), module.lm
+    return data.epoch_batches(), module.weights
 
 
 def trained_rows(batches: EpochBatches) -> Iterator[TrainedRow]:

@@ -37,9 +37,12 @@ from cotune.fit.config_files import check_config_files
 from cotune.fit.help_page import arrange, options_of, wanted
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
+from cotune.fit.roles import meter_roles, open_ledger
 from cotune.fit.wandb_setup import placed_loggers
-from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.lightning_internals import PlainCLI
+from cotune.lightning_modules.text_lm import NoWeightsError, no_weights
+from cotune.programs import Budget, BudgetSpentError, Ledger
 from cotune.shipped import with_files
 from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
 from cotune.storage.redact import redacted
@@ -125,14 +128,18 @@ class CotuneCLI(PlainCLI):
         try:
             with self.signals, own_modules():
                 self._run(args)
+        except BudgetSpentError as spent:
+            if self.subcommand == "fit" and self._scratch is None and self._alternate.history:
+                self._end_early(spent.bound)
+            raise
         finally:
             self._let_go()
 
     def _let_go(self) -> None:
         if self.run_folder is not None:
             self.run_folder.release()
-        if hasattr(self, "model") and self.model.lm.store is not None:
-            self.model.lm.store.close()  # it opens again where it is asked again
+        if hasattr(self, "model"):
+            self.model.lm.close()  # it opens again where it is asked again
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -166,6 +173,7 @@ class CotuneCLI(PlainCLI):
         parser.add_lightning_class_args(Alternate, "alternate")
         parser.add_lightning_class_args(RecordBoundaries, "record")
         parser.add_lightning_class_args(LogProgram, "log")
+        parser.add_class_arguments(Budget, "budget")
         parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
         parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
         for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
@@ -176,6 +184,8 @@ class CotuneCLI(PlainCLI):
         if self.subcommand == "fit":
             self._check_trainer(config)
         check_option_groups(config)
+        if self.subcommand == "fit":
+            check_weights(config)
         self.run_folder = RunFolder(config.runs_dir, config.name)
         if self.subcommand == "fit":
             self._take_folder(config)
@@ -248,9 +258,15 @@ class CotuneCLI(PlainCLI):
             )
 
     def after_instantiate_classes(self) -> None:
+        assert self.run_folder is not None
         lm, config = self.model.lm, self.config[self.subcommand]
-        if config.model.lm.init_args.get("completions") is None:
-            lm.keep_completions(Path(config.runs_dir) / "completions.sqlite")
+        completions = Path(config.runs_dir) / "completions.sqlite"
+        if isinstance(lm, LanguageModel) and config.model.lm.init_args.get("completions") is None:
+            lm.keep_completions(completions)
+        budget = self.config_init[self.subcommand].get("budget") or Budget()
+        ledger = open_ledger(budget, self.run_folder.path) if self.subcommand == "fit" else Ledger(budget)
+        search = self._alternate.search
+        meter_roles(self.model, self.datamodule, search, ledger, completions)
 
     def before_fit(self) -> None:
         """Data and base model must be those that the run was made with; a new run writes down what it is made with."""
@@ -309,9 +325,28 @@ class CotuneCLI(PlainCLI):
         trainer.callbacks += [FindContradictions(), SayPlan(), RecordRun(), ExportProgram(config=model)]  # type: ignore[attr-defined]
         return trainer
 
+    @property
+    def _alternate(self) -> Alternate:
+        (found,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Alternate))  # type: ignore[attr-defined]
+        return found
+
+    def _end_early(self, bound: str) -> None:
+        """Writes what a finished run writes, of the best prefix so far; the run itself stays to be continued."""
+        from cotune.reporting.closing_table import closing_table
+
+        found = ""
+        if not self._alternate.finished:  # else it was the closing test that the budget did not last for
+            found = self._alternate.work.take_best_so_far(self.model)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RecordRun):
+                callback.write_summary(self.trainer, self.model, ended=bound, found=found)
+            elif isinstance(callback, ExportProgram):
+                callback.write(self.trainer, self.model)
+        closing_table(Path(self.trainer.default_root_dir))
+
     def after_fit(self) -> None:
         folder = Path(self.trainer.default_root_dir)
-        (alternate,) = (callback for callback in self.trainer.callbacks if isinstance(callback, Alternate))  # type: ignore[attr-defined]
+        alternate = self._alternate
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self._scratch is not None:
             print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
@@ -330,6 +365,18 @@ def check_option_groups(config: Any) -> None:
     for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
         if part is not None and part.get("init_args") is not None:
             check_groups(cast(type, locate(part.class_path)), part.init_args, name)
+
+
+def check_weights(config: Any) -> None:
+    """Refuses a schedule that trains an LM that has no weights here, before the run's folder is touched.
+
+    Raises:
+        NoWeightsError: it does.
+    """
+    lm = locate(config.model.lm.class_path)
+    steps = {step.strip() for step in config.alternate.schedule.split("->")}
+    if isinstance(lm, type) and not issubclass(lm, LanguageModel) and steps != {"p"}:
+        raise NoWeightsError(no_weights(str(config.model.lm.init_args.get("model", lm.__name__))))
 
 
 def _show_steps(callbacks: list[Callback]) -> None:

@@ -31,7 +31,7 @@ _CLASSES = {
 }
 """Option that chooses a class -> the class whose options are shown: the default, or the base of all."""
 
-_ORDER = ("", "alternate", "model", "data", "record", "log", "ckpt_path", "trainer")
+_ORDER = ("", "alternate", "model", "data", "budget", "record", "log", "ckpt_path", "trainer")
 """First parts of the options' names, in the order of their groups."""
 
 _TITLES = {"ckpt_path": "Another checkpoint", "trainer": "Lightning's trainer"}

@@ -12,10 +12,12 @@ import pytest
 from cotune.datamodules import Bootstrapping, Collected, Report, Trace, Vocabulary, collect, load_traces, save_traces
 from cotune.lightning_modules.objectives import Rejection
 from cotune.programs import (
+    BudgetedLM,
     Completion,
     Demo,
     Example,
     FaultyProgramError,
+    Ledger,
     Predict,
     Program,
     Prompt,
@@ -31,7 +33,16 @@ from cotune.storage.durable import DamagedFileError
 from datasets import load_from_disk
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, runner, shown
 
-_OPTIONS = ("threshold", "fresh_demos", "temperature", "traces_per_example", "hints", "gold_answers", "cut_traces")
+_OPTIONS = (
+    "threshold",
+    "fresh_demos",
+    "temperature",
+    "traces_per_example",
+    "hints",
+    "gold_answers",
+    "cut_traces",
+    "teacher",
+)
 
 
 def run(
@@ -568,3 +579,32 @@ def test_a_folder_of_a_format_to_come_is_refused(tmp_path: Path) -> None:
     later.save_to_disk(str(tmp_path / "later"))
     with pytest.raises(ValueError, match="has format 99, and this version of cotune reads 1 to 2"):
         load_traces(tmp_path / "later", Loop(2))
+
+
+# A teacher
+
+
+def test_the_teacher_runs_what_is_not_solved_and_its_successes_are_the_students_to_learn() -> None:
+    own = Vocabulary("own", "student", encode=lambda text: [1000 + ord(letter) for letter in text])
+    student = FakeLM(lambda request: doubling(request) if asked(request, "number") == "1" else "no")
+
+    def taught(request: Request) -> Completion:
+        right = "7" if asked(request, "number") == "3" else doubling(request)
+        return Completion(f" {right} ", (1,), (2, 3), "eos", thinking="Twice that.")
+
+    teacher = FakeLM(taught)
+    traces, report = run(student, doubles(1, 2, 3), attempts=2, teacher=teacher, vocabulary=own)
+    assert numbers(teacher) == [["2", "3"]]
+    assert [trace.example for trace in traces] == ["1", "2"]
+    learnt = traces[1]
+    assert (learnt.completion, learnt.completion_ids, learnt.complete) == ("4", (1052,), False)
+    assert (learnt.tokenizer, learnt.attempt) == ("own", 2)
+    assert (report.solved, report.taught, report.wrong) == (2, 1, 5)
+    assert "2 of 3 examples solved, 1 of them by the teacher" in str(report)
+
+
+def test_a_teacher_whose_calls_are_made_leaves_the_rest_unsolved(capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = BudgetedLM(FakeLM(doubling), Ledger(), role="teacher", max_calls=40)
+    _, report = run(FakeLM(lambda request: "no"), doubles(*range(1, 70)), teacher=teacher)
+    assert (report.taught, teacher.usage.calls) == (32, 40)
+    assert "the teacher has run 32 of 69 examples that were not solved: max_calls 40" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from commands import ROOT, Said, cotune
+from endpoint_server import Body, Reply, serving
 
 from cotune.commands import doctor
 from cotune.commands.doctor import Finding, account_findings, disk_findings, gemm_gflops, python_findings
@@ -138,3 +139,25 @@ def test_a_product_is_measured_and_a_type_that_does_not_run_is_none(monkeypatch:
 
 def test_the_tested_versions_can_be_had_as_a_file_for_pip(run: Any) -> None:
     assert run("--constraints").out == (ROOT / "constraints.txt").read_text()
+
+
+def test_an_endpoint_is_reached_and_what_it_takes_is_tried(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(body: Body) -> str | Reply:
+        if "logprobs" in body:
+            return Reply(status=400, error={"message": "no logprobs for sk-canary"})
+        return '{"answer": 5}' if "response_format" in body else "5"
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    with serving(answer) as server:
+        said: Said = run("--engine", server.url, "--json")
+        found = {one["name"]: (one["status"], one["value"]) for one in json.loads(said.out)}
+        shown: Said = run("--engine", server.url)
+    assert said.code == 0
+    assert found["models"] == ("ok", "m")
+    assert found["a request"][0] == "ok"
+    assert '"m" in 0.' in found["a request"][1]
+    assert (found["seed"], found["response_format"]) == (("ok", "taken"), ("ok", "taken"))
+    assert found["logprobs"][1].startswith("not taken: status 400")
+    assert "sk-canary" not in said.out + shown.out
+    gone: Said = run("--engine", server.url)
+    assert (gone.code, "does not answer" in gone.out) == (1, True)

@@ -53,6 +53,20 @@ def read(folder: Path, **options: Any) -> Reader:
     return Reader(render_report(read_run(folder), **options))
 
 
+def test_a_judges_noise_widens_the_interval_and_a_budget_that_ended_the_run_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8").split("\n#")[0])
+    summary["judge"] = {"asked_twice": 40, "contradicted": 4, "variance": 0.1}
+    summary |= {"ended": "budget.lm_calls 30", "costs": {"judge": {"calls": 30, "tokens_in": 900}}}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    text = read(folder).text
+    assert "the judge contradicted itself on 4 of 40 answers" in text
+    assert "n = 5, 95 % 0.138 to 0.996" in text
+    assert "Best so far" in text
+    assert "Its budget ended the run before its schedule: budget.lm_calls 30" in text
+    assert "Paid, judge: 30 calls, 900 tokens read" in text
+
+
 def test_every_prefix_has_its_score_its_interval_and_its_cost(tmp_path: Path) -> None:
     text = read(write_run(tmp_path / "run")).text
     for prefix, score in zip(PREFIXES, ("0.200", "0.200", "0.600", "0.600"), strict=True):

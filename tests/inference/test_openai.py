@@ -414,7 +414,6 @@ def test_a_stored_answer_is_not_paid_again(server: EndpointServer, lm_at: Any, t
     store = str(tmp_path / "completions.sqlite")
     lm_at(server, completions=store).complete(asking("a", "b"), Sampling())
     again = lm_at(server, completions=store)
-    assert [one and one.text for one in again.known(asking("a", "x"), Sampling())] == ["A", None]
     assert texts(again.complete(asking("a", "b", "c"), Sampling())) == ["A", "B", "C"]
     assert (again.usage.stored, again.usage.calls, len(server.bodies)) == (2, 1, 3)
 

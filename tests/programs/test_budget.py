@@ -1,8 +1,8 @@
-"""Claims about budgets: kept to the call, looked at between waves, and free for what was paid before."""
+"""Claims about budgets: kept to the call over all roles and kills, and looked at between waves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ from cotune.programs import (
     BudgetedLM,
     BudgetSpentError,
     Completion,
+    Ledger,
     Request,
+    RoleSpentError,
     Runner,
     Sampling,
     Usage,
@@ -27,92 +29,92 @@ def echo(request: Request) -> str:
     return str(request.messages[-1]["content"])
 
 
-class StoringLM(FakeLM):
-    """Knows what it has answered, and is paid a cent for each new answer; it fails at a text "down"."""
+class PaidLM(FakeLM):
+    """Is paid a cent for each answer, gives one after the other, and fails at a text "down"."""
 
     def __init__(self) -> None:
         super().__init__(echo)
-        self.usage, self.answered = Usage(), dict[str, Completion]()
+        self.usage = Usage()
 
-    def known(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion | None]:
-        return [self.answered.get(echo(request)) for request in requests]
-
-    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        for request in requests:
+    def answers(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[dict[int, Completion]]:
+        for at, request in enumerate(requests):
             if echo(request) == "down":
                 raise ConnectionError("down")
-            (self.answered[echo(request)],) = super().complete([request], sampling)
             self.usage += Usage(calls=1, tokens_in=10, dollars=0.01)
-        return [self.answered[echo(request)] for request in requests]
+            yield {at: super().complete([request], sampling)[0]}
+
+
+def bounded(lm: Any, max_calls: int | None = None, **bounds: Any) -> BudgetedLM:
+    return BudgetedLM(lm, Ledger(Budget(**bounds)), max_calls=max_calls)
 
 
 def test_calls_are_never_exceeded_and_those_that_it_lasts_for_are_made() -> None:
     fake = FakeLM(echo)
-    lm = BudgetedLM(fake, Budget(lm_calls=5))
+    lm = bounded(fake, lm_calls=5)
     lm.complete(asking(1, 2, 3), Sampling())
-    with pytest.raises(BudgetSpentError, match=r"budget is spent: lm_calls 5 \(so far 5 calls, .*set a larger budget"):
+    with pytest.raises(BudgetSpentError, match=r"spent: budget.lm_calls 5 \(so far 5 calls, .*larger budget.lm_calls"):
         lm.complete(asking(4, 5, 6, 7), Sampling())
     assert [echo(request) for request in fake.requests] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_budget_that_is_just_enough_stops_nothing() -> None:
-    lm = BudgetedLM(FakeLM(echo), Budget(lm_calls=3))
+    lm = bounded(FakeLM(echo), lm_calls=3)
     assert [one.text for one in lm.complete(asking(1, 2, 3), Sampling())] == ["1", "2", "3"]
     assert lm.complete([], Sampling()) == []
 
 
-def test_what_is_known_is_free_when_nothing_is_left() -> None:
-    storing = StoringLM()
-    storing.complete(asking(1, 2), Sampling())
-    lm = BudgetedLM(storing, Budget(lm_calls=1))
-    assert [one.text for one in lm.complete(asking(1, 3, 2), Sampling())] == ["1", "3", "2"]
-    assert [one.text for one in lm.complete(asking(2, 1, 3), Sampling())] == ["2", "1", "3"]
-    assert lm.spent.calls == 1
+def test_roles_share_a_budget_and_have_costs_and_bounds_of_their_own() -> None:
+    ledger = Ledger(Budget(lm_calls=5))
+    program = BudgetedLM(PaidLM(), ledger)
+    teacher = BudgetedLM(PaidLM(), ledger, role="teacher", max_calls=2)
+    program.complete(asking(1), Sampling())
+    with pytest.raises(RoleSpentError, match="max_calls 2 of the teacher"):
+        teacher.complete(asking(1, 2, 3), Sampling())
+    assert {role: usage.calls for role, usage in ledger.roles.items()} == {"program": 1, "teacher": 2}
+    with pytest.raises(BudgetSpentError, match=r"budget\.lm_calls 5"):
+        program.complete(asking(2, 3, 4), Sampling())
+    assert ledger.spent.calls == 5
 
 
 @pytest.mark.parametrize(("bound", "calls"), [({"tokens": 700}, 96), ({"dollars": 0.33}, 64), ({"dollars": 0.32}, 32)])
 def test_tokens_and_dollars_are_looked_at_between_waves(bound: Any, calls: int) -> None:
-    storing = StoringLM()
+    lm = PaidLM()
     with pytest.raises(BudgetSpentError, match=f"{next(iter(bound))} {next(iter(bound.values()))}"):
-        BudgetedLM(storing, Budget(**bound)).complete(asking(*range(100)), Sampling())
-    assert storing.usage.calls == calls
+        bounded(lm, **bound).complete(asking(*range(100)), Sampling())
+    assert lm.usage.calls == calls
 
 
-def test_minutes_are_counted_on_through_a_stop() -> None:
-    now = iter([0.0, 30.0, 70.0, 70.0])
-    lm = BudgetedLM(FakeLM(echo), Budget(minutes=2), minutes=1, clock=lambda: next(now))
-    lm.complete(asking(1), Sampling())
-    with pytest.raises(BudgetSpentError, match=r"minutes 2 .*2\.2 minutes"):
-        lm.complete(asking(2), Sampling())
-
-
-def test_a_larger_budget_goes_on_from_what_was_spent() -> None:
-    spent = BudgetedLM(FakeLM(echo), Budget(lm_calls=2))
-    with pytest.raises(BudgetSpentError):
-        spent.complete(asking(1, 2, 3), Sampling())
-    lm = BudgetedLM(FakeLM(echo), Budget(lm_calls=3), spent=spent.spent)
-    lm.complete(asking(3), Sampling())
-    with pytest.raises(BudgetSpentError):
-        lm.complete(asking(4), Sampling())
+def test_what_was_spent_outlives_a_kill_to_the_answer() -> None:
+    kept: list[dict[str, Any]] = []
+    now = [0.0]
+    ledger = Ledger(keep=kept.append, clock=lambda: now[0])
+    now[0] = 60.0
+    next(iter(BudgetedLM(PaidLM(), ledger).answers(asking(1, 2), Sampling())))  # killed after the first answer
+    now[0] = 1000.0
+    resumed = Ledger(Budget(lm_calls=2, minutes=2), clock=lambda: now[0])
+    resumed.load(kept[-1])
+    now[0] = 1060.0
+    assert (resumed.spent.calls, resumed.spent.dollars) == (1, 0.01)
+    with pytest.raises(BudgetSpentError, match=r"minutes 2 .*2\.0 minutes"):
+        BudgetedLM(PaidLM(), resumed).complete(asking(2), Sampling())
 
 
 def test_what_was_answered_before_a_failure_is_charged() -> None:
-    storing = StoringLM()
-    lm = BudgetedLM(storing, Budget(lm_calls=10))
+    lm = bounded(PaidLM(), lm_calls=10)
     with pytest.raises(ConnectionError):
         lm.complete(asking(1, 2, "down"), Sampling())
-    assert lm.spent.calls == 2
+    assert lm.usage.calls == 2
 
 
 def test_an_lm_without_a_usage_is_charged_by_its_ids() -> None:
-    lm = BudgetedLM(FakeLM(echo), Budget())
+    lm = bounded(FakeLM(echo))
     lm.complete(asking("ab"), Sampling())
-    assert (lm.spent.calls, lm.spent.tokens_in, lm.spent.tokens_out) == (1, len("user\nab"), 3)
+    assert (lm.usage.calls, lm.usage.tokens_in, lm.usage.tokens_out) == (1, len("user\nab"), 3)
 
 
 @pytest.fixture
 def counted() -> tuple[BudgetedLM, Runner]:
-    lm = BudgetedLM(FakeLM(doubling), Budget(lm_calls=5))
+    lm = bounded(FakeLM(doubling), lm_calls=5)
     return lm, runner(lm, Loop(times=2))
 
 
@@ -122,14 +124,14 @@ def test_a_spent_budget_ends_a_run_and_is_no_rollouts_fault(counted: tuple[Budge
     run.run(doubles(1, 2), prompts)
     with pytest.raises(BudgetSpentError):
         run.run(doubles(3), prompts)
-    assert lm.spent.calls == 5
+    assert lm.usage.calls == 5
 
 
 def test_repairs_are_asked_and_charged_through_the_budget() -> None:
     fake = FakeLM(lambda request: Completion("6" if "cannot be read" in echo(request) else ""))
-    lm = BudgetedLM(fake, Budget(lm_calls=2))
+    lm = bounded(fake, lm_calls=2)
     (done,) = runner(lm, Loop(times=1)).run(doubles(3), Loop().initial_prompts())
-    assert (done.score, lm.spent.calls) == (1, 2)
+    assert (done.score, lm.usage.calls) == (1, 2)
 
 
 def test_a_bound_below_0_is_named() -> None:

@@ -1,0 +1,66 @@
+"""Teaching: another LM runs the examples that the student does not solve, and its successes become the student's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from cotune.programs import LM, Example, Prompts, RoleSpentError, Rollout, Runner, Step
+
+_AT_ONCE = 32
+"""Examples run together, so that what was answered is kept where the teacher's calls end."""
+
+
+def teach(
+    teacher: LM,
+    examples: Sequence[Example],
+    runner: Runner,
+    prompts: Sequence[Prompts],
+    *,
+    seed: int,
+    attempt: int,
+    encode: Callable[[str], Sequence[int]],
+) -> list[Rollout]:
+    """The teacher's runs of these examples, with what it wrote as the student would have written it.
+
+    Its completions are read by the form and the metric like the student's. What passes is trained on, so each step's
+    outputs are written anew in the form, in the student's ids: nothing remains of the teacher's template, of its
+    thinking or of its tokens.
+
+    Args:
+        runner: the student's; its faults are those of the unsolved examples alone, so any number of them is let pass.
+        prompts: for each example.
+        encode: text -> the student's ids.
+
+    Returns:
+        A run for each example, in their order; for the first of them only, where the teacher's `max_calls` are made.
+    """
+    asking = replace(runner, lm=teacher, max_error_rate=1.0)
+    done: list[Rollout] = []
+    for start in range(0, len(examples), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        try:
+            made = asking.run(examples[part], prompts[part], seed=seed, attempt=attempt)
+        except RoleSpentError as spent:
+            print(f"the teacher has run {len(done)} of {len(examples)} examples that were not solved: {spent.bound}.")
+            break
+        done += made
+    return [replace(one, steps=tuple(_rewritten(step, runner, encode) for step in one.steps)) for one in done]
+
+
+def _rewritten(step: Step, runner: Runner, encode: Callable[[str], Sequence[int]]) -> Step:
+    if not step.outputs:  # it could not be read
+        return step
+    text = runner.form.write(runner.program.stages[step.stage].signature, step.outputs)
+    cut = step.completion.finished == "length"
+    completion = replace(
+        step.completion,
+        text=text,
+        prompt_ids=(),
+        completion_ids=tuple(encode(text)),
+        finished="length" if cut else "stop",
+        forced=(),
+        log_probs=(),
+        thinking="",
+    )
+    return replace(step, completion=completion)

@@ -1,0 +1,148 @@
+"""Claims about runs whose LM is an endpoint: prompts are tuned without weights, and no answer is paid for twice."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import ROOT, SIZES, Said, cotune
+from commands import fit as tiny_fit
+from endpoint_server import Body, EndpointServer, Reply, serving
+
+
+def species(body: Body) -> str:
+    """Right for setosa, and for the others once it is shown demos."""
+    length = float(re.findall(r"petal_length: ([\d.]+)", body["messages"][-1]["content"])[-1])
+    return "setosa" if length < 2.5 else "virginica" if len(body["messages"]) > 3 and length > 4.9 else "versicolor"
+
+
+@pytest.fixture
+def server() -> Iterator[EndpointServer]:
+    with serving(species) as running:
+        yield running
+
+
+def fit(server: EndpointServer, *more: str) -> list[str]:
+    sizes = [word for part, size in SIZES.items() for word in (f"--data.sizes.{part}", str(size))]
+    return [
+        *("fit", "--config", str(ROOT / "configs" / "iris.yaml"), "--model.lm", "OpenAILM", "--model.lm.model", "m"),
+        *("--model.lm.endpoint", server.url, *sizes, "--name", "hosted", "--alternate.schedule", "p"),
+        *("--alternate.search.num_candidates", "1", "--trainer.enable_progress_bar", "false", *more),
+    ]
+
+
+def asked(server: EndpointServer) -> Counter[str]:
+    """How often each request has come."""
+    return Counter(json.dumps([body["messages"], body.get("seed")]) for body in server.bodies)
+
+
+def summary(folder: str = "runs/hosted") -> dict[str, Any]:
+    return dict(json.loads(Path(folder, "summary.json").read_text(encoding="utf-8").split("\n#")[0]))
+
+
+def test_prompts_are_tuned_tested_exported_and_asked_without_weights(
+    server: EndpointServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = cotune(fit(server), capsys)
+    assert said.code == 0, said.err
+    assert f"LM        m at {server.url}: its prompts are tuned, it has no weights here" in said.out
+    made = summary()
+    assert made["scores"]["p"] >= made["scores"]["vanilla"]
+    assert made["test_score"] is not None
+    assert made["costs"]["program"]["calls"] == len(server.bodies)
+    assert f"Paid, program: {len(server.bodies)} calls" in said.out
+    assert not Path("runs/hosted/export/adapter").exists()
+    assert cotune(["report", "runs/hosted"], capsys).code == 0
+    flower = '{"petal_length": "1.4", "petal_width": "0.2", "sepal_length": "5.1", "sepal_width": "3.5"}\n'
+    Path("rows.jsonl").write_text(flower, encoding="utf-8")
+    answered = cotune(["predict", "--export", "runs/hosted", "--data", "rows.jsonl"], capsys)
+    assert (answered.code, json.loads(answered.out)["answer"]) == (0, "setosa")
+    assert "is of an LM without weights here" in cotune(["export", "runs/hosted"], capsys).err
+    assert "is finished" in cotune(fit(server), capsys).out
+
+
+def test_a_run_that_breaks_off_and_meets_its_budget_pays_for_nothing_twice(
+    server: EndpointServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def until(count: int) -> Any:
+        return lambda body: species(body) if len(server.bodies) <= count else Reply(status=401)
+
+    server.answer = until(11)
+    broken = cotune(fit(server, "--model.lm.concurrency", "1"), capsys)
+    assert (broken.code, len(server.bodies)) == (2, 12)
+    del server.bodies[11:]  # the one that was not answered
+
+    server.answer = species
+    spent = cotune(fit(server, "--budget.lm_calls", "30"), capsys)
+    assert (spent.code, len(server.bodies)) == (4, 30)
+    assert "budget    lm_calls 30, of which are spent 11 calls" in spent.out
+    assert "so the run ends early, with the best so far" in spent.out
+    assert "ended by budget.lm_calls 30 in step 1 of 1" in spent.out
+    assert "set a larger budget.lm_calls to go on from there" in spent.err
+    assert (summary()["best"], summary()["costs"]["program"]["calls"]) == ("vanilla", 30)
+    assert Path("runs/hosted/export/prompts.json").is_file()
+
+    done = cotune(fit(server, "--budget.lm_calls", "500"), capsys)
+    assert done.code == 0, done.err
+    assert max(asked(server).values()) == 1
+    assert (summary()["ended"], summary()["costs"]["program"]["calls"]) == ("", len(server.bodies))
+
+
+def test_a_schedule_that_trains_names_what_is_missing(
+    server: EndpointServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: Said = cotune(fit(server, "--alternate.schedule", "p -> w"), capsys)
+    assert said.code == 2
+    assert "m has no weights here, so w is missing what it trains" in said.err
+    assert "data.bootstrapping.teacher" in said.err
+    assert not Path("runs/hosted/run.json").exists()
+
+
+def advisers(body: Body) -> str:
+    """A teacher that knows the species, a judge that contradicts itself, and one that writes instructions."""
+    text = body["messages"][-1]["content"]
+    if "verdict" in str(body.get("response_format")):
+        right = text.split("reference: ")[-1].split()[0] == text.split("answer: ")[-1].split()[0]
+        verdict = "yes" if right and body["seed"] % 3 else "no"
+        return json.dumps({"reasoning": "It is so.", "verdict": verdict})
+    return species(body) if body["model"] == "teacher" else "```\nName the species.\n```"
+
+
+def test_teacher_proposer_and_judge_have_lines_and_costs_of_their_own(
+    server: EndpointServer, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = advisers
+
+    def lm(option: str, model: str) -> list[str]:
+        return [option, "OpenAILM", f"{option}.model", model, f"{option}.endpoint", server.url]
+
+    search = ["--alternate.search", "cotune.ReflectiveSearch", "--alternate.search.max_runs", "24"]
+    search += [*lm("--alternate.search.proposer", "proposer"), "--alternate.search.proposer.max_calls", "3"]
+    words = [word for word in tiny_fit(tiny_model, schedule="p -> w") if word != "--alternate.search.num_candidates"]
+    words.remove("1")
+    judge = ["--data.metric", "cotune.programs.LMJudge", *lm("--data.metric.lm", "judge"), "--data.metric.noise", "1"]
+    said = cotune([*words, *search, *lm("--data.bootstrapping.teacher", "teacher"), *judge], capsys)
+    assert said.code == 0, said.err
+    made, asked_of = summary("runs/tiny"), Counter(body["model"] for body in server.bodies)
+    assert {role: usage["calls"] for role, usage in made["costs"].items()} == dict(asked_of)
+    assert 0 < asked_of["proposer"] <= 3
+    assert f"  teacher   OpenAILM('teacher', '{server.url}')" in said.out
+    assert f"  proposer  OpenAILM('proposer', '{server.url}'), 3 calls at most" in said.out
+    assert "by the teacher" in said.out
+    assert made["judge"]["contradicted"] > 0
+    assert "Metric: the judge contradicted itself on" in said.out
+
+
+def test_an_lm_in_this_process_keeps_a_budget_too_and_its_store_is_free(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tiny_fit(tiny_model, schedule="p")
+    assert cotune([*words, "--budget.lm_calls", "9"], capsys).code == 4
+    assert summary("runs/tiny")["costs"]["program"]["calls"] == 9
+    assert cotune([*words, "--budget.lm_calls", "10"], capsys).code == 4
+    assert summary("runs/tiny")["costs"]["program"]["calls"] == 10

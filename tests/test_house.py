@@ -49,6 +49,7 @@ BUILT_IN = {
 }
 TAKEN_WITHIN = {
     *(
+        "programs/form.py",
         "programs/metrics.py",
         "programs/program.py",
         "programs/runner.py",

@@ -238,7 +238,8 @@ def configs(words: Sequence[str]) -> None:
     """Options with made-up values are taken, or refused in one line that begins "cotune: error:"; no traceback."""
     from cotune.storage.run_folder import RunFolder
 
-    from cotune.fit.cli import CotuneCLI, guarded
+    from cotune.fit.cli import CotuneCLI
+    from cotune.fit.guard import guarded
 
     class Parsed(CotuneCLI):
         """Stops where a fit would begin to load and write; builds its parser, most of the work, once."""

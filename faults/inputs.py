@@ -20,7 +20,8 @@ from typing import Any
 
 from cotune.datamodules import Sizes
 from cotune.datamodules.encode import ChatEncoder
-from cotune.datamodules.rows import DataError, examples_from_rows, read_rows
+from cotune.datamodules.files import DataError, read_rows
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.splits import split
 from cotune.programs import Demo, Example, ParseError, Predict, Prompt, ReasonThenFill, Signature
 from fakes import FakeLM, runner

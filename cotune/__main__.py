@@ -124,7 +124,7 @@ def _run_small(name: str, words: Sequence[str]) -> int:
         except CotuneError as error:
             print(f"cotune: error: {error}", file=sys.stderr)
             return error.exit_code
-    from cotune.fit.cli import guarded
+    from cotune.fit.guard import guarded
 
     return guarded(lambda: command.main(options))
 

@@ -12,7 +12,7 @@ from cotune.datamodules.collect import (
     collect_runs,
 )
 from cotune.datamodules.encode import ChatEncoder, Vocabulary
-from cotune.datamodules.rows import DataError
+from cotune.datamodules.files import DataError
 from cotune.datamodules.splits import Sizes, Splits, split
 from cotune.datamodules.table import Table
 from cotune.datamodules.tasks.banking77 import Banking77

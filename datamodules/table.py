@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cotune.datamodules.rows import Fields, columns_of, examples_from_rows, read_rows
+from cotune.datamodules.files import read_rows
+from cotune.datamodules.rows import Fields, columns_of, examples_from_rows
 from cotune.datamodules.splits import Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match

@@ -20,7 +20,8 @@ from typing import Any
 
 from cotune.datamodules import Sizes
 from cotune.datamodules.encode import ChatEncoder
-from cotune.datamodules.rows import DataError, examples_from_rows, read_rows
+from cotune.datamodules.files import DataError, read_rows
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.splits import split
 from cotune.programs import Demo, Example, ParseError, Predict, Prompt, ReasonThenFill, Signature
 from fakes import FakeLM, runner
@@ -238,7 +239,8 @@ def configs(words: Sequence[str]) -> None:
     """Options with made-up values are taken, or refused in one line that begins "cotune: error:"; no traceback."""
     from cotune.storage.run_folder import RunFolder
 
-    from cotune.fit.cli import CotuneCLI, guarded
+    from cotune.fit.cli import CotuneCLI
+    from cotune.fit.guard import guarded
 
     class Parsed(CotuneCLI):
         """Stops where a fit would begin to load and write; builds its parser, most of the work, once."""

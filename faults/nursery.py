@@ -125,7 +125,7 @@ def imported() -> None:
         import_module(name)
     for name in ("bm25s", "tiny_fit", "transformers.models.llama.modeling_llama"):
         import_module(name)
-    import_module("cotune.fit.cli")._quiet()
+    import_module("cotune.fit.guard").quiet()
     _parse_once()
     gc.freeze()
 

@@ -18,7 +18,7 @@ from cotune.inference.local.transformers_internals import NAMES_OF_CONFIGS, rand
 Build = Callable[[Any], Any]
 """Config -> a random model of it, of the class that the weights would be read into."""
 
-_READ_WITH = ("findings", "probe", "training/loss", "training/packing", "training/plain")
+_READ_WITH = ("findings", "probe", "training/loss", "training/packed_attention", "training/packing", "training/plain")
 _NO_COMPUTATION = (*NAMES_OF_CONFIGS, "dtype", "torch_dtype", "quantization_config")
 """Of a config what changes no computation that is tried."""
 

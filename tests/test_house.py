@@ -49,6 +49,7 @@ BUILT_IN = {
 }
 TAKEN_WITHIN = {
     *(
+        "programs/form.py",
         "programs/metrics.py",
         "programs/program.py",
         "programs/runner.py",
@@ -57,7 +58,7 @@ TAKEN_WITHIN = {
     ),
     *("datamodules/disguise.py", "datamodules/splits.py", "datamodules/tasks/gsm8k.py"),
     *("inference/automata.py", "inference/endpoint.py", "inference/grammars.py"),
-    *("lightning_modules/probe.py", "lightning_modules/training/packing.py", "storage/durable.py"),
+    *("lightning_modules/probe.py", "lightning_modules/training/packed_attention.py", "storage/durable.py"),
 }
 """Where an error of Python's is raised that another part of cotune catches, or a rollout records."""
 

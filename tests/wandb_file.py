@@ -19,7 +19,7 @@ class WandbFile:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", str(self.folder), "--json"]
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", str(self.folder), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -134,7 +134,7 @@ def task_files(
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    from cotune.datamodules.rows import read_rows  # which takes a while to import
+    from cotune.datamodules.files import read_rows  # which takes a while to import
 
     return read_rows(path)
 

@@ -68,7 +68,7 @@ def main(options: argparse.Namespace) -> int:
     Raises:
         ExportError, DataError: the export cannot be loaded, or a file's row lacks an input.
     """
-    from cotune.datamodules.rows import DataError
+    from cotune.datamodules.files import DataError
     from cotune.tuned import load, program_inputs
 
     file = None if options.data == "-" else _file_rows(options.data)
@@ -119,7 +119,8 @@ def stream_rows(stream: IO[bytes], required: Sequence[str], columns: Mapping[str
 
 
 def _from_line(number: int, line: bytes, required: Sequence[str], columns: Mapping[str, str]) -> Row:
-    from cotune.datamodules.rows import DataError, example_from_json
+    from cotune.datamodules.files import DataError
+    from cotune.datamodules.rows import example_from_json
 
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -131,7 +132,7 @@ def _from_line(number: int, line: bytes, required: Sequence[str], columns: Mappi
 
 
 def _file_rows(data: str) -> list[dict[str, Any]]:
-    from cotune.datamodules.rows import DataError, read_rows
+    from cotune.datamodules.files import DataError, read_rows
 
     rows = read_rows(data)
     if not rows:
@@ -169,7 +170,7 @@ def _answers(tuned: Tuned, batch: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
     """Input -> column, its own name where --column gives none."""
-    from cotune.datamodules.rows import DataError
+    from cotune.datamodules.files import DataError
 
     columns = {name: name for name in inputs}
     for word in given:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
@@ -28,12 +26,13 @@ from cotune.callbacks.progress import TrainingBar
 from cotune.callbacks.record_boundaries import RecordBoundaries
 from cotune.callbacks.record_run import RecordRun
 from cotune.callbacks.say_plan import SayPlan
-from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
+from cotune.callbacks.stop_signals import StopOnSignal, StopSignals
 from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import TraceDataModule
 from cotune.datamodules.splits import NAMES
-from cotune.errors import CotuneError, MissingFileError
+from cotune.errors import MissingFileError
 from cotune.fit.config_files import check_config_files
+from cotune.fit.guard import guarded
 from cotune.fit.help_page import arrange, options_of, wanted
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
@@ -403,38 +402,6 @@ def run(words: Sequence[str]) -> int:
     return guarded(start)
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Runs a command. Errors that the user can mend end with one message and their exit code.
-
-    Set COTUNE_DEBUG=1 for the traceback of such an error as well.
-    """
-    _quiet()
-    _find_own_modules()
-    try:
-        return command()
-    except OutOfTime as stopped:
-        print(
-            "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
-            "with more time goes on from here.",
-            file=sys.stderr,
-        )
-        return stopped.exit_code
-    except Stopped as stopped:
-        print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("\ncotune: stopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except CotuneError as error:
-        if os.environ.get("COTUNE_DEBUG"):
-            raise
-        print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
-
-
 def _whole(checkpoint: str) -> Path:
     """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is."""
     path = Path(checkpoint)
@@ -444,43 +411,3 @@ def _whole(checkpoint: str) -> Path:
     if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
         raise RunFolderError(f"{path} {why}.")
     return path
-
-
-def _find_own_modules() -> None:
-    """Makes the user's modules in the working folder importable, behind all that is installed."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-
-
-def _retries_said_once() -> Callable[[logging.LogRecord], bool]:
-    """A filter of the Hub client's log, which has two lines for each of six attempts to reach the Hub."""
-    said: list[str] = []
-
-    def passes(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if not said and "Retrying in" in text:
-            said.append(text)
-            record.msg, record.args = "cotune: the Hub does not answer; trying for about half a minute", ()
-            return True
-        return "Retrying in" not in text and "thrown while requesting" not in text
-
-    return passes
-
-
-def _quiet() -> None:
-    """Silences what libraries say that a user can do nothing about."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*`is_gradient_checkpointing` is deprecated.*",
-        ".*isinstance.*LeafSpec.*",
-        ".*You have overridden `transfer_batch_to_device`.*",
-        ".*args parameter is intended to run from within Python.*",
-    ):
-        warnings.filterwarnings("ignore", message=pattern)

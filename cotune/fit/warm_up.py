@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cotune.experiments.warm_up import measure
-from cotune.fit.cli import guarded
+from cotune.fit.guard import guarded
 from cotune.fit.parts import parts_of
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.rows import DataError, examples_from_rows, read_split
+from cotune.datamodules.files import DataError, read_split
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.splits import Duplicates, Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cotune.datamodules.rows import examples_from_rows, read_split, refuse_bad_rows
+from cotune.datamodules.files import read_split, refuse_bad_rows
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.splits import Duplicates, Sizes, Splits, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, first_line_number

@@ -9,7 +9,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from cotune.datamodules.rows import DataError, examples_from_rows, find_file, read_rows, read_split
+from cotune.datamodules.files import DataError, find_file, read_rows, read_split
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.splits import Duplicates, Sizes, Splits, row_by_id, split
 from cotune.datamodules.traces import TraceDataModule
 from cotune.programs import Example, Metric, exact_match

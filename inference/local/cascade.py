@@ -2,6 +2,9 @@
 
 The two parts are merged by their log-sum-exps, so the result is that of plain attention (Hydragen, arXiv 2402.05099).
 The tokens of all rows stand behind one another in a batch of one, without padding: the layers between know no rows.
+
+Shape suffixes: N tokens of the pass, n those behind one prefix, P tokens of a prefix, H heads, D a head's size, R rows,
+S and T tokens of a row as queries and as keys.
 """
 
 from __future__ import annotations
@@ -112,11 +115,13 @@ class Packed:
             queries_nHD = queries_NHD if part is None else queries_NHD[part]
             bias = self._window_bias(shared, options.window)
             states = shared.states.part(layer, slice(0, 1), shared.length)
+            # Without a window every query may read all of its prefix, so no mask is made, and none is applied.
             more_nHD, more_lse_nH = _shared(queries_nHD, *states, bias, options)
             if part is None:
                 read_NHD, lse_NH = _merged(read_NHD, lse_NH, more_nHD, more_lse_nH)
             else:
                 read_NHD[part], lse_NH[part] = _merged(read_NHD[part], lse_NH[part], more_nHD, more_lse_nH)
+        # A sink is a score that takes its share of the weights and reads nothing: what is read shrinks by that share.
         if options.sinks is not None:
             read_NHD = read_NHD * torch.sigmoid(lse_NH - options.sinks)[..., None].to(read_NHD.dtype)
         return read_NHD[None]
@@ -167,11 +172,11 @@ class Packed:
     def _own_bias(self, window: int | None) -> Tensor | None:
         """(R, 1, S, T) 0 where a query may read a key of its own row, -inf elsewhere; None: plainly causal."""
         width, length = max(self.lengths), self._reach
-        if window is not None and length <= window:
+        if window is not None and length <= window:  # a window that reaches over all there is hides nothing
             window = None
         if window is None and width > 1 and not any(self.starts):
             return None  # causal: rows are filled from the left, so what is behind a row's last token is never read
-        if window is None and width == 1 and len(set(self.starts)) == 1:
+        if window is None and width == 1 and len(set(self.starts)) == 1:  # equally long rows: every key is a past one
             return None
         if ("own", window) not in self._made:
             device = self.positions.device
@@ -269,6 +274,7 @@ def _shared(
 
 def _merged(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two reads of disjoint keys as one read of all of them."""
+    # exp(second_lse) / (exp(first_lse) + exp(second_lse)), in fp32: 16-bit differences of large scores would be rough.
     share = torch.sigmoid(second_lse - first_lse)[..., None]
     read = torch.lerp(first.float(), second.float(), share).to(first.dtype)
     return read, torch.logaddexp(first_lse, second_lse)
@@ -294,6 +300,7 @@ def _causal_blocks(queries: Tensor, keys: Tensor, values: Tensor, options: _Opti
     reads, lses = [], []
     for start in range(0, queries.shape[2], _BLOCK):
         end = min(start + _BLOCK, queries.shape[2])
+        # Keys before the block are all seen; those of the block itself up to each query; those behind are not there.
         bias = queries.new_zeros(end - start, end)
         bias[:, start:].masked_fill_(~seen[: end - start, : end - start], float("-inf"))
         block = queries[:, :, start:end], keys[:, :, :end], values[:, :, :end], bias[None, None]

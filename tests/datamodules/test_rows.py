@@ -13,7 +13,8 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from cotune.datamodules.rows import DataError, examples_from_rows, find_file, read_rows, read_split
+from cotune.datamodules.files import DataError, find_file, read_rows, read_split
+from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.table import table_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st

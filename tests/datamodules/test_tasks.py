@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
-from cotune.datamodules.rows import DataError
+from cotune.datamodules.files import DataError
 from cotune.datamodules.splits import NAMES, Sizes, Splits
 from cotune.datamodules.table import Table
 from cotune.datamodules.tasks.banking77 import Banking77, banking77_examples, frequent_intents

@@ -244,7 +244,7 @@ def test_a_value_that_its_owner_refuses_is_one_line(
 def test_a_hub_that_does_not_answer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
-    from cotune.fit.cli import _retries_said_once
+    from cotune.fit.guard import _retries_said_once
 
     log = logging.getLogger("a test's Hub client")
     log.addFilter(_retries_said_once())

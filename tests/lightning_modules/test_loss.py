@@ -13,7 +13,7 @@ from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.findings import Findings, Way, findings, remember
 from cotune.lightning_modules.lora import attach
-from cotune.lightning_modules.training import loss, packing
+from cotune.lightning_modules.training import loss, packed_attention, packing
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.packing import Abilities
 from losses import completion_loss, row_losses
@@ -125,9 +125,9 @@ def test_attention_on_other_devices_gives_the_same(exact: Any, monkeypatch: pyte
     theirs = gradients(exact, fused)
 
     class Plain:
-        apply = staticmethod(packing._plain)
+        apply = staticmethod(packed_attention._plain)
 
-    monkeypatch.setattr(packing, "_FusedOnCPU", Plain)
+    monkeypatch.setattr(packed_attention, "_FusedOnCPU", Plain)
     plain = completion_loss(exact, batch)
     ours = gradients(exact, plain)
     assert relative(plain, fused) < 1e-12
@@ -202,7 +202,7 @@ def test_rows_longer_than_what_was_found_to_fit_go_another_way(model: Any) -> No
 def test_the_models_own_attention_stands_again_afterwards(model: Any) -> None:
     before = model.config._attn_implementation
     completion_loss(model, collate(GROUPS["one segment"]))
-    assert model.config._attn_implementation == before != packing.NAME
+    assert model.config._attn_implementation == before != packed_attention.NAME
 
 
 @pytest.mark.parametrize("way_", WAYS)

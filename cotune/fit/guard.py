@@ -1,0 +1,84 @@
+"""What stands around every command: libraries kept quiet, the user's modules found, errors and stops in one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from cotune.callbacks.stop_signals import OutOfTime, Stopped
+from cotune.errors import CotuneError
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs a command. Errors that the user can mend end with one message and their exit code.
+
+    Set COTUNE_DEBUG=1 for the traceback of such an error as well.
+    """
+    quiet()
+    _find_own_modules()
+    try:
+        return command()
+    except OutOfTime as stopped:
+        print(
+            "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
+            "with more time goes on from here.",
+            file=sys.stderr,
+        )
+        return stopped.exit_code
+    except Stopped as stopped:
+        print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("\ncotune: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except CotuneError as error:
+        if os.environ.get("COTUNE_DEBUG"):
+            raise
+        print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+
+
+def _find_own_modules() -> None:
+    """Makes the user's modules in the working folder importable, behind all that is installed."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _retries_said_once() -> Callable[[logging.LogRecord], bool]:
+    """A filter of the Hub client's log, which has two lines for each of six attempts to reach the Hub."""
+    said: list[str] = []
+
+    def passes(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not said and "Retrying in" in text:
+            said.append(text)
+            record.msg, record.args = "cotune: the Hub does not answer; trying for about half a minute", ()
+            return True
+        return "Retrying in" not in text and "thrown while requesting" not in text
+
+    return passes
+
+
+def quiet() -> None:
+    """Silences what libraries say that a user can do nothing about."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*`is_gradient_checkpointing` is deprecated.*",
+        ".*isinstance.*LeafSpec.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*args parameter is intended to run from within Python.*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

@@ -15,7 +15,7 @@ from commands import Said, cotune, fit
 from cotune.callbacks import Alternate
 from cotune.callbacks.step_work import StepWork
 from cotune.reporting.closing_table import read_history
-from cotune.storage.durable import damage_of
+from cotune.storage.durable import find_whole
 from cotune.storage.run_folder import RunFolder
 
 from cotune.__main__ import main
@@ -245,7 +245,7 @@ def test_a_damaged_history_is_shown_as_far_as_it_can_be_read(run: Run, tiny_mode
 
 def test_all_that_a_run_is_continued_from_is_listed(finished: Any) -> None:
     for name in ("run.json", "config.yaml", "history.jsonl", "summary.json", "checkpoints/last.ckpt"):
-        assert damage_of(finished.folder / name) == "", name
+        assert find_whole(finished.folder / name) == (finished.folder / name, ""), name
     assert not list(finished.folder.rglob("*.partial"))
 
 

@@ -47,9 +47,9 @@ class LogProgram(Callback, BoundaryListener):
 
     W&B also gets `trial/*`, a point a candidate; `cost/<kind of step>/*`, what all steps of the kind have cost; the
     picture `boundary/curve`; tables: `boundary/scores` (all prefixes so far), `boundary/prompts` (with their difference
-    from those before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates), `search/rejected` (texts); the run's config;
-    and artifacts (`ProgramArtifacts`). TensorBoard gets trials, and prompts and their differences as text. Secrets are
-    taken out of config and command line.
+    from those before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates), `search/rejected`
+    (texts that became none); the run's config; and artifacts (`ProgramArtifacts`). TensorBoard gets trials, and prompts
+    and their differences as text. Secrets are taken out of config and command line.
 
     Args:
         artifacts: log data ids, traces, adapters, prompts, config and export as W&B artifacts.

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cotune.callbacks.boundary import Boundary
 from cotune.callbacks.loggers.log_program import LogProgram, scalars
 from cotune.callbacks.loggers.metrics_file import MetricsFile
 from cotune.callbacks.loggers.program_tables import candidate_rows, prompt_difference, rejected_rows
-from cotune.callbacks.boundary import Boundary
 from cotune.programs import Demo, Prompt, prompts_id
 from cotune.prompting import Candidate, Found, Rejected
 from cotune.storage.durable import NotWrittenError

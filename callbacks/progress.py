@@ -79,6 +79,17 @@ class StepProgress:
         rate = f"{self._ended / seconds:.1f} examples/s" if self._ended else ""
         self._bar.update(self._task, advance=n, rate=rate)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the bar off the terminal for a while."""
+        shown = self._bar.tasks[0].visible
+        self._bar.update(self._task, visible=False)  # a bar that starts again erases as many lines as it had
+        self._bar.refresh()
+        self._bar.stop()
+        yield
+        self._bar.start()
+        self._bar.update(self._task, visible=shown)
+
     def candidate(self, index: int, total: int, candidate: Candidate, best: float) -> None:
         self._head = f"candidate {index + 2}/{total}, best {best:.3f}" if index + 1 < total else ""
         self.tried += [] if candidate.pruned else [candidate]

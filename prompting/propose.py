@@ -140,7 +140,8 @@ class Proposer:
             if not answer:
                 found[at] = replace(found[at], flaw="refused by a person")
             elif answer != found[at].text:
-                found[at] = Written(answer, self._flaw(answer, current, tried[stage]))
+                others = tried[stage] - {same(found[at].text)}  # an edit may be of letter case alone
+                found[at] = Written(answer, self._flaw(answer, current, others))
                 tried[stage].add(same(answer))
         return found
 

@@ -94,7 +94,10 @@ class StepProgress:
         self._head = f"candidate {index + 2}/{total}, best {best:.3f}" if index + 1 < total else ""
         self.tried += [] if candidate.pruned else [candidate]
         ended = "pruned at" if candidate.pruned else "score"
-        self.say(f"candidate {index + 1}/{total} ({candidate.why}): {ended} {candidate.score:.3f}, best {best:.3f}")
+        calls = [f"{n} of the {role}" for role, n in candidate.lineage.get("calls", {}).items()]
+        spent = f"; LM calls so far: {', '.join(calls)}" if calls else ""
+        scored = f"{ended} {candidate.score:.3f}, best {best:.3f}"
+        self.say(f"candidate {index + 1}/{total} ({candidate.why}): {scored}{spent}")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

@@ -94,6 +94,9 @@ class JointSearch(WritingSearch):
         hinted = min(train, HINTED * self.demos.max_demos)
         return self.demos.attempts * train + hinted + (2 + self.trials) * dev
 
+    def about_proposals(self, stages: int, dev: int) -> int:
+        return (self.num_instructions - 1) * (stages - len(self.proposer.frozen))
+
     def search(self, task: SearchTask) -> Found:
         stages = self.proposer.stages(task.runner.program)
         spent, task, proposer = Spent.of(task, self.proposer)
@@ -103,7 +106,7 @@ class JointSearch(WritingSearch):
         labelled, left_out = labelled_pool(task)
         space = _Space(start, instructions, self._demo_sets(task, stages, made.solved, labelled))
         found = choose(task, [Proposal(start, "zero-shot" if self.demos.restart else "incumbent")])
-        trials = _Trials(task, space, found, self.racing)
+        trials = _Trials(task, space, found, self.racing, spent)
         while len(trials.tried) <= self.trials or spent.total < task.lm_calls:
             wanted = self.width if spent.total < task.lm_calls else min(self.width, self.trials + 1 - len(trials.tried))
             if wanted < 1 or not trials.round(wanted):
@@ -241,6 +244,7 @@ class _Trials:
     space: _Space
     found: Found
     racing: float | None
+    spent: Spent
     tried: dict[str, tuple[Mapping[str, int], float]] = field(default_factory=dict)  # prompts' id -> choice, value
     end: str = ""  # why it ended before its time
 
@@ -300,7 +304,9 @@ class _Trials:
         else:
             new = race_against(self.task, best, proposals, confidence=self.racing)
         for candidate in new:
-            told = replace(candidate, lineage={"choice": self.space.told(chosen[candidate.id])})
+            told = replace(
+                candidate, lineage={"choice": self.space.told(chosen[candidate.id]), "calls": self.spent.calls}
+            )
             self.scored.append(told)
             if not told.pruned and told.rank > self.best.rank:
                 self.best = told

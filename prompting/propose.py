@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -49,7 +49,8 @@ class Proposer:
             stands unchanged in everything that replaces it.
         frozen: stages whose instruction stays.
         approve: a person is asked about each text.
-        reviewer: who asks; of the task.
+        max_instruction_tokens: longest instruction in tokens of the program's LM; None for any.
+        reviewer, count: who asks, and the tokens of a text; of the task.
     """
 
     lm: LM | None = None
@@ -59,11 +60,15 @@ class Proposer:
     keep: tuple[str, str] | None = None
     frozen: tuple[str, ...] = ()
     approve: bool = False
+    max_instruction_tokens: int | None = None
     reviewer: Reviewer | None = None
+    count: Callable[[str], int] = len
 
     def __post_init__(self) -> None:
         at_least(1, "max_tokens", self.max_tokens, "it is the longest completion of the proposer")
         at_least(1, "max_chars", self.max_chars, "it is the longest instruction in characters")
+        if self.max_instruction_tokens is not None:
+            at_least(1, "max_instruction_tokens", self.max_instruction_tokens, "null sets no limit")
         if self.keep is not None and (len(self.keep) != 2 or not all(self.keep)):
             raise BadValueError(f'keep {self.keep!r} is not two markers, e.g. ["<keep>", "</keep>"].')
 
@@ -89,10 +94,11 @@ class Proposer:
     def rules(self, current: str) -> str:
         """What the LM is told about the text that it is to write, as the end of a request."""
         kept = [f"Keep this part word for word, markers included: {span}" for span in self.kept(current)]
+        tokens = "" if self.max_instruction_tokens is None else f" and {self.max_instruction_tokens} tokens"
         return "\n".join(
             [
                 *kept,
-                f"Use at most {self.max_chars} characters. Write plain text, no JSON, and ask nothing back.",
+                f"Use at most {self.max_chars} characters{tokens}. Write plain text, no JSON, and ask nothing back.",
                 "Reply with the new instruction only, between two lines of three backticks.",
             ]
         )
@@ -170,6 +176,8 @@ class Proposer:
             return "a question or an excuse"
         if len(text) > self.max_chars:
             return f"longer than max_chars ({self.max_chars})"
+        if self.max_instruction_tokens is not None and self.count(text) > self.max_instruction_tokens:
+            return f"longer than max_instruction_tokens ({self.max_instruction_tokens})"
         if any(span not in text for span in self.kept(current)):
             return "a part to keep is missing or changed"
         return "tried before" if same(text) in tried or same(text) == same(current) else ""
@@ -184,6 +192,8 @@ class WritingSearch(PromptSearch):
         max_chars: longest instruction.
         keep: two markers; what stands between them in an instruction stays word for word.
         frozen: stages whose prompt is not changed.
+        max_instruction_tokens: longest instruction in tokens of the LM that runs the program, which has to be in this
+            process; None for any.
         approve: ask a person about each text before a run is spent on it: to take it, to refuse it or to edit it.
     """
 
@@ -196,8 +206,11 @@ class WritingSearch(PromptSearch):
         keep: tuple[str, str] | None = None,
         frozen: Sequence[str] = (),
         approve: bool = False,
+        max_instruction_tokens: int | None = None,
     ) -> None:
-        self.proposer = Proposer(proposer, temperature, max_tokens, max_chars, keep, tuple(frozen), approve)
+        self.proposer = Proposer(
+            proposer, temperature, max_tokens, max_chars, keep, tuple(frozen), approve, max_instruction_tokens
+        )
 
 
 @dataclass
@@ -216,8 +229,12 @@ class Spent:
         """The counters, and the task and the proposer that count with them. A proposer that has to be loaded is.
 
         Raises:
-            ValueError: a person is to be asked, and the task has no reviewer.
+            ValueError: a person is to be asked, and the task has no reviewer; or tokens are to be counted, and the LM
+                has no tokenizer.
         """
+        codec = getattr(task.runner.lm, "codec", None)
+        if proposer.max_instruction_tokens is not None and codec is None:
+            raise ValueError("max_instruction_tokens needs an LM with a tokenizer in this process; max_chars does not.")
         if proposer.approve and task.reviewer is None:
             raise ValueError(
                 "approve asks a person, and this SearchTask has no reviewer; give it one, or leave it out."
@@ -227,11 +244,9 @@ class Spent:
             load()
         spent = cls(CountingLM(task.runner.lm), CountingLM(task.runner.lm if proposer.lm is None else proposer.lm))
         counted = replace(task, runner=replace(task.runner, lm=spent.program))
-        return (
-            spent,
-            counted,
-            replace(proposer, lm=spent.proposer, reviewer=task.reviewer if proposer.approve else None),
-        )
+        reviewer = task.reviewer if proposer.approve else None
+        count = len if codec is None else lambda text: len(codec.encode(text))
+        return spent, counted, replace(proposer, lm=spent.proposer, reviewer=reviewer, count=count)
 
     @property
     def calls(self) -> dict[str, int]:

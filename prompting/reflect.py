@@ -79,6 +79,9 @@ class ReflectiveSearch(WritingSearch):
     def most_runs(self, train: int, dev: int) -> int:
         return max(self.max_runs, 2 * dev)
 
+    def about_proposals(self, stages: int, dev: int) -> int:
+        return max(self.max_runs - dev, 0) // (2 * self.minibatch)
+
     def search(self, task: SearchTask) -> Found:
         return _Reflecting(self, task).found()
 
@@ -351,7 +354,7 @@ class _Reflecting:
             runs = ran[at * total : (at + 1) * total]
             check_faults(runs, self.task)
             objectives = mean_objectives([run.objectives for run in runs])
-            told = {**one.lineage, **({"objectives": objectives} if objectives else {})}
+            told = {**one.lineage, **({"objectives": objectives} if objectives else {}), "calls": self.spent.calls}
             candidate = replace(candidate_of(one.proposal, runs, total), lineage=told)
             self.pool.append(Member(candidate, objectives, one.parents))
             self.turns.append(max((self.turns[place] for place in one.parents), default=0))

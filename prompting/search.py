@@ -231,6 +231,10 @@ class PromptSearch(ABC):
         """How often a search runs the program at most, for sets of these sizes; None where it cannot be said."""
         return None
 
+    def about_proposals(self, stages: int, dev: int) -> int:
+        """About how often a search has an LM write a proposal, for a program of so many stages; 0 where none writes."""
+        return 0
+
 
 def generator(seed: int, what: str) -> random.Random:
     """A generator of its own for each purpose: one more candidate does not change the others."""

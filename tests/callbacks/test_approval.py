@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from cotune.callbacks.approval import Approval, ApprovalNeededError
+from cotune.datamodules import Sizes
+from cotune.prompting import ReflectiveSearch
 from cotune.prompting.search import Review
+from fakes import FakeLM
+from tiny_fit import Fit, tiny_fit
 
 ASKED = [Review("plan", "Plan.", 'Plan well.\n- "sort": first\n'), Review("work", "Work.", "Work hard.")]
 
@@ -63,3 +67,20 @@ def test_a_file_that_was_filled_in_wrong_is_named(text: str, said: str, tmp_path
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(ApprovalNeededError, match=said):
         Approval(tmp_path / "p.yaml", terminal=False).review(ASKED)
+
+
+@pytest.mark.slow
+def test_a_fit_waits_for_answers_in_its_folder_and_goes_on_with_them(tiny_model: Path, tmp_path: Path) -> None:
+    def fit() -> Fit:
+        writes = FakeLM(lambda request: "Name it.")
+        search = ReflectiveSearch(max_runs=8, minibatch=1, proposals=1, proposer=writes, approve=True)
+        sizes = Sizes(train=2, dev=2, val=2, test=1)
+        return tiny_fit(tiny_model, tmp_path, "p", search=search, sizes=sizes, metric=lambda example, prediction: 0.5)
+
+    with pytest.raises(ApprovalNeededError):
+        fit().run()
+    path = tmp_path / "proposals.yaml"
+    path.write_text(path.read_text().replace("answer: ''", "answer: y").replace("Name it.", "Name the species."))
+    found = fit().run().alternate.history
+    assert any("rejected: no better on the minibatch" in note for note in found[1]["notes"])
+    assert "Name the species." in path.read_text()

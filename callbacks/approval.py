@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cotune.errors import CotuneError
 from cotune.prompting.search import Review
 from cotune.storage.durable import write_whole
 from rich.console import Console
@@ -29,7 +30,7 @@ _HEAD = """\
 """
 
 
-class ApprovalNeededError(RuntimeError):
+class ApprovalNeededError(CotuneError, RuntimeError):
     """Proposals wait for a person's answer. The message says where to give it and how to go on."""
 
 

@@ -234,9 +234,9 @@ class Spent:
         """
         codec = getattr(task.runner.lm, "codec", None)
         if proposer.max_instruction_tokens is not None and codec is None:
-            raise ValueError("max_instruction_tokens needs an LM with a tokenizer in this process; max_chars does not.")
+            raise BadValueError("max_instruction_tokens needs an LM with a tokenizer in this process; see max_chars.")
         if proposer.approve and task.reviewer is None:
-            raise ValueError(
+            raise BadValueError(
                 "approve asks a person, and this SearchTask has no reviewer; give it one, or leave it out."
             )
         load = getattr(proposer.lm, "load", None)

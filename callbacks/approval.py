@@ -138,7 +138,7 @@ def edited(text: str) -> str:
         return path.read_text(encoding="utf-8").strip()
 
 
-class _Blocks(yaml.SafeDumper):
+class _Blocks(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
     """Writes texts of several lines as blocks, which a person can edit."""
 
 

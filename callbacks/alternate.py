@@ -286,7 +286,7 @@ class Alternate(Callback):
         module, data = ours(trainer)
         while not isinstance(wanted := self.alternation.wanted(self.state), Train | Finish):
             if isinstance(wanted, Search):
-                self.work.search_prompts(trainer)
+                self.work.search_prompts(trainer, self.saver.run_folder(trainer))
                 self._advance(Searched())
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):

@@ -79,11 +79,25 @@ class StepProgress:
         rate = f"{self._ended / seconds:.1f} examples/s" if self._ended else ""
         self._bar.update(self._task, advance=n, rate=rate)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the bar off the terminal for a while."""
+        shown = self._bar.tasks[0].visible
+        self._bar.update(self._task, visible=False)  # a bar that starts again erases as many lines as it had
+        self._bar.refresh()
+        self._bar.stop()
+        yield
+        self._bar.start()
+        self._bar.update(self._task, visible=shown)
+
     def candidate(self, index: int, total: int, candidate: Candidate, best: float) -> None:
         self._head = f"candidate {index + 2}/{total}, best {best:.3f}" if index + 1 < total else ""
         self.tried += [] if candidate.pruned else [candidate]
         ended = "pruned at" if candidate.pruned else "score"
-        self.say(f"candidate {index + 1}/{total} ({candidate.why}): {ended} {candidate.score:.3f}, best {best:.3f}")
+        calls = [f"{n} of the {role}" for role, n in candidate.lineage.get("calls", {}).items()]
+        spent = f"; LM calls so far: {', '.join(calls)}" if calls else ""
+        scored = f"{ended} {candidate.score:.3f}, best {best:.3f}"
+        self.say(f"candidate {index + 1}/{total} ({candidate.why}): {scored}{spent}")
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""

@@ -127,6 +127,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
         *_rates(module, alternate),
+        *_search_cost(alternate, data, len(program.stages)),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
         *(f"  {role:9} {lm}" for role, lm in module.ledger.asked.items() if role != "program"),
         *_budget(module.ledger, (low + vanilla) * len(program.stages)),
@@ -217,6 +218,17 @@ def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
         rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
     said = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
     return [f"  rate      {said}"] if said else []
+
+
+def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> list[str]:
+    """LM calls by role of a prompt step that has an LM write proposals."""
+    train, dev, search = len(data.splits.train), len(data.splits.dev), alternate.search
+    proposals = search.about_proposals(stages, dev) if PROMPTS in alternate.schedule else 0
+    if not proposals:
+        return []
+    runs = search.most_runs(min(alternate.options.search_examples or train, train), dev) or 0
+    calls = f"up to {runs * stages:,} LM calls of the program at one a stage"
+    return [f"  search    in a prompt step {calls}, about {proposals:,} of the proposer"]
 
 
 def _range(low: float, high: float) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cotune.callbacks.approval import Approval
 from cotune.callbacks.boundary import Boundary, BoundaryListener, judge_noise
 from cotune.callbacks.costs import Costs
 from cotune.callbacks.diagnosis import diagnose, nothing_gained, sampled_apart, trace_coverage
@@ -140,8 +141,12 @@ class StepWork:
 
     # Prompt steps
 
-    def search_prompts(self, trainer: Trainer) -> None:
-        """Searches, and gives the module what was found."""
+    def search_prompts(self, trainer: Trainer, run: Path) -> None:
+        """Searches, and gives the module what was found; what a person is asked about stands in the run's folder.
+
+        Raises:
+            ApprovalNeededError: a person is to be asked, and cannot be here.
+        """
         module, data = ours(trainer)
         with StepProgress(self.title("prompt step")) as progress:
             self._tried = progress.tried
@@ -155,6 +160,7 @@ class StepWork:
                 seed=self.seed("search", self.position),
                 lm_calls=self._calls_left(),
                 progress=progress,
+                reviewer=Approval(run / "proposals.yaml", progress.paused, waived=bool(trainer.fast_dev_run)),  # type: ignore[attr-defined]
             )
             with isolate_rng():
                 self._found = self.search.search(task)

@@ -4,9 +4,9 @@ from cotune.prompting.bootstrap import Bootstrapped, Solved, bootstrap, demos_of
 from cotune.prompting.demos import RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, score_candidate
 from cotune.prompting.joint import JointSearch
-from cotune.prompting.propose import Proposer
+from cotune.prompting.propose import Proposer, WritingSearch
 from cotune.prompting.reflect import ReflectiveSearch
-from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, Rejected, SearchTask
+from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, Rejected, Review, Reviewer, SearchTask
 
 __all__ = [
     "Bootstrapped",
@@ -20,8 +20,11 @@ __all__ = [
     "RandomDemoSearch",
     "ReflectiveSearch",
     "Rejected",
+    "Review",
+    "Reviewer",
     "SearchTask",
     "Solved",
+    "WritingSearch",
     "bootstrap",
     "choose",
     "demos_of",

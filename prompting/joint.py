@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cotune.errors import MissingPackageError
-from cotune.programs import LM, Demo, Example, Program, Prompt, Prompts, prompts_id
+from cotune.programs import Demo, Example, Program, Prompt, Prompts, prompts_id
 from cotune.programs.faults import merged
 from cotune.prompting.bootstrap import HINTED, Solved, bootstrap, labelled_pool
 from cotune.prompting.demos import DemoSet, RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, error_notes, race_against, score_candidate
-from cotune.prompting.propose import Proposer, Spent, cut, fenced, proposal_seed, same
+from cotune.prompting.propose import Proposer, Spent, WritingSearch, cut, fenced, proposal_seed, same
 from cotune.prompting.reflection import expected
-from cotune.prompting.search import Candidate, Found, PromptSearch, Rejected, SearchTask, at_least, generator, mean
+from cotune.prompting.search import Candidate, Found, Rejected, SearchTask, at_least, generator, mean
 
 TIPS = (
     "",
@@ -37,7 +37,7 @@ _MAX_VALUE = 500  # characters of a value
 _MOST_STEPS = 200  # from a combination tried before to one that was not, one choice each, before there are no more
 
 
-class JointSearch(PromptSearch):
+class JointSearch(WritingSearch):
     """Searches instructions and demo sets together: every stage's choice of both, modelled by TPE.
 
     Source: MIPROv2 (Opsahl-Ong et al., arXiv 2406.11695). The program runs once over train, and its successes become
@@ -58,11 +58,7 @@ class JointSearch(PromptSearch):
         max_demos, max_labelled_demos, restart, attempts: as `RandomDemoSearch`.
         width: trials of one round.
         racing: confidence at which a trial that is behind is dropped; null scores each until it cannot win any more.
-        proposer: the LM that writes; None for the one that runs the program, its adapter off.
-        temperature, max_tokens: of the proposer. A text that is cut at max_tokens is not used.
-        max_chars: longest instruction.
-        keep: two markers; what stands between them in an instruction stays word for word.
-        frozen: stages whose prompt stays.
+        writing: the arguments of `WritingSearch`.
 
     Raises:
         ImportError: optuna is missing.
@@ -79,13 +75,9 @@ class JointSearch(PromptSearch):
         attempts: int = 1,
         width: int = 4,
         racing: float | None = 0.98,
-        proposer: LM | None = None,
-        temperature: float = 1.0,
-        max_tokens: int = 512,
-        max_chars: int = 4000,
-        keep: tuple[str, str] | None = None,
-        frozen: Sequence[str] = (),
+        **writing: Any,
     ) -> None:
+        super().__init__(**writing)
         if importlib.util.find_spec("optuna") is None:
             raise MissingPackageError('JointSearch needs the optuna library: pip install "cotune[joint]".')
         at_least(0, "trials", trials, "0 scores the given prompts only")
@@ -97,11 +89,13 @@ class JointSearch(PromptSearch):
         )
         self.trials, self.num_instructions, self.num_demo_sets = trials, num_instructions, num_demo_sets
         self.width, self.racing = width, racing
-        self.proposer = Proposer(proposer, temperature, max_tokens, max_chars, keep, tuple(frozen))
 
     def most_runs(self, train: int, dev: int) -> int:
         hinted = min(train, HINTED * self.demos.max_demos)
         return self.demos.attempts * train + hinted + (2 + self.trials) * dev
+
+    def about_proposals(self, stages: int, dev: int) -> int:
+        return (self.num_instructions - 1) * (stages - len(self.proposer.frozen))
 
     def search(self, task: SearchTask) -> Found:
         stages = self.proposer.stages(task.runner.program)
@@ -112,7 +106,7 @@ class JointSearch(PromptSearch):
         labelled, left_out = labelled_pool(task)
         space = _Space(start, instructions, self._demo_sets(task, stages, made.solved, labelled))
         found = choose(task, [Proposal(start, "zero-shot" if self.demos.restart else "incumbent")])
-        trials = _Trials(task, space, found, self.racing)
+        trials = _Trials(task, space, found, self.racing, spent)
         while len(trials.tried) <= self.trials or spent.total < task.lm_calls:
             wanted = self.width if spent.total < task.lm_calls else min(self.width, self.trials + 1 - len(trials.tried))
             if wanted < 1 or not trials.round(wanted):
@@ -137,7 +131,8 @@ class JointSearch(PromptSearch):
         self, task: SearchTask, proposer: Proposer, start: Prompts, stages: Sequence[str], solved: Sequence[Solved]
     ) -> tuple[dict[str, list[str]], list[Rejected]]:
         """The instructions of each stage to choose from, its own first, and the texts that cannot be used."""
-        asked, places = [], []
+        asked: list[str] = []
+        places: list[tuple[str, int]] = []
         for stage in stages:
             for number in range(1, self.num_instructions):
                 rng = generator(task.seed, f"instruction {stage} {number}")
@@ -147,9 +142,10 @@ class JointSearch(PromptSearch):
         seeds = [proposal_seed(task.seed, f"{stage} {number}") for stage, number in places]
         found = {stage: [start[stage].instruction] for stage in stages}
         rejected = []
-        for (stage, number), completion in zip(places, proposer.write(asked, seeds), strict=True):
-            tried = [same(text) for text in found[stage]]
-            written = proposer.read(completion, start[stage].instruction, tried)
+        tried = {stage: {same(start[stage].instruction)} for stage in stages}
+        now = [(stage, start[stage].instruction) for stage, _ in places]
+        texts = proposer.read_all(proposer.write(asked, seeds), now, tried)
+        for (stage, number), written in zip(places, texts, strict=True):
             if written.flaw:
                 rejected.append(Rejected(stage, written.text, written.flaw, prompts_id(start), {"instruction": number}))
             else:
@@ -248,6 +244,7 @@ class _Trials:
     space: _Space
     found: Found
     racing: float | None
+    spent: Spent
     tried: dict[str, tuple[Mapping[str, int], float]] = field(default_factory=dict)  # prompts' id -> choice, value
     end: str = ""  # why it ended before its time
 
@@ -307,7 +304,9 @@ class _Trials:
         else:
             new = race_against(self.task, best, proposals, confidence=self.racing)
         for candidate in new:
-            told = replace(candidate, lineage={"choice": self.space.told(chosen[candidate.id])})
+            told = replace(
+                candidate, lineage={"choice": self.space.told(chosen[candidate.id]), "calls": self.spent.calls}
+            )
             self.scored.append(told)
             if not told.pruned and told.rank > self.best.rank:
                 self.best = told

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from cotune.errors import BadValueError
 from cotune.programs import LM, Completion, Program, Request, RoleSpentError, Sampling
 from cotune.prompting.evaluate import CountingLM
-from cotune.prompting.search import SearchTask, at_least
+from cotune.prompting.search import PromptSearch, Review, Reviewer, SearchTask, at_least
 
 _FENCED = re.compile(r"^[ \t]*(`{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
 _OPENED = re.compile(r"^[ \t]*`{3,}[^\n`]*\n", re.MULTILINE)
@@ -48,6 +48,9 @@ class Proposer:
         keep: two markers, e.g. ("<keep>", "</keep>"): whatever stands between them in an instruction, markers included,
             stands unchanged in everything that replaces it.
         frozen: stages whose instruction stays.
+        approve: a person is asked about each text.
+        max_instruction_tokens: longest instruction in tokens of the program's LM; None for any.
+        reviewer, count: who asks, and the tokens of a text; of the task.
     """
 
     lm: LM | None = None
@@ -56,10 +59,16 @@ class Proposer:
     max_chars: int = 4000
     keep: tuple[str, str] | None = None
     frozen: tuple[str, ...] = ()
+    approve: bool = False
+    max_instruction_tokens: int | None = None
+    reviewer: Reviewer | None = None
+    count: Callable[[str], int] = len
 
     def __post_init__(self) -> None:
         at_least(1, "max_tokens", self.max_tokens, "it is the longest completion of the proposer")
         at_least(1, "max_chars", self.max_chars, "it is the longest instruction in characters")
+        if self.max_instruction_tokens is not None:
+            at_least(1, "max_instruction_tokens", self.max_instruction_tokens, "null sets no limit")
         if self.keep is not None and (len(self.keep) != 2 or not all(self.keep)):
             raise BadValueError(f'keep {self.keep!r} is not two markers, e.g. ["<keep>", "</keep>"].')
 
@@ -85,10 +94,11 @@ class Proposer:
     def rules(self, current: str) -> str:
         """What the LM is told about the text that it is to write, as the end of a request."""
         kept = [f"Keep this part word for word, markers included: {span}" for span in self.kept(current)]
+        tokens = "" if self.max_instruction_tokens is None else f" and {self.max_instruction_tokens} tokens"
         return "\n".join(
             [
                 *kept,
-                f"Use at most {self.max_chars} characters. Write plain text, no JSON, and ask nothing back.",
+                f"Use at most {self.max_chars} characters{tokens}. Write plain text, no JSON, and ask nothing back.",
                 "Reply with the new instruction only, between two lines of three backticks.",
             ]
         )
@@ -112,6 +122,34 @@ class Proposer:
             return self.lm.complete(requests, sampling) if requests else []
         except RoleSpentError:
             return [Completion("", finished="refused")] * len(requests)
+
+    def read_all(
+        self, done: Sequence[Completion], asked: Sequence[tuple[str, str]], tried: Mapping[str, set[str]]
+    ) -> list[Written]:
+        """What each completion holds, once a person has approved or edited it where one is to be asked.
+
+        Args:
+            asked: the stage of each, and the instruction that it is to replace.
+            tried: stage -> its texts so far, as for `read`; those that can be used are added.
+        """
+        found = []
+        for completion, (stage, current) in zip(done, asked, strict=True):
+            found.append(self.read(completion, current, tried[stage]))
+            if not found[-1].flaw:
+                tried[stage].add(same(found[-1].text))
+        if self.reviewer is None:
+            return found
+        open_ = [at for at, written in enumerate(found) if not written.flaw]
+        answers = self.reviewer.review([Review(*asked[at], found[at].text) for at in open_]) if open_ else []
+        for at, answer in zip(open_, answers, strict=True):
+            stage, current = asked[at]
+            if not answer:
+                found[at] = replace(found[at], flaw="refused by a person")
+            elif answer != found[at].text:
+                others = tried[stage] - {same(found[at].text)}  # an edit may be of letter case alone
+                found[at] = Written(answer, self._flaw(answer, current, others))
+                tried[stage].add(same(answer))
+        return found
 
     def read(self, completion: Completion, current: str, tried: Collection[str]) -> Written:
         """The instruction that a completion holds, and what is wrong with it.
@@ -138,9 +176,41 @@ class Proposer:
             return "a question or an excuse"
         if len(text) > self.max_chars:
             return f"longer than max_chars ({self.max_chars})"
+        if self.max_instruction_tokens is not None and self.count(text) > self.max_instruction_tokens:
+            return f"longer than max_instruction_tokens ({self.max_instruction_tokens})"
         if any(span not in text for span in self.kept(current)):
             return "a part to keep is missing or changed"
         return "tried before" if same(text) in tried or same(text) == same(current) else ""
+
+
+class WritingSearch(PromptSearch):
+    """A search that has an LM write instructions.
+
+    Args:
+        proposer: the LM that writes; None for the one that runs the program, its adapter off.
+        temperature, max_tokens: of the proposer. A text that is cut at max_tokens is not used.
+        max_chars: longest instruction.
+        keep: two markers; what stands between them in an instruction stays word for word.
+        frozen: stages whose prompt is not changed.
+        max_instruction_tokens: longest instruction in tokens of the LM that runs the program, which has to be in this
+            process; None for any.
+        approve: ask a person about each text before a run is spent on it: to take it, to refuse it or to edit it.
+    """
+
+    def __init__(
+        self,
+        proposer: LM | None = None,
+        temperature: float = 1.0,
+        max_tokens: int = 512,
+        max_chars: int = 4000,
+        keep: tuple[str, str] | None = None,
+        frozen: Sequence[str] = (),
+        approve: bool = False,
+        max_instruction_tokens: int | None = None,
+    ) -> None:
+        self.proposer = Proposer(
+            proposer, temperature, max_tokens, max_chars, keep, tuple(frozen), approve, max_instruction_tokens
+        )
 
 
 @dataclass
@@ -156,13 +226,27 @@ class Spent:
 
     @classmethod
     def of(cls, task: SearchTask, proposer: Proposer) -> tuple[Spent, SearchTask, Proposer]:
-        """The counters, and the task and the proposer that count with them. A proposer that has to be loaded is."""
+        """The counters, and the task and the proposer that count with them. A proposer that has to be loaded is.
+
+        Raises:
+            ValueError: a person is to be asked, and the task has no reviewer; or tokens are to be counted, and the LM
+                has no tokenizer.
+        """
+        codec = getattr(task.runner.lm, "codec", None)
+        if proposer.max_instruction_tokens is not None and codec is None:
+            raise BadValueError("max_instruction_tokens needs an LM with a tokenizer in this process; see max_chars.")
+        if proposer.approve and task.reviewer is None:
+            raise BadValueError(
+                "approve asks a person, and this SearchTask has no reviewer; give it one, or leave it out."
+            )
         load = getattr(proposer.lm, "load", None)
         if callable(load):
             load()
         spent = cls(CountingLM(task.runner.lm), CountingLM(task.runner.lm if proposer.lm is None else proposer.lm))
         counted = replace(task, runner=replace(task.runner, lm=spent.program))
-        return spent, counted, replace(proposer, lm=spent.proposer)
+        reviewer = task.reviewer if proposer.approve else None
+        count = len if codec is None else lambda text: len(codec.encode(text))
+        return spent, counted, replace(proposer, lm=spent.proposer, reviewer=reviewer, count=count)
 
     @property
     def calls(self) -> dict[str, int]:

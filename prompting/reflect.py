@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cotune.errors import BadValueError
-from cotune.programs import LM, Example, Prompts, Rollout, prompts_id
+from cotune.programs import Example, Prompts, Rollout, prompts_id
 from cotune.prompting.evaluate import Proposal, candidate_of, check_faults, error_notes
 from cotune.prompting.pool import Member, Merge, draw_parent, mean_objectives, merges
-from cotune.prompting.propose import Proposer, Spent, proposal_seed, same
+from cotune.prompting.propose import Spent, WritingSearch, proposal_seed, same
 from cotune.prompting.reflection import reflection
 from cotune.prompting.runs import Pair, Runs
-from cotune.prompting.search import UNREADABLE, Found, PromptSearch, Rejected, SearchTask, at_least, generator
+from cotune.prompting.search import UNREADABLE, Found, Rejected, SearchTask, at_least, generator
 
 BARREN = 10
 """Rounds in a row without a proposal worth a rollout after which a search ends."""
@@ -24,7 +24,7 @@ _MERGE_SAMPLE = 5
 """Dev examples on which a merge has to be as good as both that it is made of, before it runs on all (as in GEPA)."""
 
 
-class ReflectiveSearch(PromptSearch):
+class ReflectiveSearch(WritingSearch):
     """Rewrites instructions, one stage at a time, from what an LM reads in the stage's runs and in their feedback.
 
     Source: GEPA (Agrawal et al., arXiv 2507.19457). The pool begins with the incumbent and the initial prompts. Each
@@ -51,11 +51,7 @@ class ReflectiveSearch(PromptSearch):
             answer blames, in proportion, and goes by turns where nothing blames any.
         tolerance: how much lower than its parent's the mean score of a child may be on the minibatch, in [0, 1]; 0 asks
             for a higher one. Above 0 fewer good proposals are lost to noise, and more runs go into bad ones.
-        proposer: the LM that writes; None for the one that runs the program, its adapter off.
-        temperature, max_tokens: of the proposer. A text that is cut at max_tokens is not used.
-        max_chars: longest instruction.
-        keep: two markers; what stands between them in an instruction stays word for word.
-        frozen: stages whose instruction stays.
+        writing: the arguments of `WritingSearch`.
     """
 
     def __init__(
@@ -66,13 +62,9 @@ class ReflectiveSearch(PromptSearch):
         max_merges: int = 5,
         choose_stage: Literal["turns", "blame"] = "blame",
         tolerance: float = 0.0,
-        proposer: LM | None = None,
-        temperature: float = 1.0,
-        max_tokens: int = 512,
-        max_chars: int = 4000,
-        keep: tuple[str, str] | None = None,
-        frozen: Sequence[str] = (),
+        **writing: Any,
     ) -> None:
+        super().__init__(**writing)
         at_least(0, "max_runs", max_runs, "0 scores the given prompts only")
         at_least(1, "minibatch", minibatch, "GEPA uses 3")
         at_least(1, "proposals", proposals, "it is the number in one round")
@@ -83,10 +75,12 @@ class ReflectiveSearch(PromptSearch):
             raise BadValueError(f"tolerance {tolerance} is outside [0, 1]; 0 asks for a better score on the minibatch.")
         self.max_runs, self.minibatch, self.proposals, self.max_merges = max_runs, minibatch, proposals, max_merges
         self.choose_stage, self.tolerance = choose_stage, tolerance
-        self.proposer = Proposer(proposer, temperature, max_tokens, max_chars, keep, tuple(frozen))
 
     def most_runs(self, train: int, dev: int) -> int:
         return max(self.max_runs, 2 * dev)
+
+    def about_proposals(self, stages: int, dev: int) -> int:
+        return max(self.max_runs - dev, 0) // (2 * self.minibatch)
 
     def search(self, task: SearchTask) -> Found:
         return _Reflecting(self, task).found()
@@ -242,22 +236,22 @@ class _Reflecting:
 
     def _written(self, attempts: Sequence[_Attempt]) -> list[_Attempt]:
         """The attempts with what the proposer wrote, those left out whose text cannot be used."""
-        asked = []
+        asked, places = [], []
         for attempt in attempts:
             prompt = self.pool[attempt.parent].candidate.prompts[attempt.stage]
             rules = self.proposer.rules(prompt.instruction)
             asked.append(reflection(self.task.runner.program, attempt.stage, prompt, attempt.before, rules=rules))
+            places.append((attempt.stage, prompt.instruction))
         seeds = [proposal_seed(self.task.seed, f"{self.round} {attempt.slot}") for attempt in attempts]
         usable = []
-        for attempt, completion in zip(attempts, self.proposer.write(asked, seeds), strict=True):
+        texts = self.proposer.read_all(self.proposer.write(asked, seeds), places, self.tried)
+        for attempt, written in zip(attempts, texts, strict=True):
             parent = self.pool[attempt.parent].candidate.prompts
             old = parent[attempt.stage]
-            written = self.proposer.read(completion, old.instruction, self.tried[attempt.stage])
             attempt.text = written.text
             if written.flaw:
                 self._reject(attempt, written.flaw)
                 continue
-            self.tried[attempt.stage].add(same(written.text))
             attempt.prompts = {**parent, attempt.stage: replace(old, instruction=written.text)}
             usable.append(attempt)
         return usable
@@ -360,7 +354,7 @@ class _Reflecting:
             runs = ran[at * total : (at + 1) * total]
             check_faults(runs, self.task)
             objectives = mean_objectives([run.objectives for run in runs])
-            told = {**one.lineage, **({"objectives": objectives} if objectives else {})}
+            told = {**one.lineage, **({"objectives": objectives} if objectives else {}), "calls": self.spent.calls}
             candidate = replace(candidate_of(one.proposal, runs, total), lineage=told)
             self.pool.append(Member(candidate, objectives, one.parents))
             self.turns.append(max((self.turns[place] for place in one.parents), default=0))

@@ -101,6 +101,29 @@ class Rejected:
         return {**vars(self), "lineage": dict(self.lineage)}
 
 
+@dataclass(frozen=True)
+class Review:
+    """A text that a person is asked about before a rollout is spent on it.
+
+    Attributes:
+        stage: whose instruction it is to be.
+        now: the instruction that it would replace.
+        proposed: the text.
+    """
+
+    stage: str
+    now: str
+    proposed: str
+
+
+class Reviewer(Protocol):
+    """Asks a person about proposals. The same answer has to come to the same question, in a resumed run too."""
+
+    def review(self, asked: Sequence[Review]) -> list[str]:
+        """For each the text to take: as proposed, or as edited; "" where it is refused."""
+        ...
+
+
 class Progress(Protocol):
     """What a search tells while it runs: a bar, a log, or nothing."""
 
@@ -132,6 +155,7 @@ class SearchTask:
         lm_calls: a search that can draw more candidates than its own arguments say does so until it has made so many
             LM calls; 0 leaves its size to itself.
         progress: told what happens; None for silence.
+        reviewer: asks a person about proposed texts, where a search is to (`approve`).
 
     Raises:
         ValueError: train and dev overlap, dev is empty, a demo of the given prompts comes from dev, prompts lack a
@@ -147,6 +171,7 @@ class SearchTask:
     seed: int = 0
     lm_calls: int = 0
     progress: Progress | None = None
+    reviewer: Reviewer | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
@@ -205,6 +230,10 @@ class PromptSearch(ABC):
     def most_runs(self, train: int, dev: int) -> int | None:
         """How often a search runs the program at most, for sets of these sizes; None where it cannot be said."""
         return None
+
+    def about_proposals(self, stages: int, dev: int) -> int:
+        """About how often a search has an LM write a proposal, for a program of so many stages; 0 where none writes."""
+        return 0
 
 
 def generator(seed: int, what: str) -> random.Random:

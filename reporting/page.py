@@ -15,7 +15,7 @@ from cotune.reporting import charts, journeys
 from cotune.reporting.closing_table import cost_lines, judge_line
 from cotune.reporting.comparison import Comparison
 from cotune.reporting.journeys import Journey
-from cotune.reporting.prompt_changes import PromptChange, demo_fields, prompt_changes
+from cotune.reporting.prompt_changes import PromptChange, demo_fields, descent, prompt_changes
 from cotune.reporting.run_record import Json, Prefix, RunRecord, setting
 from cotune.reporting.statistics import binomial_error, interval, standard_error
 from markupsafe import Markup
@@ -164,7 +164,7 @@ def environment() -> jinja2.Environment:
         "pieces": journeys.pieces,
         "failure": journeys.failure,
     }
-    made.globals |= {"prompt_changes": prompt_changes, "same_values": same_values}
+    made.globals |= {"descent": descent, "prompt_changes": prompt_changes, "same_values": same_values}
     return made
 
 

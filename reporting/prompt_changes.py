@@ -46,6 +46,26 @@ def prompt_changes(before: Json | None, after: Json) -> list[PromptChange]:
     return [_change(stage, old.get(stage, _EMPTY), after.get(stage, _EMPTY)) for stage in stages]
 
 
+def descent(candidates: Sequence[Json]) -> list[tuple[int, Json, Json | None]]:
+    """The tree of candidates, each right behind what it was made from: (depth, candidate, what it was made from).
+
+    One whose parent is none of those before it, as the incumbent, is a root; siblings keep their order.
+
+    >>> [(depth, c["id"]) for depth, c, _ in descent([{"id": "a"}, {"id": "b", "parent": "a"}, {"id": "c"}])]
+    [(0, 'a'), (1, 'b'), (0, 'c')]
+    """
+    found: list[tuple[int, Json, Json | None]] = []
+    for one in candidates:
+        place = next((at for at, (_, c, _) in enumerate(found) if c["id"] == one.get("parent")), None)
+        if place is None:
+            found.append((0, one, None))
+            continue
+        depth, parent, _ = found[place]
+        end = next((at for at in range(place + 1, len(found)) if found[at][0] <= depth), len(found))
+        found.insert(end, (depth + 1, one, parent))
+    return found
+
+
 def word_difference(before: str, after: str) -> list[Piece]:
     """Both texts as one; where they have little in common, the old one and then the new one.
 

@@ -39,6 +39,7 @@ class Prefix:
         record: its line of history.jsonl.
         prompts: stage -> {"instruction", "demos"}; None where they were not recorded.
         candidates: of the prompt step that led here, as `Candidate.to_dict` gives them, or with less in older runs.
+        rejected: texts proposed in that step that became no candidate, as `Rejected.to_dict` gives them.
         rollouts: on val, a row an example; None where they were not recorded.
         tested: on test, where `alternate.test_prefixes` asked for them; None otherwise, or where not recorded.
         traces: of the weight step that led here, a row a stage call, {"stage", "outputs", "attempt"}.
@@ -50,6 +51,7 @@ class Prefix:
     record: Json
     prompts: Json | None
     candidates: Sequence[Json]
+    rejected: Sequence[Json]
     rollouts: Sequence[Json] | None
     tested: Sequence[Json] | None
     traces: Sequence[Json]
@@ -210,6 +212,7 @@ def _prefix(folder: Path, record: Json) -> Prefix:
         record=record,
         prompts=known["prompts"] if known else None,
         candidates=(known or {}).get("candidates") or record.get("candidates", []),
+        rejected=(known or {}).get("rejected") or [],
         rollouts=_optional(folder / "rollouts" / f"val-{index}.jsonl", _read_lines),
         tested=_tested(folder, record),
         traces=_read_traces(folder / "traces" / f"step-{index}") if record["step"] == "w" else (),

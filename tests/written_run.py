@@ -48,6 +48,7 @@ def write_run(
             known = {"index": index, "prefix": PREFIXES[index], "prompts": _prompts(index, stages, text)}
             if index in (1, 3):
                 known["candidates"] = _candidates(index, stages, text)
+                known["rejected"] = [_rejected(stages, text)]
             (folder / f"boundaries/{index}.json").write_text(json.dumps(known))
             _write_rollouts(folder / f"rollouts/val-{index}.jsonl", row, stages, text)
         for index, row in enumerate(tested):
@@ -125,6 +126,14 @@ def _candidates(index: int, stages: int, text: str) -> list[dict[str, Any]]:
         }
         for why, name, score, pruned in tried
     ]
+
+
+def _rejected(stages: int, text: str) -> dict[str, Any]:
+    stage = STAGES[-stages:][0]
+    ran = {"minibatch": ["t1", "t2"], "before": [0.5, 1.0], "after": [0.5, 0.0]}
+    lineage = {"round": 2, "parents": ["id-1"], "rewritten": {stage: ran}}
+    why = f"no better on the minibatch{text}"
+    return {"stage": stage, "text": f"Guess.{text}", "why": why, "parent": "id-1", "lineage": lineage}
 
 
 def _write_rollouts(path: Path, scores: Sequence[float], stages: int, text: str) -> None:

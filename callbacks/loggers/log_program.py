@@ -17,6 +17,7 @@ from cotune.callbacks.loggers.program_tables import (
     prompt_difference,
     prompt_rows,
     prompt_text,
+    rejected_rows,
     rollout_rows,
     score_rows,
     trials,
@@ -46,9 +47,9 @@ class LogProgram(Callback, BoundaryListener):
 
     W&B also gets `trial/*`, a point a candidate; `cost/<kind of step>/*`, what all steps of the kind have cost; the
     picture `boundary/curve`; tables: `boundary/scores` (all prefixes so far), `boundary/prompts` (with their difference
-    from those before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates); the run's config;
-    and artifacts (`ProgramArtifacts`). TensorBoard gets trials, and prompts and their differences as text. Secrets are
-    taken out of config and command line.
+    from those before), `boundary/rollouts` (val, a row a stage call), `search/tried` (candidates), `search/rejected`
+    (texts that became none); the run's config; and artifacts (`ProgramArtifacts`). TensorBoard gets trials, and prompts
+    and their differences as text. Secrets are taken out of config and command line.
 
     Args:
         artifacts: log data ids, traces, adapters, prompts, config and export as W&B artifacts.
@@ -130,6 +131,8 @@ class LogProgram(Callback, BoundaryListener):
         }
         if boundary.found is not None:
             tables["search/tried"] = candidate_rows(boundary)
+            if boundary.found.rejected:
+                tables["search/rejected"] = rejected_rows(boundary)
         # One call, so that the tables stand at the scalars' step.
         logger.log_metrics(
             {
@@ -164,6 +167,7 @@ def scalars(boundary: Boundary) -> dict[str, float]:
             "search/candidates": len(candidates),
             "search/pruned": sum(candidate.pruned for candidate in candidates),
             "search/lm_calls": boundary.cost.get("lm_calls", scoring) - scoring,
+            **{f"search/lm_calls_of_{role}": calls for role, calls in boundary.found.calls.items()},
         }
     if boundary.traces is not None:
         named |= {"traces/solved": boundary.traces.solved, "traces/examples": boundary.traces.examples}

@@ -9,6 +9,8 @@ from typing import Any
 
 from cotune.callbacks.boundary import Boundary
 from cotune.programs import Prompt, Prompts, Rollout, prompts_id
+from cotune.prompting import Found
+from cotune.prompting.search import mean
 
 Rows = tuple[list[str], list[list[Any]]]
 """Column names, and rows."""
@@ -53,19 +55,37 @@ def trials(boundary: Boundary, *, before: int) -> list[dict[str, float]]:
 
 
 def candidate_rows(boundary: Boundary) -> Rows:
-    """A row a candidate of the prompt search, in the order of trying; `dev_runs`, on how many examples it ran."""
+    """A row a candidate of the prompt search, in the order of trying; `dev_runs`, on how many examples it ran;
+    `before` and `after`, mean scores on the minibatch of the parent and of a rewrite."""
     columns = ["why", "dev_score", "pruned", "prompts", "parent", "kept", "dev_runs", "errors", "text", "difference"]
+    columns += ["parents", "before", "after"]
     if boundary.found is None:
         return columns, []
-    known = {prompts_id(boundary.previous): boundary.previous}
-    known |= {candidate.id: candidate.prompts for candidate in boundary.found.candidates}
+    known = _known(boundary, boundary.found)
     kept = prompts_id(boundary.prompts)
     rows = []
     for c in boundary.found.candidates:
         origin = known.get(c.parent, boundary.previous)
         errors, text = sum(c.errors.values()), _all_text(c.prompts)
         difference = _difference(_all_text(origin), text)
-        rows.append([c.why, c.score, c.pruned, c.id, c.parent, c.id == kept, len(c.scores), errors, text, difference])
+        row = [c.why, c.score, c.pruned, c.id, c.parent, c.id == kept, len(c.scores), errors, text, difference]
+        rows.append([*row, ", ".join(c.lineage.get("parents", [c.parent])), *_minibatch(c.lineage)])
+    return columns, rows
+
+
+def rejected_rows(boundary: Boundary) -> Rows:
+    """A row a text that was proposed and became no candidate, in order, with the reason and its difference from the
+    instruction that it was to replace."""
+    columns = ["stage", "why", "parent", "round", "before", "after", "text", "difference"]
+    if boundary.found is None:
+        return columns, []
+    known = _known(boundary, boundary.found)
+    rows = []
+    for one in boundary.found.rejected:
+        parent = known.get(one.parent, {}).get(one.stage)
+        difference = _difference(parent.instruction if parent else "", one.text)
+        told = [one.lineage.get("round"), *_minibatch(one.lineage)]
+        rows.append([one.stage, one.why, one.parent, *told, one.text, difference])
     return columns, rows
 
 
@@ -114,6 +134,19 @@ def prompt_text(prompt: Prompt) -> str:
 def prompt_difference(before: Prompt | None, after: Prompt) -> str:
     """Unified diff of two prompts' texts; "" where they are equal."""
     return _difference(prompt_text(before) if before is not None else "", prompt_text(after))
+
+
+def _known(boundary: Boundary, found: Found) -> dict[str, Prompts]:
+    """Prompts by id that a search can have begun with or made."""
+    known = {prompts_id(boundary.previous): boundary.previous}
+    return known | {candidate.id: candidate.prompts for candidate in found.candidates}
+
+
+def _minibatch(lineage: Mapping[str, Any]) -> list[float | None]:
+    """Mean score on the minibatches before and after a rewrite; None where there was none."""
+    runs = list(lineage.get("rewritten", {}).values())
+    scores = ([score for run in runs for score in run[name]] for name in ("before", "after"))
+    return [mean(values) if values else None for values in scores]
 
 
 def _difference(before: str, after: str) -> str:

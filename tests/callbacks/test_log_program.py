@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cotune.callbacks.boundary import Boundary
 from cotune.callbacks.loggers.log_program import LogProgram, scalars
 from cotune.callbacks.loggers.metrics_file import MetricsFile
-from cotune.callbacks.loggers.program_tables import prompt_difference
-from cotune.programs import Demo, Prompt
+from cotune.callbacks.loggers.program_tables import candidate_rows, prompt_difference, rejected_rows
+from cotune.programs import Demo, Prompt, prompts_id
+from cotune.prompting import Candidate, Found, Rejected
 from cotune.storage.durable import NotWrittenError
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
@@ -30,6 +32,24 @@ def test_tensorboard_has_prompts_as_text_and_scores_by_boundary(tiny_model: Path
     tried = fit.alternate.history[1]["candidates"]
     assert [event.value for event in events.Scalars("trial/dev_score")] == pytest.approx([c["score"] for c in tried])
     assert events.Scalars("cost/p/lm_calls")[-1].value == fit.alternate.history[1]["lm_calls"]
+
+
+def test_parents_minibatch_scores_and_rejected_texts_are_rows() -> None:
+    start, child = {"predict": Prompt("Say it.")}, {"predict": Prompt("Shout it.")}
+    ran = {"minibatch": ["1", "2"], "before": [0.5, 0.0], "after": [1.0, 0.5]}
+    lineage = {"round": 3, "parents": [prompts_id(start)], "rewritten": {"predict": ran}}
+    tried = [Candidate(start, (0.5,)), Candidate(child, (1.0,), prompts_id(start), "round 3", lineage=lineage)]
+    refused = Rejected("predict", "Hum it.", "no better on the minibatch", prompts_id(start), lineage)
+    found = Found(child, 1.0, tuple(tried), rejected=(refused,), calls={"program": 9, "proposer": 2})
+    boundary = Boundary(1, "p", "p", child, start, 1.0, {}, (), {}, found)
+    columns, (_, row) = candidate_rows(boundary)
+    assert dict(zip(columns, row, strict=True)) | {"parents": prompts_id(start), "before": 0.25, "after": 0.75} == dict(
+        zip(columns, row, strict=True)
+    )
+    columns, (row,) = rejected_rows(boundary)
+    assert row[:7] == ["predict", refused.why, prompts_id(start), 3, 0.25, 0.75, "Hum it."]
+    assert row[7].endswith("-Say it.\n+Hum it.")
+    assert scalars(boundary)["search/lm_calls_of_proposer"] == 2
 
 
 def test_metrics_csv_has_every_boundary_and_every_batch(tiny_model: Path, tmp_path: Path) -> None:

@@ -49,6 +49,12 @@ def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.strip() == "[1/3] prompt step: candidate 1/9 (incumbent): score 0.500, best 0.500"
 
 
+def test_a_candidate_says_the_calls_of_each_role(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Candidate({}, (1.0,), why="round 1", lineage={"calls": {"program": 9, "proposer": 2}})
+    StepProgress("search").candidate(1, 2, told, 1.0)
+    assert capsys.readouterr().out.endswith("best 1.000; LM calls so far: 9 of the program, 2 of the proposer\n")
+
+
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 def test_lightnings_bar_makes_room_and_comes_back(
     bar: type[Callback], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.callbacks.say_plan import SayPlan, runs_left
+from cotune.callbacks.say_plan import SayPlan, plan, runs_left
 from cotune.datamodules import Bootstrapping
 from cotune.lightning_modules import LearningRate
+from cotune.prompting import ReflectiveSearch
 from tiny_fit import Fit, tiny_fit
 
 
@@ -33,6 +34,14 @@ def test_the_first_lines_say_what_will_happen(
     # vanilla 10; p: 12, 8 told the answer, 6 candidates of 6, 10, twice; w: 12 or 24 + 10 x (2 epochs + 2); test 4
     assert lines[5:7] == ["  rate      w: 2.0e-02 (as set)", "  in all    198 to 210 runs of the program"]
     assert fit.module.lm.usage.calls <= 190
+
+
+def test_a_search_that_has_an_lm_write_says_the_calls_of_each_role(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path / "small", "p", search=ReflectiveSearch(max_runs=66))
+    fit.data.setup("fit")
+    lines = plan("small", fit.module, fit.data, fit.alternate)
+    said = "in a prompt step up to 66 LM calls of the program at one a stage, about 10 of the proposer"
+    assert f"  search    {said}" in lines
 
 
 def test_what_the_run_then_does_stays_within_what_was_said(

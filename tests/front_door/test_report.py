@@ -117,6 +117,13 @@ def test_prompts_are_shown_before_and_after_with_their_demos(stages: int, tmp_pa
     assert "The step kept the prompts it began with." in text  # step 3
 
 
+def test_proposals_that_became_no_candidate_are_shown_with_reason_parent_and_minibatch(tmp_path: Path) -> None:
+    text = read(write_run(tmp_path / "run")).text
+    said = "1 proposal that became no candidate, and why answer no better on the minibatch from random 1"
+    assert f"{said} · answer 0.750 → 0.250 on 2 of train Guess." in text
+    assert "└ random 1 0.750" in text
+
+
 def test_every_candidate_is_shown_with_its_score_parent_and_fate(tmp_path: Path) -> None:
     text = read(write_run(tmp_path / "run")).text
     assert "incumbent 0.500 4 of 4 – 0" in text

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from cotune.inference import Codec
 from cotune.programs import Completion, DescribeThenDecide, Request
 from cotune.prompting import Proposer
-from fakes import FakeLM
+from cotune.prompting.propose import Spent
+from fakes import FakeLM, doubles, search_task
 
 NOW = "Double the number."
 
@@ -86,6 +88,18 @@ def test_a_part_to_keep_stands_in_every_proposal() -> None:
     assert "word for word" not in Proposer().rules(now)
 
 
+def test_an_instruction_is_held_to_a_number_of_tokens_of_the_programs_lm() -> None:
+    lm, task_of = FakeLM(lambda request: ""), DescribeThenDecide("number -> answer", "Describe.", "Decide.")
+    given = search_task(lm, task_of, train=[], dev=doubles(1))
+    with pytest.raises(ValueError, match="needs an LM with a tokenizer"):
+        Spent.of(given, Proposer(max_instruction_tokens=3))
+    lm.codec = Codec(None, end_ids=[0], encode=lambda text: [*range(len(text.split()))])  # type: ignore[attr-defined]
+    _, _, proposer = Spent.of(given, Proposer(max_instruction_tokens=3))
+    assert "characters and 3 tokens" in proposer.rules(NOW)
+    assert flaw("Now triple it.", proposer) == ""
+    assert flaw("Now triple it twice.", proposer) == "longer than max_instruction_tokens (3)"
+
+
 def test_proposals_are_one_batch_of_plain_text_by_the_base() -> None:
     lm = FakeLM(lambda request: "Triple it.")
     Proposer(lm, temperature=0.7, max_tokens=99).write(["a", "b"], [3, 4])
@@ -110,6 +124,7 @@ def test_stages_that_are_frozen_are_named_right() -> None:
     [
         ({"max_tokens": 0}, "max_tokens 0 is below 1"),
         ({"max_chars": 0}, "max_chars 0 is below 1"),
+        ({"max_instruction_tokens": 0}, "max_instruction_tokens 0 is below 1"),
         ({"keep": ("<", "")}, "is not two markers"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ from cotune.programs import (
     Stage,
     prompts_id,
 )
-from cotune.prompting import Found, ReflectiveSearch, SearchTask
+from cotune.prompting import Found, JointSearch, PromptSearch, ReflectiveSearch, SearchTask
+from cotune.prompting.search import Review
 from fakes import FakeLM, doubles, search_task
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,33 @@ def test_what_feedback_asks_for_is_learnt() -> None:
     for stage, words in WORDS.items():
         assert all(word in found.prompts[stage].instruction for word in words)
     assert "ended with a full score on dev" in found.notes
+
+
+class Person:
+    """Refuses what asks, edits what sorts, and takes the rest."""
+
+    def __init__(self) -> None:
+        self.asked: list[Review] = []
+
+    def review(self, asked: Sequence[Review]) -> list[str]:
+        self.asked += asked
+        return ["" if "ask" in one.proposed else one.proposed.replace("sort", "sort list ask") for one in asked]
+
+
+@pytest.mark.parametrize(
+    "search", [ReflectiveSearch(approve=True), JointSearch(approve=True, num_instructions=3, trials=6)]
+)
+def test_a_person_takes_refuses_or_edits_each_text_before_a_run(search: PromptSearch) -> None:
+    written = iter(("Plan, ask.", "Plan, sort.", *(f"Work {number}, unit." for number in range(999))))
+    lm, person = Roles(lambda text: next(written)), Person()
+    found = search.search(task(lm, reviewer=person))
+    assert (found.rejected[0].text, found.rejected[0].why) == ("Plan, ask.", "refused by a person")
+    sent = {request.messages[0]["content"].split("\n")[0] for request in lm.requests if request.adapter != ""}
+    assert "Plan, sort list ask." in sent
+    assert not {"Plan, ask.", "Plan, sort."} & sent
+    assert person.asked[0] == Review("plan", "Plan.", "Plan, ask.")
+    with pytest.raises(ValueError, match="has no reviewer"):
+        search.search(task(lm))
 
 
 def test_without_feedback_the_expected_results_are_shown() -> None:

@@ -157,8 +157,8 @@ def test_sampler_and_training_agree_on_how_likely_tokens_drawn_among_all_were(ba
 def test_a_student_comes_to_do_without_the_prompts_what_its_teacher_does_with_them(bandit: Bandit, seed: int) -> None:
     bandit.start(seed, right=0.1)
     with_prompts, without = bandit.picks_right(TUNED), bandit.picks_right(PLAIN)
-    after = bandit.learn(Distil(), steps=12, metric=pays)
-    assert abs(after - with_prompts) < 0.2 * abs(without - with_prompts)
+    after = bandit.learn(Distil(runs=4), steps=20, metric=pays)
+    assert abs(after - with_prompts) < 0.25 * abs(without - with_prompts)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -497,7 +497,7 @@ def test_each_boundary_says_what_the_step_won_and_lost(pwp: Fit) -> None:
     assert "won" not in first["diagnosis"]
     for record in pwp.alternate.history:
         found = record["diagnosis"]
-        assert found["passed"] + found["wrong"] + sum(record["failures"].values()) == 10
+        assert found["passed"] + found["wrong"] + found["closed"] + sum(record["failures"].values()) == 10
         assert found["passed"] == round(record["val_score"] * 10)
         assert sum(record["diagnosis"]["unreadable"].values()) == record["failures"].get("format", 0)
         assert sum(total for _, total in found["by_label"].values()) == 10

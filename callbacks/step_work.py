@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -490,7 +489,7 @@ class StepWork:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.history, self.best = state["history"], {"tokens": math.inf, **state["best"]}
+        self.history, self.best = state["history"], state["best"]
         self._incumbent, self._val_scores = prompts_from_dict(state["incumbent"]), state["val_scores"]
         self._report, self._coverage = Report(**state["report"]), state["coverage"]
         self._choice.load_state_dict(state["choice"])

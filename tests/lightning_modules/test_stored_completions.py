@@ -25,6 +25,8 @@ class Watched(LanguageModel):
 
     def load(self, *, seed: int = 0) -> None:
         super().load(seed=seed)
+        if hasattr(self, "waves"):
+            return
         self.waves: list[int] = []
         engine = self.completing.engine
         generate = engine.generate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,10 +20,7 @@ class WandbFile:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         command = [sys.executable, "-m", "wandb", "leet", "inspect", str(self.folder), "--json"]
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=plain, cwd=self.folder, timeout=60, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert not done.returncode, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

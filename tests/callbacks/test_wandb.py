@@ -46,6 +46,7 @@ def _offline() -> Iterator[None]:
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("WANDB_API_KEY", "0123456789" * 4)
         patch.setenv("MY_SERVICE_TOKEN", CANARIES[0])
+        wandb.teardown()  # what W&B keeps of the settings of tests before, in this process
         yield
         wandb.teardown()
 

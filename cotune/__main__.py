@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, reported
 from cotune.fit.help_page import first_screen
 from cotune.fit.parse_errors import OWN_COMMANDS
 
@@ -44,7 +44,7 @@ shows the traceback behind a message.
 
 _VARIABLES = ("COTUNE_CACHE", "COTUNE_DEBUG", "COTUNE_SMOLLM2_WHEEL")
 _LIGHT = ("configs", "doctor", "new")
-_OF_TESTS = ("COTUNE_CRASH", "COTUNE_DATA")
+_OF_TESTS = ("COTUNE_DATA",)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -122,8 +122,7 @@ def _run_small(name: str, words: Sequence[str]) -> int:
         try:
             return int(command.main(options))
         except CotuneError as error:
-            print(f"cotune: error: {error}", file=sys.stderr)
-            return error.exit_code
+            return reported(error)
     from cotune.fit.guard import guarded
 
     return guarded(lambda: command.main(options))

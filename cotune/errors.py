@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 class CotuneError(Exception):
     """What all errors of cotune's derive from that are about what the user gave: options, data, files, a machine.
@@ -31,3 +34,15 @@ class MissingFileError(CotuneError, FileNotFoundError):
 
 class MissingPackageError(CotuneError, ImportError):
     """A library is not installed; the message has the command that installs it."""
+
+
+def reported(error: CotuneError) -> int:
+    """Prints the message in one line, for a command that ends with it; with COTUNE_DEBUG set, raises it instead.
+
+    Returns:
+        The exit code.
+    """
+    if os.environ.get("COTUNE_DEBUG"):
+        raise error
+    print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return error.exit_code

@@ -14,6 +14,7 @@ import torch
 from cotune.datamodules import Batch, PairMaker, Trace, TraceDataModule, Vocabulary
 from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
+from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.quantization import refuse_plugin
@@ -21,7 +22,7 @@ from cotune.lightning_modules.text_lm import NoWeightsError, TextLM, no_weights
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.training.packing import checkpoint_layers
-from cotune.lightning_modules.training.reference import with_reference, without_dropout
+from cotune.lightning_modules.training.reference import with_reference
 from cotune.lightning_modules.training.skips import SkipLimits, Skips
 from cotune.programs import (
     LM,
@@ -245,7 +246,7 @@ class ProgramModule(LightningModule):
             adapter: with it, or of the base alone.
         """
         model, off = self.weights.model, nullcontext() if adapter else self.weights.model.disable_adapter()
-        with without_dropout(model), off, self.trainer.precision_plugin.train_step_context():
+        with evaluating(model), off, self.trainer.precision_plugin.train_step_context():
             scored = functools.partial(self._gradients.likeliest, model, count=top_k)
             return with_reference(traces, self.pair_maker(prompts), scored)
 

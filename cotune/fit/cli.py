@@ -56,6 +56,7 @@ from cotune.storage.run_identity import (
     library_versions,
     read_identity,
 )
+from cotune.storage.schedule_text import steps_of
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
@@ -373,7 +374,7 @@ def check_weights(config: Any) -> None:
         NoWeightsError: it does.
     """
     lm = locate(config.model.lm.class_path)
-    steps = {step.strip() for step in config.alternate.schedule.split("->")}
+    steps = set(steps_of(config.alternate.schedule))
     if isinstance(lm, type) and not issubclass(lm, LanguageModel) and steps != {"p"}:
         raise NoWeightsError(no_weights(str(config.model.lm.init_args.get("model", lm.__name__))))
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 
 from cotune.callbacks.stop_signals import OutOfTime, Stopped
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, reported
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -38,10 +38,7 @@ def guarded(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except CotuneError as error:
-        if os.environ.get("COTUNE_DEBUG"):
-            raise
-        print(f"cotune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+        return reported(error)
 
 
 def _find_own_modules() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from cotune.datamodules import Batch, Pair, PairMaker, Trace, collate
 from torch import Tensor
@@ -50,15 +48,3 @@ def _filled(trace: Trace, pair: Pair, scored: Iterator[tuple[list[int], list[flo
 def drawn_by(traces: Sequence[Trace]) -> list[Trace]:
     """The traces with what the reference says of their tokens as that with which they were drawn."""
     return [replace(trace, sampled=tuple(own for own, *_ in trace.reference), reference=()) for trace in traces]
-
-
-@contextmanager
-def without_dropout(model: Any) -> Iterator[None]:
-    """The model as it answers, and not as it trains."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

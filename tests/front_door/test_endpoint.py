@@ -31,7 +31,7 @@ def fit(server: EndpointServer, *more: str) -> list[str]:
     sizes = [word for part, size in SIZES.items() for word in (f"--data.sizes.{part}", str(size))]
     return [
         *("fit", "--config", str(ROOT / "configs" / "iris.yaml"), "--model.lm", "OpenAILM", "--model.lm.model", "m"),
-        *("--model.lm.endpoint", server.url, *sizes, "--name", "hosted", "--alternate.schedule", "p"),
+        *("--model.lm.endpoint", server.url, *sizes, "--name", "hosted", "--alternate.schedule", "P"),  # in either case
         *("--alternate.search.num_candidates", "1", "--trainer.enable_progress_bar", "false", *more),
     ]
 

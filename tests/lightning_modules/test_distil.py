@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.datamodules import PairMaker, Trace, collate
+from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import attach
 from cotune.lightning_modules.objectives import Distil
 from cotune.lightning_modules.training.gradients import BatchGradients
-from cotune.lightning_modules.training.reference import with_reference, without_dropout
+from cotune.lightning_modules.training.reference import with_reference
 from cotune.programs import Demo, Lines, Predict, Prompt
 from tiny import save_tiny_model
 from torch import Tensor
@@ -141,7 +142,7 @@ def test_calls_that_do_not_fit_behind_the_teachers_prompts_are_left_out(model: A
 def test_a_teacher_answers_without_dropout(model: Any) -> None:
     model.train()
     try:
-        with without_dropout(model):
+        with evaluating(model):
             assert not any(module.training for module in model.modules())
         assert all(module.training for module in model.modules())
     finally:

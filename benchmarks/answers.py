@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     problems = _problems(options.data, options.part, options.problems)
     lm = LanguageModel(
-        options.model, device="cpu", dtype=options.dtype, completions=str(Path(options.folder) / "completions.sqlite")
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        cache_tokens=options.cache_tokens,
+        completions=str(Path(options.folder) / "completions.sqlite"),
     )
     lm.load(seed=0)
     report = Report("answers")
@@ -111,7 +115,7 @@ def _form(lm: LanguageModel, problems: list[Example], form: str, options: argpar
     program = Predict("question -> answer: float", instruction="Solve the problem.", reasoning=True)
     runner = Runner(program, lm, FORMS[form](), first_line_number, Sampling(max_new_tokens=options.new), 1.0)
     rollouts = runner.run(problems, program.initial_prompts())
-    agree: list[bool] = []
+    agree: dict[bool, list[bool]] = {True: [], False: []}  # by whether the LM ended its reasoning itself
     tokens = cut = 0
     for rollout in rollouts:
         for step in rollout.steps:
@@ -120,11 +124,14 @@ def _form(lm: LanguageModel, problems: list[Example], form: str, options: argpar
             cut += any(field.ended == "length" for field in fields.values())
             own = last_number(fields["reasoning"].text) if "reasoning" in fields else None
             if own is not None:
-                agree.append(last_number(fields["answer"].text) == own)
-    if agree:
+                ended = fields["reasoning"].ended != "length"
+                agree[ended].append(last_number(fields["answer"].text) == own)
+    if equal := [same for part in agree.values() for same in part]:
         report.add(
-            f"{form}: answers that equal their reasoning's last number", [sum(agree) / len(agree)], "", target=AGREE
+            f"{form}: answers that equal their reasoning's last number", [sum(equal) / len(equal)], "", target=AGREE
         )
+    for ended, same in agree.items():
+        report.details[f"{form}: reasoning {'ended' if ended else 'cut'}, equal, of"] = [sum(same), len(same)]
     return Side(
         form,
         [rollout.score for rollout in rollouts],
@@ -157,7 +164,9 @@ def _dspy(lm: LanguageModel, problems: list[Example], options: argparse.Namespac
 def _compare(report: Report, ours: str, theirs: str) -> None:
     if theirs not in report.details:
         return
-    gap = paired_difference(report.details[theirs]["right"], report.details[ours]["right"])
+    first, second = ({0: dict(enumerate(report.details[side]["right"]))} for side in (theirs, ours))
+    gap = paired_difference(first, second)
+    assert gap is not None
     report.details[f"{ours} less {theirs}"] = [gap.mean, gap.low, gap.high]
     print(f"{ours} less {theirs}: {gap.mean:+.3f}, paired 95 % interval {gap.low:+.3f} to {gap.high:+.3f}", flush=True)
     report.add(f"{ours} less {theirs}: low end of the interval", [gap.low], "of the problems", target=0.0)
@@ -186,6 +195,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip", nargs="*", default=[], choices=["dspy"])
     parser.add_argument("--new", type=int, default=400, help="most free tokens an answer, on every side")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cache-tokens", type=int, default=32768, help="as in LanguageModel")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default="runs/answers", help="where the completions are kept")
     parser.add_argument("--output", default=str(RESULTS / "answers.json"), help="a JSON file for the figures")

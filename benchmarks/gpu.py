@@ -1,6 +1,7 @@
-"""`make gpu`: the tests marked gpu, and how fast rollouts and training are there, in one JSON to send back (minutes).
+"""`make gpu`: the tests marked gpu, and how fast rollouts and training are, in one JSON to send back (minutes).
 
-The LM is the embedded one, in bfloat16, with random chats of a prompt step's shape: a shared beginning, short answers.
+The LM is the embedded one, or --model, in bfloat16, with random chats of a prompt step's shape: a shared beginning and
+short answers.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _SHARED = " ".join(f"Rule {n}: answer with one word." for n in range(60))
 def main() -> int:
     parser = argparse.ArgumentParser("benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--model", default="embedded", help="a Hub id, a folder or a .gguf file")
     parser.add_argument("--device", default="cuda", help="cpu tries this script, and measures nothing of interest")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -40,7 +42,8 @@ def main() -> int:
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
         "versions": {name: version(name) for name in ("cotune", "torch", "transformers", "peft", "bitsandbytes")},
         "tests": _tests(options.output.with_suffix(".xml")),
-        "figures": _figures(options.device),
+        "model": options.model,
+        "figures": _figures(options.model, options.device),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -62,8 +65,8 @@ def _said(case: ElementTree.Element) -> str:
     return "passed" if wrong is None else f"{wrong.tag}: {wrong.attrib.get('message', '')}".splitlines()[0][:300]
 
 
-def _figures(device: str) -> dict[str, float]:
-    lm = LanguageModel(device=device, dtype="bfloat16")
+def _figures(model: str, device: str) -> dict[str, float]:
+    lm = LanguageModel(model, device=device, dtype="bfloat16", cache_tokens=1 << 18)
     lm.load(seed=0)
     chats = [Request([{"role": "user", "content": f"{_SHARED} What is {n} times {n}?"}]) for n in range(128)]
     sampling = Sampling(max_new_tokens=32)

@@ -242,11 +242,17 @@ def _all_linear(parts: _Parts, lora: LoRA) -> dict[str, Any]:
 
 
 def reset(model: nn.Module, *, seed: int) -> None:
-    """Puts the adapter back to what `attach` made: A drawn anew from the seed, B zero."""
+    """Puts the adapter back to what `attach` made: A drawn anew from the seed, B zero; equal on every device."""
+    drawn = [p for p in model.parameters() if p.requires_grad]
+    places = [p.data for p in drawn]
     with seeded(seed):
+        for p in drawn:  # a GPU's generator would draw other numbers
+            p.data = p.data.cpu()
         for _, layer in lora_layers(model):
             for adapter in layer.active_adapters:
                 layer.reset_lora_parameters(adapter, True)
+    for p, place in zip(drawn, places, strict=True):
+        p.data = place.copy_(p.data)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

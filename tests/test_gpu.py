@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import cotune, fit
 from cotune.datamodules.collate import Pair, collate
+from cotune.inference.local.cascade import _attention, _bias, _Options
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.programs import Completion, Request, Sampling
 from losses import completion_loss
@@ -35,6 +36,22 @@ def test_completions_are_those_of_the_cpu(tiny_model: Path) -> None:
     assert sum(equal) >= len(equal) - 1  # a tie may fall otherwise
     for a, b, same in zip(ours, theirs, equal, strict=True):
         assert not same or a.log_probs == pytest.approx(b.log_probs, abs=1e-3)
+
+
+@pytest.mark.parametrize("masked", ["causal", "own lengths", "all seen"])
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_the_fused_attention_reads_what_the_cpu_does(dtype: str, close: float, masked: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(3, 4, 21 if masked == "causal" else 5, 16, generator=generator)
+    keys, values = (torch.randn(3, 2, 21, 16, generator=generator) for _ in range(2))
+    seen = torch.arange(21) <= torch.tensor([4, 20, 11])[:, None, None, None]
+    found = []
+    for device, kind in ((DEVICE, getattr(torch, dtype)), ("cpu", torch.float32)):
+        bias = _bias(seen.to(device)) if masked == "own lengths" else None
+        states = (states.to(device, kind) for states in (queries, keys, values))
+        found.append(_attention(*states, bias, _Options(scale=0.25), causal=masked == "causal"))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours.float().cpu(), theirs, atol=close, rtol=close)
 
 
 def test_gradients_are_those_of_the_cpu(tiny_model: Path) -> None:

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, cast
 
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
@@ -71,6 +72,16 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 _LIGHTNINGS = ("fit", "validate", "test")
+
+_read_yaml = get_loader("yaml")
+
+
+def _value(text: str) -> Any:
+    """The value of an option: YAML, but `question -> answer: float` is a signature and no mapping."""
+    return text if "->" in text and text.strip()[0].isidentifier() and "\n" not in text.strip() else _read_yaml(text)
+
+
+set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

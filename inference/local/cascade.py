@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cotune.inference.local.torch_internals import flash
+from cotune.inference.local.torch_internals import efficient, flash
 from cotune.inference.local.transformers_internals import attending_by
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
@@ -284,11 +284,16 @@ def _attention(
     queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, options: _Options, *, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """(B, H, S, D) what the queries read, and (B, H, S) the log-sum-exp of their scores in fp32."""
-    fused = queries.device.type == "cpu" and options.softcap is None and keys.shape[-1] == values.shape[-1]
-    if fused and causal and queries.shape[2] == keys.shape[2] and _BLOCK < queries.shape[2] <= _KEYS_AT_ONCE:
-        return _causal_blocks(queries, keys, values, options)
-    if fused and (bias is None or options.window is None):  # the kernel returns NaN where a window hides all keys
+    device = queries.device.type
+    # A kernel returns NaN where a window hides all keys.
+    fused = options.softcap is None and keys.shape[-1] == values.shape[-1] and (bias is None or options.window is None)
+    if fused and device == "cpu":
+        if causal and queries.shape[2] == keys.shape[2] and _BLOCK < queries.shape[2] <= _KEYS_AT_ONCE:
+            return _causal_blocks(queries, keys, values, options)
         return flash(queries, keys, values, scale=options.scale, causal=causal, bias=bias)
+    keys, values = (_of_heads(states, queries.shape[1]) for states in (keys, values))
+    if fused and device == "cuda" and keys.shape[-1] % 8 == 0:
+        return efficient(queries, keys, values, scale=options.scale, causal=causal, bias=bias)
     if causal:
         bias = _bias(torch.ones(queries.shape[2], keys.shape[2], dtype=torch.bool, device=keys.device).tril())
     return _in_parts(queries, keys, values, bias, options)
@@ -315,7 +320,6 @@ def _in_parts(
 ) -> tuple[Tensor, Tensor]:
     """Attention from plain products, a part of the queries at a time."""
     rows, heads, count, _ = queries.shape
-    keys, values = (states.repeat_interleave(heads // states.shape[1], 1) for states in (keys, values))
     step = max(1, _SCORES_AT_ONCE // (rows * heads * keys.shape[2]))
     parts = [
         _plain(
@@ -342,6 +346,11 @@ def _plain(
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.clamp(min=-1e30)[..., None])  # all zero where nothing is seen
     return torch.matmul(weights.to(values.dtype), values), lse
+
+
+def _of_heads(states: Tensor, heads: int) -> Tensor:
+    """Keys or values for each head of queries; not copied where there are as many."""
+    return states if states.shape[1] == heads else states.repeat_interleave(heads // states.shape[1], 1)
 
 
 def _bias(seen: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def flash(
@@ -17,6 +18,20 @@ def flash(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
     return read, lse
+
+
+def efficient(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same on CUDA, in any dtype, for as many heads of keys as of queries."""
+    if bias is not None:  # the kernel reads rows that begin at multiples of 16 values
+        length = key.shape[2]
+        bias = functional.pad(bias.to(query.dtype), (0, -length % 16))[..., :length]
+        bias = bias.expand(*query.shape[:3], length)
+    read, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, causal, scale=scale
+    )
+    return read, lse[:, :, : query.shape[2]]  # which the kernel fills up to a multiple of 32
 
 
 def flash_backward(

@@ -241,6 +241,12 @@ def test_a_value_that_its_owner_refuses_is_one_line(
     assert said in one_error(run(*fit(tiny_model), f"--{option}={value}"))
 
 
+@pytest.mark.parametrize("signature", ["a -> b: float", "a: int, c -> b: Literal['x', 'y']", "a -> b"])
+def test_a_signature_with_types_can_be_typed_as_it_is(run: Run, tiny_model: Path, signature: str) -> None:
+    made = run(*fit(tiny_model), f"--model.program.signature={signature}", "--print_config")
+    assert yaml.safe_load(made.out)["model"]["program"]["init_args"]["signature"] == signature
+
+
 def test_a_hub_that_does_not_answer_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 

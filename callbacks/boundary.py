@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cotune.datamodules.collect import Report
+from cotune.datamodules.collected import Report
 from cotune.programs import Faults, LMJudge, Prompts, Rollout, faults_of, mean_score, prompts_id
 from cotune.programs.faults import faults_from_dict, faults_to_dict, merged
 from cotune.prompting import Found

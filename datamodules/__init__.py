@@ -1,16 +1,9 @@
 """Data modules: examples in four disjoint sets, and traces of the program as training data."""
 
+from cotune.datamodules.bootstrapping import Bootstrapping, Runs
 from cotune.datamodules.collate import Batch, Bearing, Pair, Segment, collate
-from cotune.datamodules.collect import (
-    Attempt,
-    Bootstrapping,
-    Collected,
-    NoTracesError,
-    Report,
-    Runs,
-    collect,
-    collect_runs,
-)
+from cotune.datamodules.collect import NoTracesError, collect, collect_runs
+from cotune.datamodules.collected import Attempt, Collected, Report
 from cotune.datamodules.encode import ChatEncoder, Vocabulary
 from cotune.datamodules.files import DataError
 from cotune.datamodules.splits import Sizes, Splits, split

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cotune.datamodules.bootstrapping import Bootstrapping
 from cotune.datamodules.collate import Batch, Pair, collate
-from cotune.datamodules.collect import Bootstrapping, NoTracesError
+from cotune.datamodules.collect import NoTracesError
 from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes, rotated
 from cotune.datamodules.trace import Trace, load_traces

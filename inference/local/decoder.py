@@ -13,13 +13,13 @@ from cotune.errors import BadValueError, CotuneError
 from cotune.inference import engine
 from cotune.inference.codec import Codec
 from cotune.inference.engine import Generated, Prompted
-from cotune.inference.fields import Filling, Plan
+from cotune.inference.fields import Plan
 from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending, packed_as
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
 from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix
-from cotune.inference.local.sampling import log_probs, sample
+from cotune.inference.local.row import Row, chosen
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
 from cotune.programs.shared_prefix import shared_prefix
@@ -116,7 +116,7 @@ class Decoder:
             self.asked.clear()
         self._made_with = made_with
 
-    def _rows(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[_Row]:
+    def _rows(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Row]:
         """A row for each prompt that fits the window with all that its layout needs, those that share a prefix behind
         one another."""
         fitting = [
@@ -127,10 +127,10 @@ class Decoder:
             members = [fitting[g] for g in group]
             shared = shared_prefix([prompts[i].ids for i in members]) if len(members) > 1 else 0
             prefix = tuple(prompts[members[0]].ids[:shared])
-            rows += [_Row(i, prompts[i], prefix, sampling, self) for i in members]
+            rows += [Row(i, prompts[i], prefix, sampling, self.plan(prompts[i].layout), self.window) for i in members]
         return rows
 
-    def _run(self, rows: Sequence[_Row]) -> None:
+    def _run(self, rows: Sequence[Row]) -> None:
         """Decodes rows until each has ended, as many at a time as memory is given to.
 
         Where even that memory is not there, half as many at a time; what they had written is written again.
@@ -157,12 +157,12 @@ class Decoder:
                 f"out of memory with {slots} completions at a time: going on with {max(slots // 2, 1)}.", stacklevel=2
             )
 
-    def _run_alone(self, row: _Row) -> None:
+    def _run_alone(self, row: Row) -> None:
         """Completes a row by the model's own `generate`."""
 
         def take(logits_1V: Tensor) -> None:
             check_finite(logits_1V, self.model)
-            (token,), (log_prob,) = _chosen([row], logits_1V)
+            (token,), (log_prob,) = chosen([row], logits_1V)
             row.take(token, log_prob)
 
         try:
@@ -205,78 +205,12 @@ class Decoder:
         return logits
 
 
-class _Row:
-    """A prompt under way: what it has written, its random draws, and how much of it the model has read.
-
-    Attributes:
-        own: the prompt's ids behind the prefix.
-        held: keys and values it has behind its prefix.
-    """
-
-    def __init__(self, index: int, prompt: Prompted, prefix: tuple[int, ...], sampling: Sampling, decoder: Decoder):
-        self.index, self.prompt, self.prefix = index, prompt, prefix
-        self.sampling, self.plan = sampling, decoder.plan(prompt.layout)
-        # Its own room: a longer neighbour must not cut it short.
-        self.room = decoder.window - len(prompt.ids)
-        self.own = list(prompt.ids[len(prefix) :])
-        self.restart()
-        self.draws = self._draws() if sampling.temperature > 0 else None
-
-    def restart(self) -> None:
-        self.filling = Filling(self.plan, max_new_tokens=self.sampling.max_new_tokens, room=self.room)
-        self.held = 0
-
-    @property
-    def key(self) -> tuple[int, ...]:
-        """What its own keys and values are kept under."""
-        return (len(self.prefix), *self.prompt.ids)
-
-    @property
-    def capacity(self) -> int:
-        """Keys and values it can come to have, without its prefix: the last token written needs none."""
-        return len(self.own) + self.filling.most - 1
-
-    @property
-    def unread(self) -> Sequence[int]:
-        """Ids that the model has not read: the last token, a fixed text, before the first pass the prompt's own too."""
-        start = self.held - len(self.own)
-        return self.filling.written[start:] if start >= 0 else self.own[self.held :] + self.filling.written
-
-    @property
-    def ended(self) -> bool:
-        return self.filling.finished is not None
-
-    @property
-    def result(self) -> Generated:
-        filling = self.filling
-        assert filling.finished is not None
-        forced = tuple(filling.forced) if any(filling.forced) else ()
-        log_probs = tuple(filling.log_probs) if self.sampling.log_probs else ()
-        return Generated(filling.written, filling.text, filling.finished, tuple(filling.fields), forced, log_probs)
-
-    def read(self) -> None:
-        """The model has read all there is."""
-        self.held = len(self.own) + len(self.filling.written)
-
-    def take(self, token: int, log_prob: float) -> None:
-        self.filling.take(token, log_prob)
-        # Of tokens that were taken back, keys and values are written over. The last id is read for what follows it.
-        written = len(self.filling.written)
-        self.held = len(self.own) + min(self.filling.kept, written - 1)
-
-    def _draws(self) -> list[float]:
-        """Uniform numbers, one a token that is decided, from the row's own seed."""
-        generator = torch.Generator().manual_seed(self.prompt.seed)
-        drawn: list[float] = torch.rand(self.filling.draws, generator=generator, dtype=torch.float64).tolist()
-        return drawn
-
-
 class _Batch:
     """Rows decoding together in the slots of one buffer. Running rows stand in the first slots, without gaps."""
 
-    def __init__(self, decoder: Decoder, rows: Sequence[_Row], *, slots: int, capacity: int) -> None:
+    def __init__(self, decoder: Decoder, rows: Sequence[Row], *, slots: int, capacity: int) -> None:
         self.decoder, self.slots = decoder, slots
-        self.waiting, self.running = deque(rows), list[_Row]()
+        self.waiting, self.running = deque(rows), list[Row]()
         self.own = KeyValues(slots, capacity)
         self.prefixes: dict[tuple[int, ...], Shared] = {}  # of running rows: the decoder may drop its own meanwhile
 
@@ -292,7 +226,7 @@ class _Batch:
     def _admit(self, count: int) -> None:
         """Computes the prompts of waiting rows, a few hundred tokens at a time, and their first tokens."""
         limit = _PREFILL.get(self.decoder.model.device.type, _PREFILL["cuda"])
-        joining, tokens = list[_Row](), 0
+        joining, tokens = list[Row](), 0
         for row in [self.waiting.popleft() for _ in range(count)]:
             new = len(row.unread) - self._kept(row)
             if joining and tokens + new > limit:
@@ -302,7 +236,7 @@ class _Batch:
             tokens += new
         self._prefill(joining)
 
-    def _prefill(self, rows: list[_Row]) -> None:
+    def _prefill(self, rows: list[Row]) -> None:
         first = len(self.running)
         for i, row in enumerate(rows):
             row.held = self._recall(first + i, row)
@@ -315,7 +249,7 @@ class _Batch:
     def _step(self) -> None:
         self._take(self.running, self._forward(self.running, 0))
 
-    def _forward(self, rows: Sequence[_Row], first: int) -> Tensor:
+    def _forward(self, rows: Sequence[Row], first: int) -> Tensor:
         """(R, V) logits behind all that these rows, from slot `first` on, have not read yet. Now they have."""
         device = self.decoder.model.device
         new = [row.unread for row in rows]
@@ -339,7 +273,7 @@ class _Batch:
             row.read()
         return logits_RV
 
-    def _shared(self, rows: Sequence[_Row], lengths: Sequence[int]) -> list[Shared]:
+    def _shared(self, rows: Sequence[Row], lengths: Sequence[int]) -> list[Shared]:
         """The prefixes of these rows, and which of the packed tokens stand behind each."""
         tokens: dict[tuple[int, ...], list[int]] = {}
         place = 0
@@ -356,10 +290,10 @@ class _Batch:
             shared.append(Shared(found.states, found.length, part))
         return shared
 
-    def _take(self, rows: Sequence[_Row], logits_RV: Tensor) -> None:
+    def _take(self, rows: Sequence[Row], logits_RV: Tensor) -> None:
         """Adds a token to each of these rows. Rows that end leave, and the last ones move up into their slots."""
         check_finite(logits_RV, self.decoder.model)
-        for row, token, log_prob in zip(rows, *_chosen(rows, logits_RV), strict=True):
+        for row, token, log_prob in zip(rows, *chosen(rows, logits_RV), strict=True):
             row.take(token, log_prob)
         for slot in reversed(range(len(self.running))):
             if self.running[slot].ended:
@@ -368,12 +302,12 @@ class _Batch:
                     self.running[slot] = last
                     self.own.copy(slot, self.own, len(self.running), last.held)
 
-    def _kept(self, row: _Row) -> int:
+    def _kept(self, row: Row) -> int:
         """How many of the row's own tokens are kept from an earlier call."""
         kept = self.decoder.asked.get(row.key)
         return 0 if kept is None else kept.capacity
 
-    def _recall(self, slot: int, row: _Row) -> int:
+    def _recall(self, slot: int, row: Row) -> int:
         """Puts what is kept of the row into its slot; how many tokens that was."""
         kept = self.decoder.asked.get(row.key)
         if kept is None:
@@ -381,40 +315,16 @@ class _Batch:
         self.own.copy(slot, kept, 0, kept.capacity)
         return kept.capacity
 
-    def _remember(self, slot: int, row: _Row) -> None:
+    def _remember(self, slot: int, row: Row) -> None:
         if self.decoder.keep_rows and len(row.own) > 1 and self.decoder.asked.get(row.key) is None:
             states = KeyValues(1, len(row.own) - 1)
             states.copy(0, self.own, slot, states.capacity)
             self.decoder.asked.put(row.key, states)
 
 
-def _chosen(rows: Sequence[_Row], logits_RV: Tensor) -> tuple[list[int], list[float]]:
-    """The next token of each row, and its log-probability where that is asked for."""
-    for place, row in enumerate(rows):
-        forbidden_V = row.filling.forbidden(logits_RV.shape[1], logits_RV.device)
-        if forbidden_V is not None:
-            logits_RV[place].masked_fill_(forbidden_V, float("-inf"))
-    tokens, sampling = _choose(rows, logits_RV), rows[0].sampling
-    if not sampling.log_probs:
-        return tokens, [0.0] * len(tokens)
-    return tokens, log_probs(logits_RV, tokens, temperature=sampling.temperature)
-
-
-def _choose(rows: Sequence[_Row], logits_RV: Tensor) -> list[int]:
-    """The next token of each row: the likeliest, or drawn with the row's own number."""
-    sampling = rows[0].sampling
-    if sampling.temperature == 0:
-        greedy: list[int] = logits_RV.argmax(dim=-1).tolist()
-        return greedy
-    draws = [row.draws[row.filling.free] for row in rows if row.draws is not None]
-    draws_R = torch.tensor(draws, dtype=torch.float64, device=logits_RV.device)
-    drawn: list[int] = sample(logits_RV, draws_R, temperature=sampling.temperature, top_p=sampling.top_p).tolist()
-    return drawn
-
-
-def _of_like_size(rows: Sequence[_Row]) -> list[list[_Row]]:
+def _of_like_size(rows: Sequence[Row]) -> list[list[Row]]:
     """Batches in which no row needs less than half the room of another: all get as much, and attend over as much."""
-    batches: list[list[_Row]] = []
+    batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -row.capacity):
         if not batches or 2 * row.capacity < batches[-1][0].capacity:
             batches.append([])
@@ -423,7 +333,7 @@ def _of_like_size(rows: Sequence[_Row]) -> list[list[_Row]]:
     return [sorted(batch, key=lambda row: places[row.index]) for batch in batches]
 
 
-def _one_row(row: _Row) -> str:
+def _one_row(row: Row) -> str:
     return (
         f"memory ran out on a single completion: a prompt of {len(row.prompt.ids)} tokens and up to "
         f"{row.filling.most} new ones. Ways out: model.lm.dtype bfloat16, model.lm.quantization nf4, "

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(here, flush=True)
     report.details = {"machine": asdict(here), "prompts": options.prompts, "new": options.new}
     for dtype in options.dtype:
-        lm = language_model(Endless, options.model, dtype=dtype)
+        # Room for all rows at once on every side: a choice reserves what its longest text could take, a byte a token.
+        lm = language_model(Endless, options.model, dtype=dtype, cache_tokens=1 << 17)
         lm.load(seed=0)
         speak(lm)
         times = {name: list[float]() for name in layouts(options.new)}

@@ -72,11 +72,11 @@ class _Matched(Guide):
     def forbidden(self, width: int, device: torch.device) -> Tensor | None:
         if self._matcher.is_accepting():
             return None
-        allowed = torch.from_numpy(_allowed(self._matcher)[:width])
-        mask = torch.ones(width, dtype=torch.bool)
-        mask[: len(allowed)] = ~allowed
-        mask[[i for i in self._grammar.codec.ends if i < width]] = True
-        return mask.to(device)
+        forbidden = ~_allowed(self._matcher)[:width]
+        if len(forbidden) < width:  # a model can have more logits than its tokenizer has tokens
+            forbidden = np.pad(forbidden, (0, width - len(forbidden)), constant_values=True)
+        forbidden[[i for i in self._grammar.codec.ends if i < width]] = True
+        return torch.from_numpy(forbidden).to(device)
 
     def only(self) -> int | None:
         return None

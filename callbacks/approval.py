@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 from cotune.errors import CotuneError
+from cotune.programs.ranks import Ranks
 from cotune.prompting.search import Review
 from cotune.storage.durable import write_whole
 from rich.console import Console
@@ -45,6 +46,7 @@ class Approval:
         paused: a context in which the terminal is free.
         waived: take all without asking, as a rehearsal does.
         terminal: whether somebody can answer; None looks.
+        ranks: the run's processes, of which the first asks.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class Approval:
         *,
         waived: bool = False,
         terminal: bool | None = None,
+        ranks: Ranks = Ranks(),  # noqa: B008 (without state)
     ) -> None:
+        self._ranks = ranks
         self.path, self._paused, self._waived = path, paused, waived
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty() if terminal is None else terminal
 
@@ -64,6 +68,9 @@ class Approval:
         Raises:
             ApprovalNeededError: some have no answer, and nobody can be asked here.
         """
+        return self._ranks.once(lambda: self._review(asked))
+
+    def _review(self, asked: Sequence[Review]) -> list[str]:
         if self._waived:
             return [one.proposed for one in asked]
         rows = self._read()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from cotune.errors import CotuneError
+from cotune.programs.ranks import Ranks
 from cotune.storage.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
@@ -30,14 +31,15 @@ class Checkpoints:
         self.folder = folder
         self._last_is_whole: bool | None = None  # nobody has looked yet
 
-    def save(self, trainer: Trainer) -> None:
-        """Saves the trainer's state.
+    def save(self, trainer: Trainer, ranks: Ranks = Ranks()) -> None:  # noqa: B008 (without state)
+        """Saves the trainer's state, which all processes have alike: the first one writes it.
 
         Raises:
             NotWrittenError: the disk is full, read-only or broken; the checkpoints that were there still are.
         """
         with clock.running():
-            self._save(trainer)
+            writer = _write(trainer, self.folder / COMING)
+            ranks.once(lambda: self._put_in_place(writer))
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest whole checkpoint, if there is any at all; and what is wrong with a newer one.
@@ -62,22 +64,23 @@ class Checkpoints:
             )
         return None, []
 
-    def _save(self, trainer: Trainer) -> None:
+    def _put_in_place(self, writer: _DurableIO) -> None:
         last = self.folder / LAST
         with explained(last):
-            digest = _write(trainer, self.folder / COMING)
+            if writer.error is not None:
+                raise writer.error
             known = read_sums(self.folder)
             if self._last_is_whole is None:
                 self._last_is_whole = last.is_file() and file_sum(last) == known.get(LAST)
-            record_sums(self.folder, {LAST: digest, **({PREVIOUS: known[LAST]} if self._last_is_whole else {})})
+            record_sums(self.folder, {LAST: writer.digest, **({PREVIOUS: known[LAST]} if self._last_is_whole else {})})
             if self._last_is_whole:
                 os.replace(last, self.folder / PREVIOUS)
             put_in_place(self.folder / COMING, last)
             self._last_is_whole = True
 
 
-def _write(trainer: Trainer, path: Path) -> str:
-    """Has the trainer write its state to this very file, and returns its SHA-256.
+def _write(trainer: Trainer, path: Path) -> _DurableIO:
+    """Has the trainer write its state to this very file; returns what has written it.
 
     Lightning's own writer stages the file in $TMPDIR and copies it, unflushed.
     """
@@ -87,11 +90,17 @@ def _write(trainer: Trainer, path: Path) -> str:
         trainer.save_checkpoint(path, weights_only=False)
     finally:
         trainer.strategy.checkpoint_io = own
-    return writer.digest
+    return writer
 
 
 class _DurableIO(TorchCheckpointIO):
+    """What has been written, by its SHA-256; or why it could not be, for other processes wait for this one's end."""
+
     digest = ""
+    error: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(checkpoint, file))
+        try:
+            _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(checkpoint, file))
+        except Exception as error:
+            self.error = error

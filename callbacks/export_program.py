@@ -41,7 +41,7 @@ class ExportProgram(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, ProgramModule)
-        if not trainer.fast_dev_run and ended(trainer):  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not trainer.fast_dev_run and ended(trainer):  # type: ignore[attr-defined]
             self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, module: ProgramModule) -> None:

@@ -12,6 +12,7 @@ from cotune.lightning_modules.lightning_internals import DescribedBar
 from cotune.prompting import Candidate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -39,7 +40,7 @@ class StepProgress:
     def __init__(self, title: str) -> None:
         self._title = title
         self.tried: list[Candidate] = []
-        self._console = Console()
+        self._console = _console()
         self._bar = Progress(
             # A line that is too long for the terminal would be drawn anew below itself at every refresh.
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
@@ -131,7 +132,12 @@ class TrainingBar(DescribedBar):
 
 def say(line: str) -> None:
     """A line that stays, on a terminal and in a log file."""
-    Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    _console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    """Of several processes that do the same, the first one's is seen."""
+    return Console(quiet=bool(rank_zero_only.rank))
 
 
 def say_if_piped(line: str) -> None:

@@ -50,6 +50,8 @@ class RecordRun(Callback, BoundaryListener):
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
         assert self._alternate is not None
+        if not trainer.is_global_zero:
+            return
         # All of it, not one line more: after a resume the file must not hold a boundary that was never saved.
         lines = [json.dumps(record, ensure_ascii=False) for record in self._alternate.history]
         write_durably(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
@@ -59,7 +61,7 @@ class RecordRun(Callback, BoundaryListener):
                 say(f"the {kind} failed {fault}. Such runs score 0; history.jsonl counts them.")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alternate is not None and self._alternate.finished:
+        if trainer.is_global_zero and self._alternate is not None and self._alternate.finished:
             self.write_summary(trainer, pl_module)
 
     def write_summary(self, trainer: Trainer, module: LightningModule, *, ended: str = "", found: str = "") -> None:
@@ -78,7 +80,7 @@ class RecordRun(Callback, BoundaryListener):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._path(trainer, "summary.json")
-        if self._alternate is not None and path.is_file():
+        if trainer.is_global_zero and self._alternate is not None and path.is_file():
             known = json.loads(read_durably(path))
             # Not the logged metric: loggers hold float32, and 23 of 50 would read 0.46000000834465027.
             score = mean_score(pl_module.evaluated)  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from cotune.callbacks.checkpoint import Checkpoints
 from cotune.callbacks.save_policy import SavePolicy
+from cotune.callbacks.setup_checks import ours
+from cotune.programs.ranks import Ranks
 from lightning.pytorch import Trainer
 
 
@@ -82,26 +84,32 @@ class Saver:
         started = time.perf_counter()
         if self._checkpoints is None:
             self._checkpoints = Checkpoints(self.run_folder(trainer) / "checkpoints")
-        self._checkpoints.save(trainer)
+        self._checkpoints.save(trainer, _ranks(trainer))
         self.policy.saved(trainer.global_step, time.perf_counter() - started)
 
     def step_ended(self, trainer: Trainer) -> None:
         """Saves if so many steps, or so much time, have passed, or the process is to end: then that is raised."""
-        self._stop_if_asked(trainer)
-        if self.policy.due(trainer.global_step):
+        if self._agreed(trainer, self.policy.due(trainer.global_step)):
             self.save(trainer)
 
     def epoch_ended(self, trainer: Trainer, *, stored: bool) -> None:
         """As `step_ended`, and as `save_unless_too_soon`."""
-        self._stop_if_asked(trainer)
+        self._agreed(trainer, False)
         self.save_unless_too_soon(trainer, stored=stored)
 
     def save_unless_too_soon(self, trainer: Trainer, *, stored: bool) -> None:
         """Saves where a search, a collection or a score has ended; see `SavePolicy.due_at_boundary`."""
-        if self.policy.due_at_boundary(trainer.global_step, stored=stored):
+        if _ranks(trainer).gather(self.policy.due_at_boundary(trainer.global_step, stored=stored))[0]:
             self.save(trainer)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self.stopping is not None and self.stopping.wanted:
+    def _agreed(self, trainer: Trainer, due: bool) -> bool:
+        """Whether to save, by the first process's clock. If any process is to end, all save, and that is raised."""
+        said = _ranks(trainer).gather((due, self.stopping is not None and self.stopping.wanted))
+        if any(wanted for _, wanted in said):
             self.save(trainer)
-            self.stopping.check()
+            _ranks(trainer).together(lambda: self.stopping and self.stopping.check())
+        return bool(said[0][0])
+
+
+def _ranks(trainer: Trainer) -> Ranks:
+    return ours(trainer)[0].ranks

@@ -11,6 +11,7 @@ from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
 from cotune.errors import BadValueError, WrongTypeError
 from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules.text_lm import TextLM
 from cotune.programs import Program, prompts_id
 from lightning.pytorch import LightningModule, Trainer
 
@@ -27,8 +28,8 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         WrongTypeError: module or data are of another kind.
         TrainerOptionError: the trainer was made with an option that cannot be honoured.
         NoWeightsError: the schedule trains, and the LM has no weights here.
-        BadValueError: the fit has several processes, a set is empty that steps are chosen by, or gold answers are asked
-            for where labels give none.
+        BadValueError: several processes would ask an LM that has no weights here, a set is empty that steps are chosen
+            by, or gold answers are asked for where labels give none.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
@@ -36,9 +37,10 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
             f"Alternate works with a ProgramModule and a TraceDataModule; this fit has {type(module).__name__} and "
             f"{type(data).__name__}. Call trainer.fit(module, datamodule=data)."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and isinstance(module.lm, TextLM):
         raise BadValueError(
-            f"this fit has {trainer.world_size} processes; Alternate runs in one for now. Set trainer.devices to 1."
+            f"this fit has {trainer.world_size} processes, each on a device of its own, and {module.lm.name} runs on "
+            "none of them. Set trainer.devices to 1; more requests at once are model.lm.concurrency."
         )
     if any(step.rounds for step in alternation.steps):
         _ = module.weights
@@ -81,7 +83,7 @@ def check_teachers(module: ProgramModule, schedule: Sequence[str], steps: Mappin
 
 def _check_trainer(trainer: Trainer, epochs: int) -> None:
     """What the trainer was made with, as far as it still says so. Its number of epochs may be the schedule's own."""
-    own = ("callbacks", "precision", "val_check_interval", "limit_train_batches", "limit_val_batches")
+    own = ("callbacks", "strategy", "precision", "val_check_interval", "limit_train_batches", "limit_val_batches")
     names = (*own, "overfit_batches", "reload_dataloaders_every_n_epochs", "max_steps", "min_steps", "min_epochs")
     values = {name: getattr(trainer, name, None) for name in (*names, "max_epochs")}
     but: tuple[str, ...] = () if epochs else ("reload_dataloaders_every_n_epochs",)

@@ -159,7 +159,12 @@ class StepWork:
                 seed=self.seed("search", self.position),
                 lm_calls=self._calls_left(),
                 progress=progress,
-                reviewer=Approval(run / "proposals.yaml", progress.paused, waived=bool(trainer.fast_dev_run)),  # type: ignore[attr-defined]
+                reviewer=Approval(
+                    run / "proposals.yaml",
+                    progress.paused,
+                    waived=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
+                    ranks=module.ranks,
+                ),
             )
             with isolate_rng():
                 self._found = self.search.search(task)
@@ -214,7 +219,7 @@ class StepWork:
                 module.weights.reset_adapter(seed=self.seed("adapter", self.position))
         # For `cotune preview`: the prompts that stand in the training pairs.
         text = json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2)
-        write_durably(self._folder(run, rounds) / "prompts.json", text)
+        module.ranks.once(lambda: write_durably(self._folder(run, rounds) / "prompts.json", text))
         self._train_on(trainer, traces, rounds)
         done = module.weight_step if rounds else 0
         left = self._settings.epochs_or_rounds - rounds
@@ -315,7 +320,7 @@ class StepWork:
         if objective.reference is not None:
             shown = self._incumbent if objective.reference.prompts == "before" else prompts
             traces = self._referenced(module, traces, objective.reference, shown, rounds)
-        save_traces(traces, folder)
+        module.ranks.once(lambda: save_traces(traces, folder))
         return traces
 
     def _referenced(

@@ -40,22 +40,27 @@ def _irrelevant(says: str) -> TrainerOption:
     return TrainerOption("irrelevant", says)
 
 
-def _one_device(value: Any) -> bool:
-    """One device, by number or by name; "auto" is looked at when Lightning has counted."""
-    if isinstance(value, str):
-        return value in ("auto", "1") or (value.endswith(",") and value.count(",") == 1)
-    return len(value) == 1 if isinstance(value, (list, tuple)) else value == 1
+def _copies(value: Any) -> bool:
+    """A strategy that has the whole LM in each process, started anew."""
+    if not isinstance(value, str):
+        name = getattr(value, "class_path", type(value).__name__).rpartition(".")[2]
+        return name in ("DDPStrategy", "SingleDeviceStrategy")
+    return value in ("auto", "single_device", "ddp")
 
 
 _LENGTH = "how long a weight step is, alternate.epochs says (or alternate.steps, by letter)"
 
 TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "accelerator": _works("cpu, gpu, mps or auto"),
-    "strategy": _refused(
-        "the fit runs in one process on one device; leave it at auto", lambda value: value in ("auto", "single_device")
+    "strategy": _works(
+        "auto and ddp: each process has a copy of the LM, and examples are shared out among them. FSDP, DeepSpeed and "
+        "the like cut the LM into parts, so that each token needs all processes, and texts of unequal length would "
+        "wait for one another forever. For an LM that does not fit one device take model.lm.quantization nf4, or ask a "
+        "server for the completions (docs/scaling.md); in place of ddp_spawn, ddp_fork and ddp_notebook take ddp",
+        _copies,
     ),
-    "devices": _refused("Alternate runs in one process on one device; set trainer.devices to 1", _one_device),
-    "num_nodes": _refused("Alternate runs in one process; set trainer.num_nodes to 1", lambda value: value == 1),
+    "devices": _works("processes, one a device; the command line's default is 1 (docs/scaling.md)"),
+    "num_nodes": _works("machines that share the run's folder, each with as many devices"),
     "precision": _works(
         "32-true, and bf16-mixed or 16-mixed for training. The weights keep the type that they were loaded with: for "
         "16-bit weights leave it out and set model.lm.dtype",
@@ -113,12 +118,12 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "deterministic": _works("true or warn; on a CPU a run is reproducible to the bit without it"),
     "benchmark": _works("cuDNN's; there are no convolutions in most LMs"),
     "inference_mode": _works("whether validation and test run in torch.inference_mode"),
-    "use_distributed_sampler": _irrelevant("the fit runs in one process"),
+    "use_distributed_sampler": _irrelevant("every process reads all rows, and runs its share of them"),
     "profiler": _works("simple, advanced or a profiler of Lightning's"),
     "detect_anomaly": _works("torch's search for the operation that made a NaN; slow"),
     "barebones": _refused("it switches off what saves and logs the run", lambda value: not value),
     "plugins": _works("except BitsandbytesPrecision: set model.lm.quantization"),
-    "sync_batchnorm": _irrelevant("the fit runs in one process"),
+    "sync_batchnorm": _irrelevant("there is none in LMs"),
     "reload_dataloaders_every_n_epochs": _refused(
         "each epoch has batches of its own; set it to 1", lambda value: value == 1
     ),
@@ -178,9 +183,9 @@ def page() -> str:
             "",
             "A fit is a fit of Lightning's `Trainer`, and most of its options do what they always do. Those that "
             "speak of how long",
-            "to train, or of several devices, are the schedule's to say or not yet possible: they are refused at the "
-            "start, with the",
-            "reason. `cotune validate` and `cotune test` take them all.",
+            "to train are the schedule's to say: they are refused at the start, with the reason. `cotune validate` and "
+            "`cotune test` take",
+            "them all.",
             "",
             "| `--trainer.…` | | |",
             "|---|---|---|",

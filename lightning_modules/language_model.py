@@ -273,6 +273,14 @@ class LanguageModel(nn.Module, LM):
         self.usage.seconds += time.perf_counter() - started
         return results
 
+    def counted(self) -> dict[str, float]:
+        """What was asked so far, wall time apart; see `Counter`."""
+        return {name: n for name, n in vars(self.usage).items() if name != "seconds"}
+
+    def count(self, more: Mapping[str, float]) -> None:
+        for name, n in more.items():
+            setattr(self.usage, name, getattr(self.usage, name) + int(n))
+
     def _completion(self, prompt: Prompted, generated: Generated) -> Completion:
         """What was written, its thinking apart from the fields' texts; the ids hold both."""
         return told_apart(completion_of(prompt.ids, generated), prompt.layout, self.encode.thinking)

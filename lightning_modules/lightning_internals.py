@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+def give_all_rows(trainer: Trainer) -> None:
+    """Has every process read all rows: which of them are its own to run is decided later, and no row is run twice."""
+    trainer._accelerator_connector.use_distributed_sampler = False
 
 
 class PlainCLI(LightningCLI):

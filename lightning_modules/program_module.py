@@ -16,9 +16,11 @@ from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules.language_model import LanguageModel
+from cotune.lightning_modules.lightning_internals import give_all_rows
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.text_lm import NoWeightsError, TextLM, no_weights
+from cotune.lightning_modules.torch_ranks import TorchRanks
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.training.packing import checkpoint_layers
@@ -43,9 +45,11 @@ from cotune.programs import (
     prompts_to_dict,
     settled,
 )
+from cotune.programs.ranks import Ranks
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class ProgramModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.skips = Skips(skip_limits)
         self._gradients = BatchGradients(micro_batch_size)
+        self.ranks = Ranks()
         self.objective: Objective = Rejection()
         self._precision: Any = None  # the trainer's
         self._size = 0.0  # what the batch at hand counts as, and
@@ -164,6 +169,9 @@ class ProgramModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         refuse_plugin(self.trainer)
+        if self.trainer.world_size > self.ranks.count:
+            self.ranks = TorchRanks((self.weights, self.ledger))
+            give_all_rows(self.trainer)
         self._precision = self.trainer.precision_plugin
 
     def configure_model(self) -> None:
@@ -219,7 +227,7 @@ class ProgramModule(LightningModule):
 
     def runner(self, metric: Metric | None) -> Runner:
         """How this program runs on its LM, and by what it is scored."""
-        return Runner(self.program, self.asked, self.form, metric, self.sampling, self.max_error_rate)
+        return Runner(self.program, self.asked, self.form, metric, self.sampling, self.max_error_rate, self.ranks)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -258,6 +266,10 @@ class ProgramModule(LightningModule):
                 f"steps, so the full rate is never held; set it to {steps // 10} or so, or alternate.epochs higher."
             )
         self.weight_step, self.weight_steps = done, steps
+
+    def on_train_start(self) -> None:
+        if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
+            model.require_backward_grad_sync = False  # gradients have been added up before they come to `backward`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         parameters = self._trained()

@@ -146,6 +146,18 @@ class Ledger:
         if usage != Usage():
             self._keep(self.state())
 
+    def counted(self) -> dict[str, float]:
+        """What was spent so far, by role and kind; see `Counter`."""
+        return {f"{role}|{kind}": n for role, usage in self.roles.items() for kind, n in asdict(usage).items()}
+
+    def count(self, more: Mapping[str, float]) -> None:
+        spent: dict[str, dict[str, Any]] = {}
+        for name, n in more.items():
+            role, kind = name.split("|")
+            spent.setdefault(role, {})[kind] = n
+        for role, kinds in spent.items():
+            self.charge(role, Usage(**kinds))
+
     def check(self, role: str, max_calls: int | None) -> None:
         """Raises BudgetSpentError if nothing is left for a role."""
         if error := self.met():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import pickle
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,8 @@ from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
 from cotune.programs.metrics import BatchMetric, Metric
 from cotune.programs.program import Call, NamedValues, Program
-from cotune.programs.prompt import Prompts
+from cotune.programs.prompt import Prompts, prompts_id
+from cotune.programs.ranks import Ranks
 from cotune.programs.retrieval import RetrieverError
 from cotune.programs.rollout import Failure, Kind, Rollout, Step
 from cotune.programs.score import Score
@@ -35,6 +37,7 @@ class Runner:
         metric: None leaves every score at 0: for predictions on data without labels.
         sampling: how completions are drawn.
         max_error_rate: share of examples on which the user's code may fail; each is scored 0 and recorded.
+        ranks: processes that share the examples out: program, LM and metric see each example in one of them alone.
     """
 
     program: Program
@@ -43,6 +46,7 @@ class Runner:
     metric: Metric | None
     sampling: Sampling
     max_error_rate: float = 0.5
+    ranks: Ranks = Ranks()  # noqa: RUF009 (without state)
 
     def run(
         self,
@@ -68,10 +72,37 @@ class Runner:
 
         Raises:
             FaultyProgramError: program, retriever or metric failed on more than `max_error_rate` of the examples.
+            RanksDifferError: another process is about to run something else.
         """
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
             raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
+        if self.ranks.count == 1:
+            done = self._run(examples, sets, seed, attempt, progress)
+        else:
+            self.ranks.agree(f"run {len(examples)} examples", _described(examples, sets, seed, attempt, self.sampling))
+            mine = self.ranks.share(len(examples))
+            parts = self.ranks.share_out(
+                lambda: _without_examples(
+                    self._run([examples[at] for at in mine], [sets[at] for at in mine], seed, attempt, progress)
+                ),
+                self.lm,
+            )
+            found = [rollout for part in parts for rollout in part]
+            done = [replace(one, example=example) for one, example in zip(found, examples, strict=True)]
+            _report(progress, len(examples) - len(mine))
+        check_errors(done, max_error_rate=self.max_error_rate)
+        return done
+
+    def _run(
+        self,
+        examples: Sequence[Example],
+        sets: Sequence[Prompts],
+        seed: int,
+        attempt: int,
+        progress: Callable[[int], None] | None,
+    ) -> list[Rollout]:
+        """The rollouts of this process's examples."""
         signatures = {name: stage.signature for name, stage in self.program.stages.items()}
         shared = _class_state(self.program)
         runs = [_Run(self.program, example) for example in examples]
@@ -97,9 +128,7 @@ class Runner:
                 "and each run has its own.",
                 stacklevel=1,  # so that it is said once
             )
-        done = _all_scored(runs, self.metric, self.program)
-        check_errors(done, max_error_rate=self.max_error_rate)
-        return done
+        return _all_scored(runs, self.metric, self.program)
 
     def _completions(self, signatures: Sequence[Signature], requests: Sequence[Request]) -> list[Completion]:
         """The LM's completions. What cannot be read is asked for once more, if the LM is one that only gives text."""
@@ -124,6 +153,28 @@ class Runner:
         except (ParseError, FieldTypeError) as error:
             return str(error)
         return ""
+
+
+def _described(
+    examples: Sequence[Example], sets: Sequence[Prompts], seed: int, attempt: int, sampling: Sampling
+) -> str:
+    """All that a run follows from, program and LM apart."""
+    ids = {id(one): prompts_id(one) for one in sets}
+    return repr(([e.id for e in examples], [ids[id(one)] for one in sets], seed, attempt, sampling))
+
+
+def _without_examples(done: Sequence[Rollout]) -> list[Rollout]:
+    """What is sent to the other processes, which have the examples themselves. A prediction that cannot be sent goes as
+    logs would hold it."""
+    found = []
+    for rollout in done:
+        bare = replace(rollout, example=Example("", {}, {}))
+        try:
+            pickle.dumps(bare)
+        except Exception:  # values are the user's
+            bare = replace(bare, prediction=NamedValues(plain(bare.prediction)))
+        found.append(bare)
+    return found
 
 
 def call_seed(seed: int, run: _Run, attempt: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
@@ -127,6 +127,13 @@ class CountingLM:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
         return self._lm.complete(requests, sampling)
+
+    def counted(self) -> dict[str, float]:
+        """The calls so far; see `Counter`."""
+        return {"calls": self.calls}
+
+    def count(self, more: Mapping[str, float]) -> None:
+        self.calls += int(more["calls"])
 
 
 def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple[Candidate, list[Candidate]]:

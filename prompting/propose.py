@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from cotune.errors import BadValueError
 from cotune.programs import LM, Completion, Program, Request, RoleSpentError, Sampling
+from cotune.programs.ranks import Ranks
 from cotune.prompting.evaluate import CountingLM
 from cotune.prompting.search import PromptSearch, Review, Reviewer, SearchTask, at_least
 
@@ -213,6 +214,16 @@ class WritingSearch(PromptSearch):
         )
 
 
+class _OnceLM:
+    """An LM that the first of several processes asks, for all: what is drawn or paid for is so once."""
+
+    def __init__(self, lm: LM, ranks: Ranks) -> None:
+        self._lm, self._ranks = lm, ranks
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return self._ranks.share_out(lambda: self._lm.complete(requests, sampling) if self._ranks.first else [])[0]
+
+
 @dataclass
 class Spent:
     """Counts the LM calls of a search by role.
@@ -242,7 +253,8 @@ class Spent:
         load = getattr(proposer.lm, "load", None)
         if callable(load):
             load()
-        spent = cls(CountingLM(task.runner.lm), CountingLM(task.runner.lm if proposer.lm is None else proposer.lm))
+        asked = _OnceLM(task.runner.lm if proposer.lm is None else proposer.lm, task.runner.ranks)
+        spent = cls(CountingLM(task.runner.lm), CountingLM(asked))
         counted = replace(task, runner=replace(task.runner, lm=spent.program))
         reviewer = task.reviewer if proposer.approve else None
         count = len if codec is None else lambda text: len(codec.encode(text))

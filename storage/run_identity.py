@@ -27,6 +27,8 @@ _FREE = (
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
     *("trainer.profiler", "alternate.save_every", "model.lm.init_args.cache_tokens"),
     *("trainer.enable_checkpointing", "trainer.max_time"),
+    # How many processes share the work.
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     # How an endpoint is asked, and what it may cost.
     *(
         f"model.lm.init_args.{name}"

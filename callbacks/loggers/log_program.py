@@ -86,6 +86,8 @@ class LogProgram(Callback, BoundaryListener):
                 logger.log_again(rows)
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
+        if not trainer.is_global_zero:
+            return
         alternate = _alternate(trainer)
         history = alternate.history if alternate else [boundary.record()]
         for place, logger in enumerate(trainer.loggers):

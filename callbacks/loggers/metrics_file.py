@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from cotune.lightning_modules.lightning_internals import WholeWriter
 from cotune.storage.durable import explained, write_whole
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsFile(CSVLogger):
@@ -26,10 +27,13 @@ class MetricsFile(CSVLogger):
         path = Path(folder)
         super().__init__(str(path.parent), name=path.name, version="", flush_logs_every_n_steps=1)
         self.path, self._keep = path / ExperimentWriter.NAME_METRICS_FILE, keep
+        self._writer: _Writer | None = None
 
-    @cached_property
+    @property
+    @rank_zero_experiment
     def experiment(self) -> Any:  # each row is written as it comes, so the base class has nothing to finish
-        return _Writer(str(self.path.parent), keep=self._keep)
+        self._writer = self._writer or _Writer(str(self.path.parent), keep=self._keep)
+        return self._writer
 
     def forget(self, *, step: int, boundaries: int) -> list[dict[str, float]]:
         """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again.
@@ -37,7 +41,7 @@ class MetricsFile(CSVLogger):
         Returns:
             The others.
         """
-        if not self.path.is_file():
+        if rank_zero_only.rank or not self.path.is_file():
             return []
         names, rows = _read(self.path)
         behind = [row for row in rows if _behind(row, step, boundaries)]

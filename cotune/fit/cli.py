@@ -12,7 +12,6 @@ from typing import Any, NoReturn, cast
 
 import yaml
 from jsonargparse import get_loader, set_loader
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
@@ -37,6 +36,7 @@ from cotune.fit.guard import guarded
 from cotune.fit.help_page import arrange, options_of, wanted
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
+from cotune.fit.processes import by_srun, end_others, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import LanguageModel, ProgramModule
@@ -122,9 +122,14 @@ class RunFinishedError(Exception):
 
 
 class CotuneCLI(PlainCLI):
-    """`cotune fit | validate | test`."""
+    """`cotune fit | validate | test`.
+
+    Attributes:
+        first: this process holds the run's folder and writes there; others do the same work, and only read.
+    """
 
     def __init__(self, args: ArgsType = None) -> None:
+        self.first = is_first()
         self.run_folder: RunFolder | None = None
         self._scratch: TemporaryDirectory[str] | None = None  # of a fast_dev_run
         self.signals = StopSignals()
@@ -140,13 +145,15 @@ class CotuneCLI(PlainCLI):
             with self.signals, own_modules():
                 self._run(args)
         except BudgetSpentError as spent:
-            if self.subcommand == "fit" and self._scratch is None and self._alternate.history:
+            if self.first and self.subcommand == "fit" and self._scratch is None and self._alternate.history:
                 self._end_early(spent.bound)
             raise
         finally:
             self._let_go()
 
     def _let_go(self) -> None:
+        if hasattr(self, "trainer") and self.first:
+            end_others(self.trainer)
         if self.run_folder is not None:
             self.run_folder.release()
         if hasattr(self, "model"):
@@ -217,10 +224,11 @@ class CotuneCLI(PlainCLI):
     def _check_trainer(self, config: Any) -> None:
         """Refuses what the trainer would do otherwise than it is asked to, before the run's folder is touched."""
         check_trainer_options(vars(config.trainer))
-        if int(os.environ.get("SLURM_PROCID") or 0) > 0:
+        if int(os.environ.get("SLURM_PROCID") or 0) > 0 and (not by_srun() or config.trainer.devices in (1, "1")):
+            count = os.environ.get("SLURM_NTASKS", "several")
             raise OptionError(
-                f"srun has started this command {os.environ.get('SLURM_NTASKS', 'several')} times, and a run is one "
-                "process. Give srun --ntasks 1."
+                f"srun has started this command {count} times, and this run is one process. Give --trainer.devices as "
+                f"many processes as srun starts on each machine (docs/scaling.md), or srun --ntasks 1."
             )
         if config.trainer.max_time is not None:
             with refused_options():
@@ -232,15 +240,16 @@ class CotuneCLI(PlainCLI):
     def _take_folder(self, config: Any) -> None:
         """Takes the run's folder, and finds out where the run that is in it goes on."""
         assert self.run_folder is not None
-        self.run_folder.acquire(fresh=config.fresh)
-        config.fresh = False
-        self._before = read_identity(self.run_folder.path)
+        fresh, config.fresh = config.fresh, False
+        if self.first:
+            self.run_folder.acquire(fresh=fresh)
+        self._before = read_identity(self.run_folder.path) if self.first or not fresh else None
         self._options = counted_options(self._dumped())
         if self._before is not None:
             self._refuse(changed_options(self._before, self._options))
             if self._before.finished:
                 raise RunFinishedError(self.run_folder.path)
-        if config.get("ckpt_path") in (None, "last"):
+        if self.first and config.get("ckpt_path") in (None, "last"):
             asked, config.ckpt_path = config.get("ckpt_path"), self._newest()
             if config.ckpt_path:
                 print(f"continuing {config.ckpt_path}")
@@ -275,12 +284,23 @@ class CotuneCLI(PlainCLI):
         if isinstance(lm, LanguageModel) and config.model.lm.init_args.get("completions") is None:
             lm.keep_completions(completions)
         budget = self.config_init[self.subcommand].get("budget") or Budget()
-        ledger = open_ledger(budget, self.run_folder.path) if self.subcommand == "fit" else Ledger(budget)
+        fits = self.subcommand == "fit"
+        ledger = open_ledger(budget, self.run_folder.path, keep=self.first) if fits else Ledger(budget)
         search = self._alternate.search
         meter_roles(self.model, self.datamodule, search, ledger, completions)
 
     def before_fit(self) -> None:
-        """Data and base model must be those that the run was made with; a new run writes down what it is made with."""
+        """Data and base model must be those that the run was made with; a new run writes down what it is made with.
+
+        Then the other processes of the run begin, and are told where it goes on.
+        """
+        self._check_identity()
+        start_all(self.trainer)
+        config = self.config_init["fit"]
+        config["ckpt_path"] = self.trainer.strategy.broadcast(config.get("ckpt_path"))
+        config["weights_only"] = True if config["ckpt_path"] else config.get("weights_only")
+
+    def _check_identity(self) -> None:
         assert self.run_folder is not None
         now = RunIdentity(
             self._options,
@@ -289,7 +309,8 @@ class CotuneCLI(PlainCLI):
             library_versions(),
         )
         if self._before is None:
-            now.write(self.run_folder.path)
+            if self.first:
+                now.write(self.run_folder.path)
             return
         base = [] if self._before.base == now.base else [f"base model: {self._before.base[:12]} -> {now.base[:12]}"]
         self._refuse([*changed_data(self._before.data, now.data), *base])
@@ -316,8 +337,7 @@ class CotuneCLI(PlainCLI):
                 # Not in checkpoints/, which holds what the run is continued from.
                 callback.dirpath = str(self.run_folder.path / "model_checkpoints")  # type: ignore[union-attr]
         if config.trainer.get("plugins") is None:
-            # One process, whatever a scheduler's variables in this shell say of others.
-            config.trainer["plugins"] = [LightningEnvironment()]
+            config.trainer["plugins"] = [environment()]
         config.trainer["max_time"] = None  # it counts from the trainer's first batch; `signals` counts all
         loggers = chosen if isinstance(chosen, list) else [chosen] if chosen not in (None, True, False) else []
         if self.subcommand == "fit" and chosen is not False:
@@ -361,6 +381,8 @@ class CotuneCLI(PlainCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self._scratch is not None:
             print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
+            return
+        if not self.first:
             return
         from cotune.reporting.closing_table import closing_table
 
@@ -411,7 +433,7 @@ def run(words: Sequence[str]) -> int:
             closing_table(Path(str(finished)))
         return 0
 
-    return guarded(start)
+    return guarded(start, first=is_first())
 
 
 def _whole(checkpoint: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -10,15 +11,36 @@ from collections.abc import Callable
 
 from cotune.callbacks.stop_signals import OutOfTime, Stopped
 from cotune.errors import CotuneError, reported
+from cotune.programs.ranks import RankLostError
 
 
-def guarded(command: Callable[[], int]) -> int:
+def guarded(command: Callable[[], int], *, first: bool = True) -> int:
     """Runs a command. Errors that the user can mend end with one message and their exit code.
 
     Set COTUNE_DEBUG=1 for the traceback of such an error as well.
+
+    Args:
+        first: of the processes of a run, the one that speaks. Others speak of errors that are theirs alone.
     """
     quiet()
     _find_own_modules()
+    if first:
+        return _guarded(command)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (to the end of the process)
+    try:
+        return command()
+    except BaseException as error:
+        if getattr(error, "in_all_ranks", False) or isinstance(error, Stopped | RankLostError):
+            return 0 if not isinstance(error, RankLostError) else 1
+        print(f"cotune: process {os.getpid()}, one of several of this run:", file=sys.stderr)
+        return _guarded(functools.partial(_raise, error))
+
+
+def _raise(error: BaseException) -> int:
+    raise error
+
+
+def _guarded(command: Callable[[], int]) -> int:
     try:
         return command()
     except OutOfTime as stopped:
@@ -69,10 +91,12 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for name in ("seed", "distributed"):
+        logging.getLogger(f"lightning.fabric.utilities.{name}").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
     for pattern in (
         ".*does not have many workers.*",
+        ".*sync_dist=True.*",  # scores are of all processes' rollouts already
         ".*`is_gradient_checkpointing` is deprecated.*",
         ".*isinstance.*LeafSpec.*",
         ".*You have overridden `transfer_batch_to_device`.*",

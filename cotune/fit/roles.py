@@ -18,10 +18,16 @@ from cotune.storage.durable import read_durably, write_durably
 _FILE = "spent.json"
 
 
-def open_ledger(budget: Budget, folder: Path) -> Ledger:
-    """The ledger of a run's folder: it goes on from what earlier processes of the run had spent, kills included."""
+def open_ledger(budget: Budget, folder: Path, *, keep: bool = True) -> Ledger:
+    """The ledger of a run's folder: it goes on from what earlier processes of the run had spent, kills included.
+
+    Args:
+        keep: write there what is spent, as one process of a run does.
+    """
     path = folder / _FILE
-    ledger = Ledger(budget, keep=lambda state: write_durably(path, json.dumps(state, indent=1) + "\n"))
+    ledger = Ledger(budget)
+    if keep:
+        ledger = Ledger(budget, keep=lambda state: write_durably(path, json.dumps(state, indent=1) + "\n"))
     if path.is_file():
         ledger.load(json.loads(read_durably(path)))
     return ledger

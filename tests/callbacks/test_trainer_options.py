@@ -22,6 +22,9 @@ from cotune.__main__ import main
 
 WORKS: dict[str, dict[str, Any]] = {
     "accelerator": {"accelerator": "cpu"},
+    "strategy": {"strategy": "auto"},
+    "devices": {"devices": "1"},
+    "num_nodes": {"num_nodes": 1},
     "precision": {"precision": "bf16-mixed"},
     "logger": {"logger": False},
     "fast_dev_run": {"fast_dev_run": True},
@@ -52,9 +55,6 @@ WORKS: dict[str, dict[str, Any]] = {
 """Option -> Trainer arguments to try it with. `callbacks` and `max_time` have tests of their own."""
 
 REFUSED: dict[str, str] = {
-    "strategy": "ddp",
-    "devices": "2",
-    "num_nodes": "2",
     "max_epochs": "3",
     "min_epochs": "3",
     "max_steps": "1",
@@ -66,6 +66,7 @@ REFUSED: dict[str, str] = {
     "barebones": "true",
     "reload_dataloaders_every_n_epochs": "2",
     # rows that work, with values that do not
+    "strategy": "fsdp",
     "precision": "bf16-true",
     "limit_train_batches": "0",
     "callbacks": "StochasticWeightAveraging",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, repeat
 
 import torch
 from cotune.errors import BadValueError
@@ -147,14 +148,22 @@ class Batch:
 
     def parts(self, rows: int) -> list[Batch]:
         """The batch as batches of at most `rows` rows, in order."""
+        return self._cut(repeat(rows))
+
+    def slices(self, count: int) -> list[Batch]:
+        """The batch as so many batches of nearly as many rows, in order; some are empty where there are fewer rows."""
+        ends = [i * self.rows // count for i in range(count + 1)]
+        return self._cut(iter([end - start for start, end in pairwise(ends)]))
+
+    def _cut(self, sizes: Iterator[int]) -> list[Batch]:
         found: list[list[Segment]] = []
         room = 0
         for segment in self.segments:
             left = segment.pairs
             while left:
-                if not room:
+                while not room:
                     found.append([])
-                    room = rows
+                    room = next(sizes)
                 found[-1].append(Segment(segment.prefix, left[:room]))
                 room, left = max(room - len(left), 0), left[room:]
         return [Batch(tuple(segments)) for segments in found]

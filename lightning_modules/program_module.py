@@ -119,6 +119,8 @@ class ProgramModule(LightningModule):
         max_error_rate: share of examples on which the program or the metric may raise before the run stops.
         micro_batch_size: rows of a batch computed at once; less takes less memory and gives the same step. Null: all.
             Where memory runs out this is halved by itself.
+        gradient_slices: parts of a batch whose gradients are added up in one order, whoever computes them: 8 give the
+            same bits with 1, 2, 4 and 8 processes, and take as many passes. Null: one a process.
         gradient_checkpointing: compute each layer twice instead of keeping what it computed: less memory, about a
             third more time.
         skip_limits: how many steps that are not finite may be skipped before the run stops.
@@ -136,6 +138,7 @@ class ProgramModule(LightningModule):
         seed: int = 0,
         max_error_rate: float = 0.5,
         micro_batch_size: int | None = None,
+        gradient_slices: int | None = None,
         gradient_checkpointing: bool = False,
         skip_limits: SkipLimits = SkipLimits(),  # noqa: B008 (frozen)
         engine: Engine | None = None,
@@ -158,7 +161,7 @@ class ProgramModule(LightningModule):
         self.evaluated: list[Rollout] = []
         self.gradient_checkpointing = gradient_checkpointing
         self.skips = Skips(skip_limits)
-        self._gradients = BatchGradients(micro_batch_size)
+        self._gradients = BatchGradients(micro_batch_size, gradient_slices)
         self.ranks = Ranks()
         self.objective: Objective = Rejection()
         self._precision: Any = None  # the trainer's
@@ -170,7 +173,7 @@ class ProgramModule(LightningModule):
     def setup(self, stage: str) -> None:
         refuse_plugin(self.trainer)
         if self.trainer.world_size > self.ranks.count:
-            self.ranks = TorchRanks((self.weights, self.ledger))
+            self.ranks = self._gradients.ranks = TorchRanks((self.weights, self.ledger))
             give_all_rows(self.trainer)
         self._precision = self.trainer.precision_plugin
 

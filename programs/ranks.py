@@ -63,13 +63,14 @@ class Ranks:
         """A tensor of each process, in their order, on its device; all of one shape."""
         return [mine]
 
-    def share(self, size: int) -> range:
-        """The places, of so many, that are this process's to do; a process may have none.
+    def share(self, size: int, rank: int | None = None) -> range:
+        """The places, of so many, that are this process's to do, or another's; a process may have none.
 
         >>> Ranks().share(3)
         range(0, 3)
         """
-        return range(self.index * size // self.count, (self.index + 1) * size // self.count)
+        rank = self.index if rank is None else rank
+        return range(rank * size // self.count, (rank + 1) * size // self.count)
 
     def agree(self, what: str, text: str) -> None:
         """Makes sure that all processes are about to do the same.

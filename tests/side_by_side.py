@@ -18,7 +18,7 @@ class _Table:
 
     def __init__(self, count: int) -> None:
         self.given: list[Any] = [None] * count
-        self.barrier = threading.Barrier(count, timeout=20)
+        self.barrier, self.lock = threading.Barrier(count, timeout=20), threading.Lock()
 
 
 class ThreadRanks(Ranks):
@@ -33,6 +33,13 @@ class ThreadRanks(Ranks):
 
     def gather_tensors(self, mine: Any) -> list[Any]:
         return self._laid_down(mine.clone())
+
+    def together(self, call: Callable[[], _T]) -> list[_T]:
+        def alone() -> _T:  # torch's generator and its memory are the whole process's
+            with self._table.lock:
+                return call()
+
+        return super().together(alone)
 
     def _laid_down(self, value: Any) -> list[Any]:
         self.gathered += 1

@@ -14,6 +14,8 @@ from cotune.errors import BadValueError, CotuneError
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.lightning_modules.objectives import Objective
 from cotune.lightning_modules.training.loss import exact_dtype, likeliest, log_probs
+from cotune.lightning_modules.training.slices import Gradients, add_up, added
+from cotune.programs.ranks import Ranks
 from torch import Tensor
 
 _T = TypeVar("_T")
@@ -54,15 +56,24 @@ class BatchGradients:
     Parts are rows of the batch. The objective is asked about the whole batch, so how a batch is cut changes its loss
     and gradients by no more than the order of a sum does. Adapter dropout draws anew for each part and each pass.
 
+    Of several processes each computes its share of the batch's slices, which are cut into parts in turn (`add_up`).
+
     Args:
         rows_at_once: most rows of a part; None for the whole batch. When memory runs out in a part, its rows are
             halved, and this stays at what fitted.
+        slices: how many there are; None for one a process.
+
+    Attributes:
+        ranks: the processes.
     """
 
-    def __init__(self, rows_at_once: int | None = None) -> None:
+    def __init__(self, rows_at_once: int | None = None, slices: int | None = None) -> None:
         if rows_at_once is not None and rows_at_once < 1:
             raise BadValueError(f"micro_batch_size {rows_at_once} is below 1; null computes a batch at once.")
-        self.rows_at_once = rows_at_once
+        if slices is not None and slices < 1:
+            raise BadValueError(f"gradient_slices {slices} is below 1; null makes one a process.")
+        self.rows_at_once, self._slices = rows_at_once, slices
+        self.ranks = Ranks()
 
     def compute(
         self, model: Any, parameters: Sequence[Tensor], batch: Batch, objective: Objective, *, scale: float = 1.0
@@ -79,14 +90,10 @@ class BatchGradients:
         tokens = batch.bearing(model.device, exact_dtype(model))
         tokens, coefficients = self._asked(model, batch, tokens, objective)
         size = objective.size(tokens)
-        total: list[Tensor | None] = [None] * len(parameters)
-        found = []
-        for part in self._in_parts(batch, _gradients_of(model, parameters, tokens.ids, coefficients, scale / size)):
-            found.append(part[0])
-            total = [_added(so_far, more) for so_far, more in zip(total, part[1], strict=True)]
+        of_part = _gradients_of(model, parameters, tokens.ids, coefficients, scale / size)
+        log_probs_nK, total = self._of_all(batch, of_part, parameters, coefficients)
         if scale != 1.0:
             total = [None if gradient is None else gradient / scale for gradient in total]
-        log_probs_nK = torch.cat(found)
         with torch.no_grad():
             loss = objective.loss(log_probs_nK, tokens) / size
         return Computed(loss, size, tokens.by_row(log_probs_nK.sum(dim=1)), tuple(total), coefficients, tokens)
@@ -123,12 +130,32 @@ class BatchGradients:
         return tokens, coefficients.masked_fill(tokens.ids < 0, 0.0)
 
     def _log_probs(self, model: Any, batch: Batch, ids_nK: Tensor, *, adapter: bool = True) -> Tensor:
+        like_nK = torch.empty(ids_nK.shape, dtype=exact_dtype(model), device=ids_nK.device)
         with torch.no_grad(), nullcontext() if adapter else model.disable_adapter():
-            return torch.cat(list(self._in_parts(batch, lambda part, place: log_probs(model, part, ids_nK[place])[0])))
+            return self._of_all(batch, lambda part, place: (log_probs(model, part, ids_nK[place])[0], ()), (), like_nK)[
+                0
+            ]
 
-    def _in_parts(self, batch: Batch, compute: Callable[[Batch, slice], _T]) -> Iterator[_T]:
-        """What is computed of each part, given the place of its tokens among the batch's."""
-        waiting, start = batch.parts(self.rows_at_once or batch.rows), 0
+    def _of_all(self, batch: Batch, of_part: _OfPart, parameters: Sequence[Tensor], like_nK: Tensor) -> _Part:
+        """The batch's log-probabilities, like `like_nK`, and the sum of all parts' gradients."""
+
+        def of_slice(part: Batch, start: int) -> _Part:
+            total: list[Tensor | None] = [None] * len(parameters)
+            found = []
+            for log_probs_mK, gradients in self._in_parts(part, of_part, start):
+                found.append(log_probs_mK)
+                total = [added(so_far, more) for so_far, more in zip(total, gradients, strict=True)]
+            return torch.cat(found), total
+
+        slices = batch.slices(self._slices or self.ranks.count)
+        done = add_up(slices, of_slice, self.ranks, parameters=parameters, like_nK=like_nK)
+        # What fits in the smallest memory: a run is resumed with it, by whichever process.
+        self.rows_at_once = min(filter(None, self.ranks.gather(self.rows_at_once)), default=None)
+        return done
+
+    def _in_parts(self, batch: Batch, compute: Callable[[Batch, slice], _T], start: int = 0) -> Iterator[_T]:
+        """What is computed of each part, given the place of its tokens; that of the first is `start`."""
+        waiting = batch.parts(self.rows_at_once or batch.rows)
         while waiting:
             part = waiting.pop(0)
             place = slice(start, start + part.tokens)
@@ -148,9 +175,13 @@ class BatchGradients:
         return self.rows_at_once
 
 
+_Part = tuple[Tensor, Gradients]
+_OfPart = Callable[[Batch, slice], _Part]
+
+
 def _gradients_of(
     model: Any, parameters: Sequence[Tensor], ids_nK: Tensor, coefficients_nK: Tensor, factor: float
-) -> Callable[[Batch, slice], tuple[Tensor, Sequence[Tensor | None]]]:
+) -> _OfPart:
     """(part, place of its tokens) -> their log-probabilities, and the gradients of what they weigh times a factor."""
 
     def compute(part: Batch, place: slice) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -211,12 +242,6 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         given = (None if gradient is None else gradient * factor for gradient in ctx.gradients)
         return (None, None, *given)
-
-
-def _added(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if so_far is None or more is None:
-        return more if so_far is None else so_far
-    return so_far + more
 
 
 def _one_row(part: Batch) -> str:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from cotune.datamodules.collate import Batch, Pair, collate
+from cotune.datamodules.collate import Batch, Bearing, Pair, collate
 from cotune.lightning_modules import LoRA
 from cotune.lightning_modules.lora import attach
 from cotune.lightning_modules.objectives import Rejection
 from cotune.lightning_modules.training import gradients
-from cotune.lightning_modules.training.gradients import BatchGradients, TrainingMemoryError, is_finite, known_gradients
+from cotune.lightning_modules.training.gradients import (
+    BatchGradients,
+    Computed,
+    TrainingMemoryError,
+    is_finite,
+    known_gradients,
+)
+from cotune.programs.ranks import Ranks
+from side_by_side import side_by_side
 from transformers import AutoModelForCausalLM
 
 
@@ -172,3 +181,66 @@ def test_gradients_are_finite_if_their_norm_is(value: float) -> None:
 def test_no_rows_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="micro_batch_size 0 is below 1"):
         BatchGradients(0)
+
+
+# -- several processes
+
+
+class Surer(Rejection):
+    """Reads both the LM's and the base's log-probabilities of the whole batch."""
+
+    def loss(self, log_probs: torch.Tensor, tokens: Bearing) -> torch.Tensor:
+        assert tokens.reference is not None
+        return (log_probs[:, 0].exp() * tokens.ce + (log_probs - tokens.reference)[:, 0] ** 2).sum()
+
+    def reads(self, tokens: Bearing) -> Sequence[Any]:
+        return ("policy", "reference")
+
+
+@pytest.mark.parametrize("objective", [Rejection(), Surer()], ids=["reads nothing", "reads all"])
+@pytest.mark.parametrize("rows", [(5, 3), (2, 1)], ids=["as many as slices", "fewer"])
+def test_slices_give_the_same_bits_in_one_process_and_in_many(
+    model: Any, objective: Rejection, rows: tuple[int, int]
+) -> None:
+    """In fp32. Of three processes one has fewer slices than the others, of nine one has none."""
+    batch, model = collate([pairs(20, rows[0], 1), pairs(9, rows[1], 2)]), copy.deepcopy(model).float()
+    alone = BatchGradients(slices=8).compute(model, trained(model), batch, objective)
+
+    def compute(ranks: Ranks) -> Computed:
+        computing, own = BatchGradients(slices=8), copy.deepcopy(model)
+        computing.ranks = ranks
+        return computing.compute(own, trained(own), batch, objective)
+
+    for count in (2, 3, 4, 9):
+        for one in side_by_side(count, compute):
+            assert isinstance(one, Computed), one
+            assert torch.equal(one.rows, alone.rows)
+            assert torch.equal(one.loss, alone.loss)
+            assert all(torch.equal(a, b) for a, b in zip(one.gradients, alone.gradients, strict=True))
+
+
+def test_memory_that_runs_out_in_one_process_counts_in_all_and_one_row_too_many_ends_all(
+    model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gradients.log_probs
+
+    def little(fits: int) -> Any:
+        def compute(model: Any, part: Batch, *given: Any) -> Any:
+            if "2-2" in part.names and part.rows > fits:  # which is the second's alone
+                raise ERRORS["CPU"]
+            return real(model, part, *given)
+
+        return compute
+
+    monkeypatch.setattr(gradients, "log_probs", little(2))
+    assert side_by_side(2, lambda ranks: sized(ranks, model, batch)) == [2, 2]
+    monkeypatch.setattr(gradients, "log_probs", little(0))
+    assert [type(one) for one in side_by_side(2, lambda ranks: sized(ranks, model, batch))] == [TrainingMemoryError] * 2
+
+
+def sized(ranks: Ranks, model: Any, batch: Batch) -> int | None:
+    """Rows at once after a batch."""
+    computing, own = BatchGradients(), copy.deepcopy(model)
+    computing.ranks = ranks
+    computing.compute(own, trained(own), batch, Rejection())
+    return computing.rows_at_once

@@ -62,7 +62,7 @@ PARTS: dict[str, Callable[[Any], None]] = {
     name: _part(name)
     for name in (
         "kills", "kills_shapes", "kills_embedded", "crash_points", "stops", "two_runs", "corruption", "disk",
-        "numerics", "memory", "world_size", "canary", "inputs",
+        "numerics", "memory", "processes", "canary", "inputs",
     )
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.kills import Reference, resumed_equal
-from faults.nursery import fresh, last_line, run_to_end, start_process
+from faults.nursery import fresh, last_line, run_to_end
 from faults.small_run import Job, outcome
 from faults.trials import Trial
 
@@ -87,29 +87,6 @@ def address_space_trial(job: Job, expected: Reference, megabytes: int) -> Trial:
         "silent": int(second.code == 0 and not equal),
         "said": last_line(child.text)[:300],
     }
-
-
-def world_size_trial(job: Job, template_of: Callable[[Job], Any]) -> Trial:
-    """A run of one process, continued with two: refused, and nothing of it changed."""
-    template_of(job)
-    before = _contents(job.run)
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    process = start_process(Job((*job.words, *two), job.folder))
-    code = process.wait(300)
-    said = last_line((job.folder / "log.txt").read_text(errors="replace"))
-    same = _contents(job.run) == before
-    return {
-        "ok": code == 2 and same and "Traceback" not in (job.folder / "log.txt").read_text(errors="replace"),
-        "exit code": code,
-        "redone": 0,
-        "silent": int(code == 0 or not same),
-        "said": said,
-    }
-
-
-def _contents(run: Path) -> dict[str, bytes]:
-    kept = ("last.ckpt", "previous.ckpt", "history.jsonl", "SHA256SUMS")
-    return {str(path): path.read_bytes() for path in run.rglob("*") if path.name in kept}
 
 
 def _spoiling(record: Path, k: int, value: float) -> Callable[[], None]:

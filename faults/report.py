@@ -27,7 +27,7 @@ _HOW = {
     "out of memory in training": "torch.OutOfMemoryError for more than one row, from every k-th computation on",
     "out of memory in generation": "torch.OutOfMemoryError at every fifth forward pass, once",
     "little memory (RLIMIT_AS)": "address space of 2, 10, 18, … MB more than at the start",
-    "another world size": "`--trainer.devices 2` in the folder of a run of one process",
+    "several processes": "SIGKILL of the first, of another or of all, at random times; 1, 2 or 4 go on each time",
     "a key in the environment": "six variables hold a key; every file that the run writes is searched for it",
     "nonsense: rows": "Hypothesis: missing keys, wrong types, NaN, long texts, half surrogate pairs, equal ids",
     "nonsense: files": "Hypothesis: files of all formats, cut short and with bytes changed",

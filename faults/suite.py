@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tiny import save_tiny_model
 
-from faults import canary, corruption, crash_points, disk, inputs, kills, numerics, stops, two_runs
+from faults import canary, corruption, crash_points, disk, inputs, kills, numerics, processes, stops, two_runs
 from faults.kills import Reference
 from faults.nursery import imported, in_child
 from faults.small_run import Job, embedded_job, tiny_job
@@ -206,15 +206,14 @@ class Suite:
             ):
                 break
 
-    def world_size(self) -> None:
-        job, _ = self.tiny
-        self._begin("another world size")
-        template = self.work / "template"
-        self.trials.run(
-            "another world size",
-            "1 to 2",
-            lambda: numerics.world_size_trial(job, lambda j: corruption.interrupted(j, template, "after step", 7)),
-        )
+    def processes(self) -> None:
+        job = tiny_job(self.model, self.work / "processes", *EACH_STEP, "--model.gradient_slices", "8")
+        expected = kills.reference(job)
+        self._begin("several processes")
+        for k in range(int(50 * self.scale) or 1):
+            self.trials.run(
+                "several processes", f"{k}", lambda k=k: processes.processes_trial(job, expected, seed=f"{k}")
+            )
 
     def canary(self) -> None:
         self._begin("a key in the environment")

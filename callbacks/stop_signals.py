@@ -1,4 +1,4 @@
-"""Stopping: SIGTERM and Ctrl-C end a fit at the next wave of completions or optimiser step, with everything saved."""
+"""Stopping: signals end a fit at the next wave of completions or optimiser step, with everything saved."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from cotune.callbacks.alternate import Alternate
 from cotune.programs import BudgetSpentError
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The last one is what schedulers are asked to send before a job's time is over."""
 
 
 class Stopped(BaseException):
     """A signal asked the process to end. Not an `Exception`: nobody is to take it for a failed rollout.
 
     Attributes:
-        exit_code: 130 for Ctrl-C, 143 for SIGTERM, as shells count.
+        exit_code: 130 for Ctrl-C, 143 for SIGTERM, 138 for SIGUSR1, as shells count.
     """
 
     def __init__(self, number: int) -> None:
@@ -43,14 +44,19 @@ class StopSignals:
     Where nothing is under way that could be lost (`patient` is off) the first one ends the process at once as well.
     Time that is over is like a first signal.
 
+    Args:
+        first: this is the first of the run's processes. Another one leaves it to that one when to stop at once.
+
     Attributes:
+        relay: passes a signal on to the processes that this one has started.
         max_seconds: that the run may take, from here on and in `seconds_before` together; None: as long as it takes.
         seconds_before: that earlier processes of the run have taken.
         late: says whether the minutes of the run's budget are over.
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
-        self.patient = False
+    def __init__(self, max_seconds: float | None = None, *, first: bool = True) -> None:
+        self.patient, self.first = False, first
+        self.relay: Callable[[int], None] = lambda number: None
         self.requested: int | None = None
         self.max_seconds, self.seconds_before, self._began = max_seconds, 0.0, time.monotonic()
         self.late: Callable[[], BudgetSpentError | None] = lambda: None
@@ -94,14 +100,20 @@ class StopSignals:
         return self.max_seconds is not None and taken >= self.max_seconds
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None and not self.first:
+            return
         if self.requested is not None:
+            self.relay(signal.SIGKILL)
             # Whatever is under way, the files are as after a kill: whole.
             _say("stopped at once.")
             os._exit(128 + number)
         self.requested = number
+        if number != signal.SIGINT:  # which a terminal sends to all
+            self.relay(number)
         if not self.patient:
             raise Stopped(number)
-        _say("stopping after this batch; once more to stop at once.")
+        if self.first:
+            _say("stopping after this batch; once more to stop at once.")
 
 
 class StopOnSignal(Callback):
@@ -120,6 +132,8 @@ class StopOnSignal(Callback):
             if isinstance(callback, Alternate):
                 callback.saver.stopping = self.signals
                 self.signals.seconds_before = callback.work.seconds_before
+        if (launcher := trainer.strategy.launcher) is not None:
+            self.signals.relay = launcher.kill  # type: ignore[assignment]
         self.signals.late = pl_module.ledger.late  # type: ignore[union-attr, assignment]
         self.signals.patient = True
 

@@ -36,7 +36,7 @@ from cotune.fit.guard import guarded
 from cotune.fit.help_page import arrange, options_of, wanted
 from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
 from cotune.fit.parse_errors import explain
-from cotune.fit.processes import by_srun, end_others, environment, is_first, start_all
+from cotune.fit.processes import by_srun, end_others, end_with_first, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import LanguageModel, ProgramModule
@@ -130,9 +130,11 @@ class CotuneCLI(PlainCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self.first = is_first()
+        if not self.first:
+            end_with_first()
         self.run_folder: RunFolder | None = None
         self._scratch: TemporaryDirectory[str] | None = None  # of a fast_dev_run
-        self.signals = StopSignals()
+        self.signals = StopSignals(first=self.first)
         self._before: RunIdentity | None = None
         args = with_files(sys.argv[1:] if args is None else args) if isinstance(args, list | None) else args
         words = args if isinstance(args, list) else []
@@ -153,7 +155,7 @@ class CotuneCLI(PlainCLI):
 
     def _let_go(self) -> None:
         if hasattr(self, "trainer") and self.first:
-            end_others(self.trainer)
+            end_others(self.trainer, seconds=600.0 if sys.exc_info()[0] is None else 10.0)
         if self.run_folder is not None:
             self.run_folder.release()
         if hasattr(self, "model"):

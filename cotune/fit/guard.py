@@ -96,6 +96,7 @@ def quiet() -> None:
     logging.getLogger("huggingface_hub.utils._http").addFilter(_retries_said_once())
     for pattern in (
         ".*does not have many workers.*",
+        ".*`srun` command is available on your system but is not used.*",  # a run may well be one process there
         ".*sync_dist=True.*",  # scores are of all processes' rollouts already
         ".*`is_gradient_checkpointing` is deprecated.*",
         ".*isinstance.*LeafSpec.*",

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import subprocess
+import sys
 
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -12,16 +16,28 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch import Trainer
 
+from cotune.fit.option_errors import OptionError
+
+_PR_SET_PDEATHSIG = 1  # as Linux's prctl.h has it
+
 
 def environment() -> ClusterEnvironment:
     """Who has started the processes of this run: srun where it has started several, torchrun, or else Lightning will.
 
     What a scheduler's variables say in an interactive shell, or in a batch script around this command, is no matter.
+
+    Raises:
+        OptionError: srun was asked for them in a way that Lightning cannot count them by.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    # Requeueing is the batch script's: the run has been saved, and says by its exit code that it is to go on.
-    return SLURMEnvironment(auto_requeue=False) if by_srun() else LightningEnvironment()
+    if not by_srun():
+        return LightningEnvironment()
+    try:
+        # Requeueing is the batch script's: the run has been saved, and says by its exit code that it is to go on.
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise OptionError(str(error)) from error
 
 
 def by_srun() -> bool:
@@ -44,14 +60,25 @@ def start_all(trainer: Trainer) -> None:
         trainer.strategy.launcher.launch(trainer.strategy.setup_environment)  # type: ignore[union-attr]
 
 
-def end_others(trainer: Trainer, *, seconds: float = 10.0) -> None:
-    """Waits for the processes that this one has started, and kills those that do not end: they would wait forever."""
-    launcher = trainer.strategy.launcher
-    for process in getattr(launcher, "procs", ()):
+def end_others(trainer: Trainer, *, seconds: float) -> None:
+    """Waits so long for the processes that this one has started, and kills those that do not end: they wait for it."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    left = list(started)
+    started.clear()  # Lightning watches them, and would kill this process where one of them ends badly
+    for process in left:
         try:
             process.wait(seconds)
-        except Exception:
+        except subprocess.TimeoutExpired:
             process.kill()
+
+
+def end_with_first() -> None:
+    """Has the system end this process when the one that started it is gone: it may be waiting for it just then."""
+    if sys.platform == "linux" and isinstance(environment(), LightningEnvironment):
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _number(name: str, default: int = 0) -> int:

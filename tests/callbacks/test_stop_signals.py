@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from tiny_fit import tiny_fit
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_first_signal_waits_where_work_is_under_way(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:

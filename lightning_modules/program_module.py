@@ -173,7 +173,9 @@ class ProgramModule(LightningModule):
     def setup(self, stage: str) -> None:
         refuse_plugin(self.trainer)
         if self.trainer.world_size > self.ranks.count:
-            self.ranks = self._gradients.ranks = TorchRanks((self.weights, self.ledger))
+            self.ranks = self._gradients.ranks = TorchRanks(
+                (self.ledger, *([self.lm] if isinstance(self.lm, LanguageModel) else []))
+            )
             give_all_rows(self.trainer)
         self._precision = self.trainer.precision_plugin
 

@@ -74,7 +74,7 @@ def end_others(trainer: Trainer, *, seconds: float) -> None:
 
 def end_with_first() -> None:
     """Has the system end this process when the one that started it is gone: it may be waiting for it just then."""
-    if sys.platform == "linux" and isinstance(environment(), LightningEnvironment):
+    if sys.platform == "linux" and isinstance(environment(), LightningEnvironment) and _number("LOCAL_RANK"):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:

@@ -137,7 +137,7 @@ def say(line: str) -> None:
 
 def _console() -> Console:
     """Of several processes that do the same, the first one's is seen."""
-    return Console(quiet=bool(rank_zero_only.rank))
+    return Console(quiet=bool(getattr(rank_zero_only, "rank", 0)))
 
 
 def say_if_piped(line: str) -> None:

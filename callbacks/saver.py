@@ -107,8 +107,12 @@ class Saver:
         said = _ranks(trainer).gather((due, self.stopping is not None and self.stopping.wanted))
         if any(wanted for _, wanted in said):
             self.save(trainer)
-            _ranks(trainer).together(lambda: self.stopping and self.stopping.check())
+            _ranks(trainer).together(self._check)
         return bool(said[0][0])
+
+    def _check(self) -> None:
+        if self.stopping is not None:
+            self.stopping.check()
 
 
 def _ranks(trainer: Trainer) -> Ranks:

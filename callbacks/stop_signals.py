@@ -133,7 +133,7 @@ class StopOnSignal(Callback):
                 callback.saver.stopping = self.signals
                 self.signals.seconds_before = callback.work.seconds_before
         if (launcher := trainer.strategy.launcher) is not None:
-            self.signals.relay = launcher.kill  # type: ignore[assignment]
+            self.signals.relay = launcher.kill
         self.signals.late = pl_module.ledger.late  # type: ignore[union-attr, assignment]
         self.signals.patient = True
 

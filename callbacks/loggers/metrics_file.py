@@ -9,9 +9,9 @@ from typing import Any
 
 from cotune.lightning_modules.lightning_internals import WholeWriter
 from cotune.storage.durable import explained, write_whole
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -41,7 +41,7 @@ class MetricsFile(CSVLogger):
         Returns:
             The others.
         """
-        if rank_zero_only.rank or not self.path.is_file():
+        if getattr(rank_zero_only, "rank", 0) or not self.path.is_file():
             return []
         names, rows = _read(self.path)
         behind = [row for row in rows if _behind(row, step, boundaries)]

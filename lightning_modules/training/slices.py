@@ -115,6 +115,6 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _unflat(row: Tensor, parameters: Sequence[Tensor], present: Sequence[bool]) -> Gradients:
-    parts = row.split([p.numel() for p in parameters])
+    parts = torch.split(row, [p.numel() for p in parameters])
     shaped = (part.view_as(p).to(p) for part, p in zip(parts, parameters, strict=True))
     return [part if there else None for part, there in zip(shaped, present, strict=True)]

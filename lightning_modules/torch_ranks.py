@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from cotune.programs.ranks import Counter, RankLostError, Ranks
 from torch import Tensor
@@ -36,10 +38,14 @@ class TorchRanks(Ranks):
     def gather(self, value: Any) -> list[Any]:
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         with _lost():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            dist.all_gather(sizes, torch.tensor([len(mine)]), group=self._group)
+            wide = int(max(sizes))
+            found = [torch.zeros(wide, dtype=torch.uint8) for _ in range(self.count)]
+            dist.all_gather(found, torch.nn.functional.pad(mine, (0, wide - len(mine))), group=self._group)
+        return [json.loads(bytes(text[: int(size)].numpy())) for text, size in zip(found, sizes, strict=True)]
 
     def gather_tensors(self, mine: Tensor) -> list[Tensor]:
         if self.count == 1:

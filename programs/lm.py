@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from cotune.errors import BadValueError, CotuneError
 from cotune.programs.layout import FREE, Layout
@@ -124,6 +124,13 @@ class Completion:
             place = start + len(filled.text)
         end = len(self.text) if self.fields else place
         return tuple(span for span in (*spans, (place, end)) if span[0] < span[1])
+
+
+def completion_of_plain(plain: Mapping[str, Any]) -> Completion:
+    """The completion that `dataclasses.asdict` and JSON have made this of."""
+    fields = tuple(Filled(**filled) for filled in plain["fields"])
+    sequences = {name: tuple(plain[name]) for name in ("prompt_ids", "completion_ids", "forced", "log_probs")}
+    return Completion(**{**plain, **sequences, "fields": fields})
 
 
 class LMUnavailableError(CotuneError):

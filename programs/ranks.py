@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -56,7 +57,7 @@ class Ranks:
         return self.index == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, in their order."""
+        """What each process gives, in their order; what JSON holds, sequences as lists."""
         return [value]
 
     def gather_tensors(self, mine: Any) -> list[Any]:
@@ -94,7 +95,10 @@ class Ranks:
             )
 
     def together(self, call: Callable[[], _T]) -> list[_T]:
-        """What `call` gives in each process. What it raises in one is raised in all, once all have come to the end."""
+        """What `call` gives in each process, as `gather` has it.
+
+        What it raises in one process is raised in all, once all have come to the end.
+        """
         if self.count == 1:
             return [call()]
         error: BaseException | None = None
@@ -131,22 +135,21 @@ def _since(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, f
     return {name: value - before.get(name, 0) for name, value in now.items()}
 
 
-def _sent(error: BaseException) -> tuple[str, bytes]:
-    """An error as text, and whole where that can be: its type by name, its arguments and attributes."""
-    text = f"{type(error).__name__}: {error}"
+def _sent(error: BaseException) -> dict[str, Any]:
+    """An error as text, and with its type's name, arguments and attributes where JSON can hold them."""
+    kind, text = type(error), f"{type(error).__name__}: {error}"
+    whole = {"module": kind.__module__, "name": kind.__qualname__, "args": list(error.args), "vars": vars(error)}
     try:
-        return text, pickle.dumps((type(error), error.args, vars(error)))
-    except Exception:  # what it holds on to is the user's
-        return text, b""
+        return {"text": text, **json.loads(json.dumps(whole))}
+    except (TypeError, ValueError):  # what it holds on to is the user's
+        return {"text": text}
 
 
-def _received(sent: tuple[str, bytes], rank: int) -> BaseException:
-    text, whole = sent
-    try:
-        kind, given, attributes = pickle.loads(whole)
-        error: BaseException = kind.__new__(kind, *given)  # not made again: its arguments are what it made of others
-        error.args = given
-        vars(error).update(attributes)
-        return error
-    except Exception:
-        return RankFailedError(f"process {rank} failed: {text}")
+def _received(sent: Mapping[str, Any], rank: int) -> BaseException:
+    kind = getattr(sys.modules.get(sent.get("module", "")), sent.get("name", ""), None)
+    if not isinstance(kind, type) or not issubclass(kind, BaseException):
+        return RankFailedError(f"process {rank} failed: {sent['text']}")
+    error = kind.__new__(kind, *sent["args"])  # not made anew: its arguments are what it made of others
+    error.args = tuple(sent["args"])
+    vars(error).update(sent["vars"])
+    return error

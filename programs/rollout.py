@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from cotune.errors import CotuneError
 from cotune.programs.example import Example
-from cotune.programs.lm import Completion
+from cotune.programs.lm import Completion, completion_of_plain
 from cotune.programs.program import NamedValues
+from cotune.programs.types import plain
 
 Kind = Literal["format", "type", "program", "retriever", "metric"]
 
@@ -72,6 +73,25 @@ class Rollout:
         if self.error is not None or self.prediction is None:
             raise PredictionError(self.error.message if self.error else "the program gave no prediction")
         return NamedValues(self.prediction)
+
+
+def rollout_to_plain(rollout: Rollout) -> dict[str, Any]:
+    """All of a rollout but its example, in what JSON holds; values of the prediction as files have them."""
+    bare = replace(rollout, example=Example("", {}, {}), prediction=None)
+    prediction = None if rollout.prediction is None else plain(rollout.prediction)
+    return {**asdict(bare), "prediction": prediction}
+
+
+def rollout_of_plain(found: Mapping[str, Any], example: Example) -> Rollout:
+    steps = (Step(**{**step, "completion": completion_of_plain(step["completion"])}) for step in found["steps"])
+    prediction, error = found["prediction"], found["error"]
+    more = {
+        "example": example,
+        "steps": tuple(steps),
+        "prediction": None if prediction is None else NamedValues(prediction),
+        "error": None if error is None else Failure(**error),
+    }
+    return Rollout(**{**found, **more})
 
 
 def mean_score(done: Sequence[Rollout]) -> float:

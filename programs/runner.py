@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import pickle
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from cotune.programs.program import Call, NamedValues, Program
 from cotune.programs.prompt import Prompts, prompts_id
 from cotune.programs.ranks import Ranks
 from cotune.programs.retrieval import RetrieverError
-from cotune.programs.rollout import Failure, Kind, Rollout, Step
+from cotune.programs.rollout import Failure, Kind, Rollout, Step, rollout_of_plain, rollout_to_plain
 from cotune.programs.score import Score
 from cotune.programs.signature import Signature
 from cotune.programs.types import FieldTypeError, plain
@@ -77,22 +76,32 @@ class Runner:
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
             raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
-        if self.ranks.count == 1:
-            done = self._run(examples, sets, seed, attempt, progress)
-        else:
-            self.ranks.agree(f"run {len(examples)} examples", _described(examples, sets, seed, attempt, self.sampling))
-            mine = self.ranks.share(len(examples))
-            parts = self.ranks.share_out(
-                lambda: _without_examples(
-                    self._run([examples[at] for at in mine], [sets[at] for at in mine], seed, attempt, progress)
-                ),
-                self.lm,
-            )
-            found = [rollout for part in parts for rollout in part]
-            done = [replace(one, example=example) for one, example in zip(found, examples, strict=True)]
-            _report(progress, len(examples) - len(mine))
+        done = (
+            self._run(examples, sets, seed, attempt, progress)
+            if self.ranks.count == 1
+            else self._shared(examples, sets, seed, attempt, progress)
+        )
         check_errors(done, max_error_rate=self.max_error_rate)
         return done
+
+    def _shared(
+        self,
+        examples: Sequence[Example],
+        sets: Sequence[Prompts],
+        seed: int,
+        attempt: int,
+        progress: Callable[[int], None] | None,
+    ) -> list[Rollout]:
+        """The rollouts of all processes, each of which runs its share."""
+        self.ranks.agree(f"run {len(examples)} examples", _described(examples, sets, seed, attempt, self.sampling))
+        mine = self.ranks.share(len(examples))
+        ours, given = [examples[at] for at in mine], [sets[at] for at in mine]
+        parts = self.ranks.share_out(
+            lambda: [rollout_to_plain(one) for one in self._run(ours, given, seed, attempt, progress)], self.lm
+        )
+        _report(progress, len(examples) - len(mine))
+        found = (one for part in parts for one in part)
+        return [rollout_of_plain(one, example) for one, example in zip(found, examples, strict=True)]
 
     def _run(
         self,
@@ -161,20 +170,6 @@ def _described(
     """All that a run follows from, program and LM apart."""
     ids = {id(one): prompts_id(one) for one in sets}
     return repr(([e.id for e in examples], [ids[id(one)] for one in sets], seed, attempt, sampling))
-
-
-def _without_examples(done: Sequence[Rollout]) -> list[Rollout]:
-    """What is sent to the other processes, which have the examples themselves. A prediction that cannot be sent goes as
-    logs would hold it."""
-    found = []
-    for rollout in done:
-        bare = replace(rollout, example=Example("", {}, {}))
-        try:
-            pickle.dumps(bare)
-        except Exception:  # values are the user's
-            bare = replace(bare, prediction=NamedValues(plain(bare.prediction)))
-        found.append(bare)
-    return found
 
 
 def call_seed(seed: int, run: _Run, attempt: int) -> int:

@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs import LM, Completion, Program, Request, RoleSpentError, Sampling
+from cotune.programs.lm import completion_of_plain
 from cotune.programs.ranks import Ranks
 from cotune.prompting.evaluate import CountingLM
 from cotune.prompting.search import PromptSearch, Review, Reviewer, SearchTask, at_least
@@ -221,7 +223,13 @@ class _OnceLM:
         self._lm, self._ranks = lm, ranks
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return self._ranks.share_out(lambda: self._lm.complete(requests, sampling) if self._ranks.first else [])[0]
+        if self._ranks.count == 1:
+            return self._lm.complete(requests, sampling)
+
+        def asked() -> list[dict[str, Any]]:
+            return [asdict(one) for one in self._lm.complete(requests, sampling)] if self._ranks.first else []
+
+        return [completion_of_plain(one) for one in self._ranks.share_out(asked)[0]]
 
 
 @dataclass

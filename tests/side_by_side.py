@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,7 @@ class ThreadRanks(Ranks):
         self._table, self.gathered = table, 0
 
     def gather(self, value: Any) -> list[Any]:
-        return [pickle.loads(one) for one in self._laid_down(pickle.dumps(value))]
+        return [json.loads(one) for one in self._laid_down(json.dumps(value))]
 
     def gather_tensors(self, mine: Any) -> list[Any]:
         return self._laid_down(mine.clone())

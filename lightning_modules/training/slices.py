@@ -71,15 +71,32 @@ def add_up(
             found_nK[starts[first] : starts[end]] = theirs_nK[starts[first] : starts[end]]
     if not parameters:
         return found_nK, []
+    known = _exchanged(nodes, mine, there, ranks, parameters)
+    return found_nK, _along_tree((0, len(slices)), known.get)
+
+
+def _exchanged(
+    nodes: Sequence[Sequence[_Node]],
+    mine: Sequence[Gradients],
+    there: Sequence[Sequence[Sequence[bool]]],
+    ranks: Ranks,
+    parameters: Sequence[Tensor],
+) -> dict[_Node, Gradients]:
+    """The gradients of all processes' nodes.
+
+    Args:
+        nodes: of each process.
+        mine: gradients of this one's.
+        there: for each process and node, which parameters have one.
+    """
     flat = parameters[0].new_zeros(max(map(len, nodes)), sum(p.numel() for p in parameters))
     for row, gradients in zip(flat, mine, strict=False):
         row.copy_(torch.cat([_flat(g, p) for g, p in zip(gradients, parameters, strict=True)]))
-    known = {
+    return {
         node: _unflat(row, parameters, present)
         for rank, rows in enumerate(ranks.gather_tensors(flat))
         for node, row, present in zip(nodes[rank], rows, there[rank], strict=False)
     }
-    return found_nK, _along_tree((0, len(slices)), known.get)
 
 
 def _nodes(node: _Node, share: range) -> list[_Node]:

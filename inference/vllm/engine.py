@@ -1,0 +1,334 @@
+"""VLLMServer: completions by one or several vLLM servers, which hold the adapter that is trained here."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+from cotune.errors import BadValueError
+from cotune.inference.engine import WAVE, Engine, Generated, Prompted, Weights
+from cotune.inference.fields import Plan
+from cotune.inference.local.prefixes import group_by_prefix
+from cotune.inference.vllm.probe import probe
+from cotune.inference.vllm.row import Row
+from cotune.inference.vllm.server import Server, ServerLostError, Serving, VLLMError
+from cotune.programs.layout import Layout
+from cotune.programs.lm import Sampling
+from cotune.storage.served_adapter import vllm_refusals
+
+_T = TypeVar("_T")
+_KEPT = 3
+"""Adapters whose folders are kept: the one that is used, the one before, and one that servers have been told to unload,
+for one of them may still be at it."""
+_LOOKS = 2.0
+"""Seconds between two looks for a server, while none answers."""
+
+
+class VLLMServer(Engine):
+    """Completions by `vllm serve` processes, on this machine or others. The base model there is the one trained here.
+
+    Each weight step's adapter goes to them under a name of its own, and every server has to prove, by a fixed text,
+    that it answers as the LM in this process does: before it is used, and after each wave before anything of that is
+    kept. Prompts go there as ids and ids come back; fixed texts of a form are put there by this process.
+
+    Args:
+        urls: of the servers; each is one engine (with data parallelism, every replica needs an address of its own).
+        model: name of the base model there; "" for the only one.
+        adapters: folder for adapters, which servers on other machines must see under the same path.
+        concurrency: requests under way at once, for each server.
+        timeout: seconds that one request may take.
+        patience: seconds to wait for a server while none answers.
+        tolerance: how far, in nats (root mean square), log-probabilities may be off on the probe.
+        key_variable: name of the environment variable that holds the servers' key, if they have one.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: str = "",
+        adapters: str = "~/.cache/cotune/adapters",
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        patience: float = 300.0,
+        tolerance: float = 0.1,
+        key_variable: str = "VLLM_API_KEY",
+    ) -> None:
+        self.urls = [_checked(url) for url in ([urls] if isinstance(urls, str) else urls)]
+        if not self.urls or len(set(self.urls)) < len(self.urls):
+            raise BadValueError(f"urls {self.urls} are to be one or more addresses, none twice.")
+        for name, value in (("concurrency", concurrency), ("timeout", timeout), ("tolerance", tolerance)):
+            if not value > 0:
+                raise BadValueError(f"{name} {value} of the vLLM servers must be above 0.")
+        self.model, self.adapters, self.key_variable = model, adapters, key_variable
+        self.concurrency, self.timeout = concurrency, timeout
+        self.patience, self.tolerance = patience, tolerance
+        self._pool: _Pool | None = None
+        self._served: dict[str, Serving] = {}
+        self._plans: dict[Layout, Plan] = {}
+        self._folders: list[Path] = []
+
+    def start(self, weights: Weights) -> None:
+        """Meets the servers and has them load and prove the adapter, so that what they refuse is known before the run.
+
+        Raises:
+            VLLMError: none answers, or one does not do what is needed.
+        """
+        self._weights, self._plans = weights, {}
+        refusals = vllm_refusals(_adapter_config(weights))
+        if refusals:
+            raise VLLMError(
+                f"vLLM takes no adapter like this one: {'; '.join(refusals)}. Take a plain LoRA (model.lm.lora), or "
+                "leave model.engine out."
+            )
+        pool = self._connected()
+        self._about = pool.run(pool.meet(self.model))
+        self._window = min(weights.window, self._about.window or weights.window)
+        self._width = int(weights.model.config.get_text_config().vocab_size)
+        pool.run(pool.ready(self._serving("default"), log_probs=False, patience=0.0))
+
+    def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:
+        """As `Engine.generate`.
+
+        Raises:
+            VLLMError: no server answers, or one answers by other weights.
+        """
+        if sampling.log_probs and sampling.top_p < 1:
+            raise BadValueError(f"vLLM gives log-probabilities after top-p; top_p {sampling.top_p} must be 1 for them.")
+        results = [Generated([], "", "too_long")] * len(prompts)
+        rows = []
+        for place, prompt in enumerate(prompts):
+            plan, room = self._plan(prompt.layout), self._window - len(prompt.ids)
+            if room >= plan.least:
+                rows.append(Row(place, prompt, plan, sampling, room=room, width=self._width))
+        pool = self._connected()
+        pool.run(pool.wave(rows, self._serving(adapter), log_probs=sampling.log_probs, patience=self.patience))
+        for row in rows:
+            results[row.place] = row.result
+        return results
+
+    def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
+        """Prompts with much in common stand together, and so come to the same server."""
+        order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
+        return [order[start : start + WAVE] for start in range(0, len(order), WAVE)]
+
+    def identity(self) -> Mapping[str, Any]:
+        """Which servers there are, and how many, is not in it."""
+        about = self._about
+        return {**super().identity(), "served": about.model, "vllm": about.version, "window": self._window}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # a copy connects itself
+
+    def _connected(self) -> _Pool:
+        if self._pool is None:
+            key = os.environ.get(self.key_variable, "")
+            self._pool = _Pool(self.urls, key, timeout=self.timeout, concurrency=self.concurrency)
+            weakref.finalize(self, self._pool.end)
+        return self._pool
+
+    def _plan(self, layout: Layout) -> Plan:
+        if layout not in self._plans:
+            self._plans[layout] = Plan(layout, self._weights.codec)
+        return self._plans[layout]
+
+    def _serving(self, adapter: str) -> Serving:
+        """The weights as they are now, saved where servers find them."""
+        weights, folder, name = self._weights, None, self._about.model
+        if adapter:
+            settings = json.dumps(_adapter_config(weights), sort_keys=True, default=sorted)
+            told_apart = hashlib.sha256(f"{weights.fingerprint()}|{settings}".encode()).hexdigest()
+            name = f"cotune-{told_apart[:16]}"
+            folder = Path(self.adapters).expanduser().resolve() / name
+        known = self._served.pop(name, None)
+        probes = {name: known.probes[name] if known else probe(weights, adapter)}
+        probes |= {other: serving.probes[other] for other, serving in self._served.items()}
+        self._served[name] = Serving(name, folder, probes, self.tolerance)  # behind all others: the latest
+        if folder is not None:
+            self._save(folder)
+        return self._served[name]
+
+    def _save(self, folder: Path) -> None:
+        """Writes the adapter, so that its folder is there whole or not at all; removes what is of no use any more."""
+        if not folder.is_dir():
+            part = folder.with_name(f".{folder.name}.{os.getpid()}")
+            try:
+                self._weights.save_adapter(part)
+                part.rename(folder)
+            except OSError as error:
+                raise VLLMError(f"the adapter cannot be written to {folder} ({error.strerror}).") from error
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+        self._folders = [*(old for old in self._folders if old != folder), folder]
+        for old in self._folders[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+            self._served.pop(old.name, None)
+        self._folders = self._folders[-_KEPT:]
+
+
+class _Pool:
+    """Servers, and the thread whose event loop asks them."""
+
+    def __init__(self, urls: Sequence[str], key: str, *, timeout: float, concurrency: int) -> None:
+        self.loop = asyncio.new_event_loop()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        patience = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
+        self.http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits)
+        self.servers = [Server(url, self.http) for url in urls]
+        self.concurrency = concurrency
+        self._thread = threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Does it in the loop; where this is interrupted, so is the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def end(self) -> None:
+        if self.loop.is_running():
+            closed = asyncio.run_coroutine_threadsafe(self.http.aclose(), self.loop)
+            closed.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
+            self._thread.join(timeout=5)
+        if not self.loop.is_running() and not self.loop.is_closed():
+            self.loop.close()
+
+    async def meet(self, model: str) -> Any:
+        """Meets every server that answers; what they are, which is the same of all.
+
+        Raises:
+            VLLMError: none answers, or they differ.
+        """
+        self.model = model
+        await _all(self._meet(server) for server in self.servers)
+        found = {server.about: server.url for server in self.servers if server.about is not None}
+        if not found:
+            raise self._gone()
+        if len(found) > 1:
+            raise VLLMError(f"the vLLM servers differ: {'; '.join(f'{url} is {one}' for one, url in found.items())}.")
+        for server in self.servers:
+            if server.lost:
+                print(f"{server.url} does not answer: {server.lost}. The others do its work while it does not.")
+        (about,) = found
+        return about
+
+    async def ready(self, serving: Serving, *, log_probs: bool, patience: float) -> list[Server]:
+        """The servers that answer by these weights; waits where there are none.
+
+        Raises:
+            VLLMError: there is none in time, or one answers by other weights.
+        """
+        until, said = time.monotonic() + patience, False
+        while True:
+            await _all(self._prepare(server, serving, log_probs) for server in self.servers)
+            live = [server for server in self.servers if not server.lost]
+            if len({server.about for server in live}) > 1:
+                raise VLLMError(f"the vLLM servers differ: {[server.about for server in live]}.")
+            if live:
+                return live
+            if time.monotonic() >= until:
+                raise self._gone()
+            if not said:
+                print(f"No vLLM server answers ({self.servers[0].lost}); waiting up to {patience:.0f} s for one.")
+            said = True
+            await asyncio.sleep(min(_LOOKS, max(0.0, until - time.monotonic())))
+
+    async def wave(self, rows: Sequence[Row], serving: Serving, *, log_probs: bool, patience: float) -> None:
+        """Completes the rows. What a server wrote counts when it has proven afterwards whose weights it has."""
+        while todo := [row for row in rows if not row.ended]:
+            servers = await self.ready(serving, log_probs=log_probs, patience=patience)
+            share = -(-len(todo) // len(servers))
+            queues = {server: deque(todo[i * share : (i + 1) * share]) for i, server in enumerate(servers)}
+            at_once = min(self.concurrency, len(todo))
+            await _all(self._work(server, queues, serving) for _ in range(at_once) for server in servers)
+            await _all(self._prove(server, serving) for server in servers)
+            for row in todo:
+                if any(server.lost for server in row.servers):
+                    row.begin()
+
+    async def _meet(self, server: Server) -> None:
+        with suppress(ServerLostError):
+            await server.meet(self.model)
+
+    async def _prepare(self, server: Server, serving: Serving, log_probs: bool) -> None:
+        with suppress(ServerLostError):
+            if server.lost or server.about is None:
+                await server.meet(self.model)
+            await server.bring(serving)
+            if log_probs:
+                await server.check_log_probs(serving.name)
+
+    async def _prove(self, server: Server, serving: Serving) -> None:
+        with suppress(ServerLostError):
+            if not server.lost:
+                await server.prove(serving)
+
+    async def _work(self, server: Server, queues: Mapping[Server, deque[Row]], serving: Serving) -> None:
+        """Completes rows of the server's own queue, and then of the longest, until there are none or it is lost."""
+        while not server.lost and (row := _next(queues, server)) is not None:
+            try:
+                while not row.ended:
+                    body = row.request()
+                    row.servers.add(server)
+                    row.take(await server.complete(body, serving))
+            except ServerLostError:
+                queues[server].appendleft(row)
+
+    def _gone(self) -> VLLMError:
+        each = "; ".join(f"{server.url}: {server.lost}" for server in self.servers)
+        return VLLMError(
+            f"no vLLM server answers. {each}. Are they running, and are the addresses right? What was completed before "
+            "is in the store; the same command continues."
+        )
+
+
+def _next(queues: Mapping[Server, deque[Row]], server: Server) -> Row | None:
+    if queues[server]:
+        return queues[server].popleft()
+    longest = max(queues.values(), key=len)
+    return longest.pop() if longest else None
+
+
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Does all at once; where one fails, the others are ended."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _adapter_config(weights: Weights) -> dict[str, Any]:
+    """As adapter_config.json has it."""
+    (name, *_) = weights.model.active_adapters
+    return dict(weights.model.peft_config[name].to_dict())
+
+
+def _checked(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
+        raise BadValueError(
+            f'"{parts.scheme}://{parts.hostname}" is no address of a vLLM server, such as "http://127.0.0.1:8000"; a '
+            "key belongs into the environment variable that key_variable names."
+        )
+    return url.rstrip("/").removesuffix("/v1")

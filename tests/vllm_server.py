@@ -113,6 +113,8 @@ class VLLMServerProcess:
         if path == "/v1/models":
             listed = [{"id": BASE, "parent": None, "max_model_len": 1024}]
             return 200, {"data": [*listed, *({"id": name, "parent": BASE} for name in self.adapters)]}
+        if path == "/v1/load_lora_adapter" and not body:
+            return _error(400, "[{'type': 'missing', 'loc': ('body', 'lora_name'), 'msg': 'Field required'}]")
         with self._lock:
             if path == "/v1/load_lora_adapter":
                 return self._load(body["lora_name"], body["lora_path"])

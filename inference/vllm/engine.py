@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +82,7 @@ class VLLMServer(Engine):
         self._served: dict[str, Serving] = {}
         self._plans: dict[Layout, Plan] = {}
         self._folders: list[Path] = []
+        self._named: tuple[Hashable, str] = (None, "")
 
     def start(self, weights: Weights) -> None:
         """Meets the servers and has them load and prove the adapter, so that what they refuse is known before the run.
@@ -89,7 +90,8 @@ class VLLMServer(Engine):
         Raises:
             VLLMError: none answers, or one does not do what is needed.
         """
-        self._weights, self._plans = weights, {}
+        self._weights, self._plans, self._served = weights, {}, {}
+        self._named = (None, "")
         refusals = vllm_refusals(_adapter_config(weights))
         if refusals:
             raise VLLMError(
@@ -100,6 +102,7 @@ class VLLMServer(Engine):
         self._about = pool.run(pool.meet(self.model))
         self._window = min(weights.window, self._about.window or weights.window)
         self._width = int(weights.model.config.get_text_config().vocab_size)
+        self._serving("")  # so that a server which answers by the base is recognised
         pool.run(pool.ready(self._serving("default"), log_probs=False, patience=0.0))
 
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:
@@ -151,9 +154,7 @@ class VLLMServer(Engine):
         """The weights as they are now, saved where servers find them."""
         weights, folder, name = self._weights, None, self._about.model
         if adapter:
-            settings = json.dumps(_adapter_config(weights), sort_keys=True, default=sorted)
-            told_apart = hashlib.sha256(f"{weights.fingerprint()}|{settings}".encode()).hexdigest()
-            name = f"cotune-{told_apart[:16]}"
+            name = self._name()
             folder = Path(self.adapters).expanduser().resolve() / name
         known = self._served.pop(name, None)
         probes = {name: known.probes[name] if known else probe(weights, adapter)}
@@ -162,6 +163,15 @@ class VLLMServer(Engine):
         if folder is not None:
             self._save(folder)
         return self._served[name]
+
+    def _name(self) -> str:
+        """Of the adapter as it is now: by its tensors and settings, which are looked at when they have changed."""
+        version = self._weights.version
+        if self._named[0] != version:
+            settings = json.dumps(_adapter_config(self._weights), sort_keys=True, default=sorted)
+            told_apart = hashlib.sha256(f"{self._weights.fingerprint()}|{settings}".encode()).hexdigest()
+            self._named = (version, f"cotune-{told_apart[:16]}")
+        return self._named[1]
 
     def _save(self, folder: Path) -> None:
         """Writes the adapter, so that its folder is there whole or not at all; removes what is of no use any more."""
@@ -274,7 +284,7 @@ class _Pool:
                 await server.meet(self.model)
             await server.bring(serving)
             if log_probs:
-                await server.check_log_probs(serving.name)
+                await server.check_log_probs(serving)
 
     async def _prove(self, server: Server, serving: Serving) -> None:
         with suppress(ServerLostError):
@@ -285,6 +295,8 @@ class _Pool:
         """Completes rows of the server's own queue, and then of the longest, until there are none or it is lost."""
         while not server.lost and (row := _next(queues, server)) is not None:
             try:
+                if any(other.lost for other in row.servers):
+                    row.begin()
                 while not row.ended:
                     body = row.request()
                     row.servers.add(server)

@@ -103,8 +103,6 @@ class Server:
     proven: list[str] = field(default_factory=list)
     about: About | None = None
     _normalises: bool = False
-    _loading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _loads: int = 0
 
     async def meet(self, model: str) -> About:
         """Asks what it is. Whatever it had proven, it has to prove again.
@@ -143,19 +141,17 @@ class Server:
             VLLMError: it does not take them, or answers by others.
             ServerLostError: it has gone.
         """
-        async with self._loading:
-            if serving.name in self.proven:
-                return
-            if serving.folder is not None:
-                await self._load(serving.name, serving.folder)
-            self._loads += 1
-            await self.prove(serving)
-            self.proven.append(serving.name)
-            adapters = [name for name in self.proven if self.about is None or name != self.about.model]
-            for old in adapters[:-_KEPT]:
-                self.proven.remove(old)
-                with contextlib.suppress(RefusedError):  # it has forgotten it by itself
-                    await self.ask(_UNLOADS, {"lora_name": old})
+        if serving.name in self.proven:
+            return
+        if serving.folder is not None:
+            await self._load(serving.name, serving.folder)
+        await self.prove(serving)
+        self.proven.append(serving.name)
+        adapters = [name for name in self.proven if self.about is None or name != self.about.model]
+        for old in adapters[:-_KEPT]:
+            self.proven.remove(old)
+            with contextlib.suppress(RefusedError):  # it has forgotten it by itself
+                await self.ask(_UNLOADS, {"lora_name": old})
 
     async def prove(self, serving: Serving) -> None:
         """Asks the probe.
@@ -171,6 +167,8 @@ class Server:
             reading = reading_of(said["choices"][0])
             wrong = disagreement(reading, serving.name, serving.probes, serving.tolerance)
         except (RefusedError, KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, RefusedError):
+                self._check_forgotten(serving, error)
             wrong = f"it gives no log-probabilities ({error!r})"
         if wrong:
             raise VLLMError(
@@ -179,7 +177,7 @@ class Server:
                 "model.engine.init_args.tolerance says how far rounding may go."
             )
 
-    async def check_log_probs(self, name: str) -> None:
+    async def check_log_probs(self, serving: Serving) -> None:
         """Refuses a server whose log-probabilities are not among the allowed tokens, at the sampling's temperature.
 
         Raises:
@@ -187,9 +185,9 @@ class Server:
         """
         if self._normalises:
             return
-        body = {"model": name, **GREEDY, **_PLAIN, "prompt": [0], "max_tokens": 1, "logprobs": 0}
-        written = written_of(await self.ask("/v1/completions", {**body, "allowed_token_ids": [0]}), body)
-        if written is None or abs(written.log_probs[0]) > 0.01:
+        one = {"prompt": [0], "max_tokens": 1, "logprobs": 0, "allowed_token_ids": [0]}
+        written = await self.complete({**GREEDY, **one}, serving)
+        if abs(written.log_probs[0]) > 0.01:
             raise VLLMError(
                 f"{self.url} gives log-probabilities before the sampling's temperature and the field's constraint. "
                 "Start it with --logprobs-mode processed_logprobs."
@@ -197,32 +195,30 @@ class Server:
         self._normalises = True
 
     async def complete(self, body: Mapping[str, Any], serving: Serving) -> Written:
-        """One completion by these weights; a server that has lost them gets them again.
+        """One completion by these weights.
 
         Raises:
             VLLMError: it gives no ids, answers as another model, or refuses.
-            ServerLostError: it has gone.
+            ServerLostError: it has gone, or has been restarted and lost the adapter.
         """
         asked = {"model": serving.name, **_PLAIN, **body}
-        for tries in range(_TRIES):
-            loads = self._loads
-            try:
-                said = await self.ask("/v1/completions", asked)
-            except RefusedError as error:
-                forgotten = serving.folder is not None and (error.status == 404 or serving.name in error.said)
-                if not forgotten or tries == _TRIES - 1:
-                    raise VLLMError(f'{self.url} refuses a request to "{serving.name}": {error}.') from None
-                if loads == self._loads and serving.name in self.proven:  # the first to find it out
-                    self.proven.remove(serving.name)
-                await self.bring(serving)
-            else:
-                break
+        try:
+            said = await self.ask("/v1/completions", asked)
+        except RefusedError as error:
+            self._check_forgotten(serving, error)
+            raise VLLMError(f'{self.url} refuses a request to "{serving.name}": {error}.') from None
         if (written := written_of(said, asked)) is not None:
             return written
         raise VLLMError(
             f'{self.url} was asked for ids by "{serving.name}" and answers {str(said)[:200]}: no ids, those of another '
             "prompt, or another model. cotune takes vLLM from 0.22 on, reached without a proxy that changes requests."
         )
+
+    def _check_forgotten(self, serving: Serving, error: RefusedError) -> None:
+        """Counts a server that does not know the adapter any more as lost, so that it is met anew."""
+        if serving.folder is not None and (error.status == 404 or serving.name in error.said):
+            self.lost, self.proven = f"it has lost the adapter ({error})", []
+            raise ServerLostError(self.lost) from None
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON that answers a POST, or a GET where there is no body; tried a few times.
@@ -242,7 +238,8 @@ class Server:
                 fault = f"status {response.status_code}, {said}"
             except (httpx2.HTTPError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")
-            if self.lost or tries == _TRIES - 1:
+                tries += _TRIES * isinstance(error, httpx2.ReadTimeout)  # a try takes long enough
+            if self.lost or tries >= _TRIES - 1:
                 break
             await asyncio.sleep(_FIRST_WAIT * 2**tries)
         self.lost, self.proven = fault, []

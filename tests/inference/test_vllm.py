@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,12 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from cotune.datamodules import Sizes
+from cotune.inference.local import LocalEngine
 from cotune.inference.vllm import VLLMError, VLLMServer
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import lora_layers
-from cotune.programs import Request, Sampling
+from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number
+from tiny_fit import BrokenOffError, Fit, tiny_fit
 from vllm_server import BASE, Fault, VLLMServerProcess, vllm_servers
+
+from cotune.commands.doctor_engine import rollout_findings
 
 FORM: Layout = (Field("why", max_tokens=6), Fixed("\nanswer:"), Field("a", " ", syntax=Choices(("yes", "no", "nor"))))
 NUMBERS: Layout = (Fixed("n:"), Field("n", syntax=Number(), max_tokens=7), Fixed("m:"), Field("m", "\n", stops=("e",)))
@@ -38,6 +43,15 @@ def train(lm: LanguageModel, seed: int) -> None:
         for _, layer in lora_layers(lm.model):
             weight = layer.lora_B["default"].weight
             weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+
+
+def here(lm: LanguageModel, requests: list[Request], sampling: Sampling = GREEDY) -> list[Completion]:
+    """What the engine in this process writes with the same weights."""
+    served, lm.completing.engine = lm.completing.engine, LocalEngine()
+    lm.completing.engine.start(lm)
+    found = lm.complete(requests, sampling)
+    lm.completing.engine = served
+    return found
 
 
 def asked(count: int = 3, **settings: Any) -> list[Request]:
@@ -67,15 +81,14 @@ MIXED = [*FEW, *asked(2, layout=NUMBERS), *asked(1, layout=FREE), *asked(1, layo
 def test_servers_write_what_the_local_engine_writes(
     tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
 ) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path))
     requests = [*MIXED, *asked(2, layout=FORM, adapter="")]
-    expected = local.complete(requests, GREEDY)
+    expected = here(lm, requests)
     assert lm.complete(requests, GREEDY) == expected
     train(lm, 2)
-    train(local, 2)
     after = lm.complete(FEW, GREEDY)
-    assert after == local.complete(FEW, GREEDY)
+    assert after == here(lm, FEW)
     assert after[0] != expected[0]
     # Ids go there and come back; fixed texts are put there here.
     sent = server.completions()
@@ -84,10 +97,10 @@ def test_servers_write_what_the_local_engine_writes(
 
 
 def test_log_probs_are_those_of_the_local_engine(tiny_model: Path, tmp_path: Path, server: VLLMServerProcess) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path))
     told = replace(GREEDY, log_probs=True)
-    for own, expected in zip(lm.complete(MIXED, told), local.complete(MIXED, told), strict=True):
+    for own, expected in zip(lm.complete(MIXED, told), here(lm, MIXED, told), strict=True):
         assert own.completion_ids == expected.completion_ids
         assert own.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
     server.raw_log_probs = True
@@ -141,26 +154,22 @@ def test_the_store_tells_engines_apart_and_not_addresses(tiny_model: Path, tmp_p
 # Whose weights answer
 
 
-@pytest.mark.parametrize("answering", [BASE, "the adapter before"])
 def test_a_server_that_answers_by_other_weights_ends_the_run_and_keeps_nothing(
-    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess, answering: str
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
 ) -> None:
     lm = loaded(tiny_model, completions=str(tmp_path / "completions.sqlite"))
     lm.use(engine(server, folder=tmp_path / "adapters"))
-    lm.complete(asked(1), GREEDY)
     (before,) = server.adapters
     train(lm, 2)
     lm.complete(asked(1), GREEDY)
-    now = list(server.adapters)[-1]
-    server.answers_as[now] = BASE if answering == BASE else before
-    with pytest.raises(VLLMError, match=f'does not answer by the weights of this process. Asked for "{now}"') as raised:
-        lm.complete(asked(), GREEDY)
-    if answering != BASE:  # nobody asked for the base here, so that it is not known
-        assert f'"{before}" is what it answers like' in str(raised.value)
+    now, paid = list(server.adapters)[-1], lm.paid.calls
+    for answering in (BASE, before):
+        server.answers_as[now] = answering
+        with pytest.raises(VLLMError, match=f'Asked for "{now}" .* "{answering}" is what it answers like'):
+            lm.complete(asked(2), GREEDY)
     server.answers_as.clear()
-    paid = lm.paid.calls
-    lm.complete(asked(), GREEDY)
-    assert lm.paid.calls == paid + 2  # all but the one from before are asked again
+    assert lm.complete(asked(2), GREEDY) == here(lm, asked(2))
+    assert lm.paid.calls == paid + 1 + 2  # one was kept from before; here() has two of its own
 
 
 def test_a_hair_between_two_adapters_is_seen(tiny_model: Path, tmp_path: Path, server: VLLMServerProcess) -> None:
@@ -170,29 +179,25 @@ def test_a_hair_between_two_adapters_is_seen(tiny_model: Path, tmp_path: Path, s
     with torch.no_grad():
         for _, layer in lora_layers(lm.model):
             layer.lora_B["default"].weight.mul_(1.02)
-    server.answers_as |= dict.fromkeys((), before)
     server.fault = lambda path, body: server.answers_as.setdefault(body.get("lora_name", ""), before) and None
     with pytest.raises(VLLMError, match=rf'"{before}" is what it answers like'):
         lm.complete(asked(1), GREEDY)
 
 
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
+def test_answers_without_the_ids_that_were_asked_for_are_no_answers(
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    lm = loaded(tiny_model)
+    lm.use(engine(server, folder=tmp_path))
+    for fault, error in (
         (Fault(choice={"token_ids": None}), "no ids"),
         (Fault(choice={"prompt_token_ids": [1, 2]}), "no ids, those of another prompt"),
         (Fault(changes={"model": "other"}), "or another model"),
         (Fault(status=400, text="max_tokens is too large"), "refuses a request"),
-    ],
-)
-def test_answers_without_the_ids_that_were_asked_for_are_no_answers(
-    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess, fault: Fault, error: str
-) -> None:
-    lm = loaded(tiny_model)
-    lm.use(engine(server, folder=tmp_path))
-    server.fault = lambda path, body: fault if path == "/v1/completions" else None
-    with pytest.raises(VLLMError, match=error):
-        lm.complete(asked(), GREEDY)
+    ):
+        once(server, fault)
+        with pytest.raises(VLLMError, match=error):
+            lm.complete(FEW, GREEDY)
 
 
 # Servers that go and come
@@ -210,22 +215,23 @@ def once(server: VLLMServerProcess, fault: Fault, nth: int = 1) -> None:
     server.fault = answer
 
 
-@pytest.mark.parametrize("fault", [Fault(reset=True), Fault(half=True), Fault(status=503, text="busy")])
 def test_what_breaks_in_the_middle_of_a_wave_is_asked_again(
-    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess, fault: Fault
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
 ) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path))
-    once(server, fault, nth=4)
-    assert lm.complete(FEW, GREEDY) == local.complete(FEW, GREEDY)
+    expected = here(lm, FEW)
+    for fault in (Fault(reset=True), Fault(half=True), Fault(status=503, text="busy")):
+        once(server, fault, nth=4)
+        assert lm.complete(FEW, GREEDY) == expected
 
 
 def test_a_server_that_has_lost_the_adapter_gets_it_again(
     tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
 ) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path))
-    expected = local.complete(FEW, GREEDY)
+    expected = here(lm, FEW)
     server.restart()  # between two waves
     assert lm.complete(FEW, GREEDY) == expected
     seen, loads = len(server.completions()), len(server.loads())
@@ -239,10 +245,10 @@ def test_a_server_that_has_lost_the_adapter_gets_it_again(
     assert len(server.loads()) > loads == 2
 
 
-def test_two_of_three_servers_can_go(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+def test_two_of_three_servers_can_go(tiny_model: Path, tmp_path: Path) -> None:
+    lm = loaded(tiny_model)
     requests = asked(12, layout=FORM)
-    expected = local.complete(requests, GREEDY)
+    expected = here(lm, requests)
     with vllm_servers(tiny_model, 3) as servers:
         lm.use(engine(*servers, folder=tmp_path, concurrency=2))
         assert lm.complete(requests, GREEDY) == expected
@@ -254,8 +260,7 @@ def test_two_of_three_servers_can_go(tiny_model: Path, tmp_path: Path, capsys: p
 
         servers[1].fault = leave
         train(lm, 2)
-        train(local, 2)
-        assert lm.complete(requests, GREEDY) == local.complete(requests, GREEDY)
+        assert lm.complete(requests, GREEDY) == here(lm, requests)
         servers[0].fault = servers[1].fault = lambda path, body: None
         for server in servers[:2]:
             server.restart()
@@ -271,7 +276,7 @@ def test_two_of_three_servers_can_go(tiny_model: Path, tmp_path: Path, capsys: p
 def test_what_a_server_wrote_that_is_gone_before_it_proves_itself_is_written_again(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     requests = asked(8)
     with vllm_servers(tiny_model, 2) as (stays, goes):
         lm.use(engine(stays, goes, folder=tmp_path))
@@ -285,18 +290,18 @@ def test_what_a_server_wrote_that_is_gone_before_it_proves_itself_is_written_aga
             return None
 
         goes.fault = gone
-        assert lm.complete(requests, GREEDY) == local.complete(requests, GREEDY)
+        assert lm.complete(requests, GREEDY) == here(lm, requests)
         assert goes.completions()
         assert proofs == 1
 
 
 def test_it_waits_for_the_only_server(tiny_model: Path, tmp_path: Path, server: VLLMServerProcess) -> None:
-    lm, local = loaded(tiny_model), loaded(tiny_model)
+    lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path, patience=20.0))
     server.stop()
     timer = threading.Timer(0.3, server.restart)
     timer.start()
-    assert lm.complete(asked(), GREEDY) == local.complete(asked(), GREEDY)
+    assert lm.complete(asked(), GREEDY) == here(lm, asked())
     timer.join()
 
 
@@ -323,6 +328,15 @@ def test_what_a_server_does_not_take_is_said_at_the_start(tiny_model: Path, tmp_
             loaded(tiny_model).use(engine(server, folder=tmp_path))
 
 
+def test_the_doctor_says_whether_rollouts_can_come_from_a_server(server: VLLMServerProcess) -> None:
+    (found,) = rollout_findings(server.url, BASE, "")
+    assert (found.status, found.value) == ("ok", "vLLM 0.32.0: ids both ways, adapters at any time")
+    server.fault = lambda path, body: Fault(status=404) if "lora" in path else Fault(choice={"token_ids": None})
+    (found,) = rollout_findings(server.url, BASE, "")
+    assert found.status == "note"
+    assert re.search("no token ids; it loads no adapters .*VLLM_ALLOW_RUNTIME_LORA_UPDATING", found.value)
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
@@ -339,14 +353,25 @@ def test_options_out_of_range(options: dict[str, Any], error: str) -> None:
     assert "secret" not in str(raised.value)
 
 
-def test_a_killed_run_goes_on_with_what_its_servers_and_folders_hold(
+def test_a_run_that_is_killed_while_its_server_restarts_ends_as_one_that_is_not(
     tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
 ) -> None:
-    first = loaded(tiny_model)
-    first.use(engine(server, folder=tmp_path))
-    expected = first.complete(FEW, GREEDY)
-    again = loaded(tiny_model)  # the adapter is loaded there, and its folder stands, as a kill leaves them
-    again.use(engine(server, folder=tmp_path))
-    assert again.complete(FEW, GREEDY) == expected
-    assert not [path for path in os.listdir(tmp_path) if path.startswith(".")]
+    def fit(folder: str) -> Fit:
+        sizes = Sizes(train=4, dev=2, val=2, test=2)
+        made = tiny_fit(tiny_model, tmp_path / folder, "w -> p", epochs=1, sizes=sizes)
+        made.lm.use(engine(server, folder=tmp_path / "adapters"))
+        return made
+
+    whole = fit("whole").run()
+    assert len(set(server.loads())) == 2  # untrained, and trained
+    part = fit("part")
+    part.lm.breaks_at = len(whole.lm.seen) // 2
+    with pytest.raises(BrokenOffError):
+        part.run()
+    server.restart()
+    assert fit("part").run(part.last).outcome == whole.outcome
+    assert not [path.name for path in (tmp_path / "adapters").iterdir() if path.name.startswith(".")]
+
+
+def test_a_copy_connects_itself(tmp_path: Path, server: VLLMServerProcess) -> None:
     assert copy.deepcopy(engine(server, folder=tmp_path)).urls == [server.url]

@@ -194,8 +194,8 @@ def _draw(logits_V: Tensor, body: Mapping[str, Any], generator: torch.Generator,
     for token, bias in body.get("logit_bias", {}).items():
         logits_V = logits_V.clone()
         logits_V[int(token)] += bias
-    if body["temperature"] > 0:
-        logits_V = logits_V / body["temperature"]
+    if body.get("temperature", 1.0) > 0:
+        logits_V = logits_V / body.get("temperature", 1.0)
         token = int(torch.multinomial(logits_V.softmax(dim=-1), 1, generator=generator))
     else:
         token = int(logits_V.argmax())

@@ -67,7 +67,7 @@ def server(tiny_model: Path) -> Iterator[VLLMServerProcess]:
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cotune.inference.vllm.server._FIRST_WAIT", 0.01)
-    monkeypatch.setattr("cotune.inference.vllm.engine._LOOKS", 0.05)
+    monkeypatch.setattr("cotune.inference.vllm.pool._LOOKS", 0.05)
 
 
 def engine(*servers: VLLMServerProcess, folder: Path, **options: Any) -> VLLMServer:

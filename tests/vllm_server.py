@@ -100,6 +100,7 @@ class VLLMServerProcess:
         self.connections.clear()
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.source).eval()
         self._peft: Any = None
+        self._known: dict[tuple[Any, ...], Tensor] = {}  # the probe's, above all
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"server_of": self}))
         self.http.daemon_threads = True
         self.port = self.http.server_port
@@ -172,9 +173,15 @@ class VLLMServerProcess:
             choice["prompt_logprobs"] = [None, *read]
         return {"model": body["model"], "choices": [choice]}
 
-    @torch.inference_mode()
     def _logits(self, name: str, ids: Sequence[int]) -> Tensor:
-        name, read = self.answers_as.get(name, name), torch.tensor([list(ids)])
+        name = self.answers_as.get(name, name)
+        key = (self.adapters.get(name, BASE), *ids)
+        if key not in self._known:
+            self._known[key] = self._computed(name, torch.tensor([list(ids)]))
+        return self._known[key]
+
+    @torch.inference_mode()
+    def _computed(self, name: str, read: Tensor) -> Tensor:
         if name not in self.adapters:
             if self._peft is None:
                 return self.model(input_ids=read).logits[0]

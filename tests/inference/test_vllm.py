@@ -205,12 +205,11 @@ def test_answers_without_the_ids_that_were_asked_for_are_no_answers(
 
 def once(server: VLLMServerProcess, fault: Fault, nth: int = 1) -> None:
     """This goes wrong once, at the nth completion from now on."""
-    seen = 0
+    before, left = len(server.completions()), iter([fault])
 
     def answer(path: str, body: Mapping[str, Any]) -> Fault | None:
-        nonlocal seen
-        seen += path == "/v1/completions" and "prompt_logprobs" not in body
-        return fault if path == "/v1/completions" and "prompt_logprobs" not in body and seen == nth else None
+        of_a_row = path == "/v1/completions" and "prompt_logprobs" not in body
+        return next(left, None) if of_a_row and len(server.completions()) >= before + nth else None
 
     server.fault = answer
 

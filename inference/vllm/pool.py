@@ -27,7 +27,8 @@ class Pool:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
-        self.http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits)
+        encrypted = any(url.startswith("https:") for url in urls)  # else there are no certificates to read
+        self.http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits, verify=encrypted)
         self.servers = [Server(url, self.http) for url in urls]
         self.concurrency = concurrency
         self._thread = threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cotune.inference.codec import Codec
@@ -58,6 +59,14 @@ class Weights(Protocol):
     @property
     def version(self) -> Hashable:
         """A value that changes when the weights do."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Equal for adapters of equal tensors, whenever and wherever they were trained."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter as PEFT does."""
         ...
 
     def decodes_together(self, tokens: int) -> bool:

@@ -145,6 +145,21 @@ class Filling:
         """Tokens that can come to be decided."""
         return self._budget
 
+    @property
+    def left(self) -> int:
+        """Tokens that the open field may still take."""
+        return self._limit - (self.free - self._opened)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end the open field."""
+        return self._field.stops
+
+    @property
+    def guided(self) -> bool:
+        """Whether the open field's syntax says which tokens may come."""
+        return self._guide is not None
+
     def forbidden(self, width: int, device: torch.device) -> Tensor | None:
         """(width,) True for tokens that may not come next; None where any may."""
         if self._guide is not None:

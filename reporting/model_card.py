@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cotune.storage.served_adapter import max_lora_rank, vllm_refusals
+
 _TAGS = ["cotune", "prompt-optimization", "better-together", "arxiv:2407.10930"]
-# vLLM takes these values of --max-lora-rank; its default is 16.
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
@@ -122,31 +122,13 @@ def serve_commands(folder: str, base: str, card: Card) -> list[str]:
     """How vLLM serves what is in the folder."""
     commands = []
     if card.adapter and not vllm_refusals(card.adapter):
-        rank = next(r for r in _VLLM_RANKS if r >= _highest_rank(card.adapter))
-        name = _slug(card.name)
+        rank, name = max_lora_rank(card.adapter), _slug(card.name)
         commands.append(
             f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={folder}/adapter"
         )
     if card.merged_into:
         commands.append(f"vllm serve {folder}/merged")
     return commands or ["# merge the adapter first: cotune export … --what merged"]
-
-
-def vllm_refusals(adapter: Mapping[str, Any]) -> list[str]:
-    """Why vLLM would refuse an adapter_config.json; [] where it takes it (as of vLLM 0.27)."""
-    rank = _highest_rank(adapter)
-    found = {
-        "it is a DoRA": adapter.get("use_dora"),
-        f"it trains whole modules ({', '.join(adapter.get('modules_to_save') or [])})": adapter.get("modules_to_save"),
-        "it trains biases": adapter.get("bias", "none") != "none",
-        f"its rank {rank} is above {_VLLM_RANKS[-1]}": rank > _VLLM_RANKS[-1],
-    }
-    return [why for why, true in found.items() if true]
-
-
-def _highest_rank(adapter: Mapping[str, Any]) -> int:
-    ranks: list[int] = [adapter.get("r", 0), *(adapter.get("rank_pattern") or {}).values()]
-    return max(ranks)
 
 
 def read_summary_beside(export: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ _FREE = (
         f"model.lm.init_args.{name}"
         for name in ("concurrency", "timeout", "tries", "key_variable", "prices", "max_calls")
     ),
+    *(f"model.engine.init_args.{name}" for name in ("urls", "adapters", "concurrency", "timeout", "patience")),
+    *("model.engine.init_args.tolerance", "model.engine.init_args.key_variable"),
 )
 """Options that may be others when a run is continued."""
 

@@ -34,7 +34,8 @@ _SHOWN = 5
 def engine_findings(url: str, model: str = "", key_variable: str = "OPENAI_API_KEY") -> Iterator[Finding]:
     """Reaches it, lists its models, asks for one token, and tries what runs use where it is there.
 
-    Five requests of a few tokens each. The key is read from the environment variable, and not shown.
+    Five requests of a few tokens each, and one more of a vLLM server. The key is read from the environment variable,
+    and not shown.
     """
     try:
         Endpoint(url, model, key_variable=key_variable)
@@ -66,6 +67,25 @@ def engine_findings(url: str, model: str = "", key_variable: str = "OPENAI_API_K
         yield Finding("engine", "a request", "problem", "there is no model to ask", "--model NAME")
         return
     yield from _requests(client, asked, key)
+    yield from rollout_findings(url.rstrip("/").removesuffix("/v1"), asked, key)
+
+
+def rollout_findings(root: str, model: str, key: str) -> Iterator[Finding]:
+    """Of a vLLM server, whether `VLLMServer` can have completions from it: ids both ways, adapters at any time."""
+    import httpx2
+
+    with httpx2.Client(timeout=_PATIENCE, headers={"authorization": f"Bearer {key}"} if key else {}) as http:
+        try:
+            version = http.get(f"{root}/version").json()["version"]
+            asked = {"model": model, "prompt": [1], "max_tokens": 1, "return_token_ids": True}
+            ids = bool(http.post(f"{root}/v1/completions", json=asked).json()["choices"][0].get("token_ids"))
+            loads = http.post(f"{root}/v1/load_lora_adapter", json={}).status_code != 404
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError, IndexError):
+            return
+    lacks = ["it gives no token ids"] * (not ids)
+    lacks += ["it loads no adapters (VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora)"] * (not loads)
+    said = "; ".join(lacks) or "ids both ways, adapters at any time"
+    yield Finding("engine", "rollouts", "note" if lacks else "ok", f"vLLM {version}: {said}")
 
 
 def _requests(client: Any, model: str, key: str) -> Iterator[Finding]:

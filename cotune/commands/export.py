@@ -299,7 +299,8 @@ def _known_license(base: dict[str, Any]) -> str:
 
 
 def _told(card: Card, out: Path) -> list[str]:
-    from cotune.reporting.model_card import serve_commands, vllm_refusals
+    from cotune.reporting.model_card import serve_commands
+    from cotune.storage.served_adapter import vllm_refusals
 
     base = card.described["base"]
     lines = [f"{out}: {', '.join(_parts(out, card))}, README.md"]

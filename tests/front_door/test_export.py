@@ -20,8 +20,8 @@ from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, Pr
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, refusal
 from cotune.programs import Completion, Predict, Sampling
-from cotune.reporting.model_card import vllm_refusals
 from cotune.storage.durable import damaged_file
+from cotune.storage.served_adapter import vllm_refusals
 from crashes import dies
 from tiny import save_wide_model
 from tiny_fit import among

@@ -174,6 +174,7 @@ class Filling:
 
     def _go_on(self) -> None:
         """Takes the tokens to which there is no other."""
+        # No pass of the model is spent on a token that has no alternative; its log-probability is 0.
         while self.finished is None and self._guide is not None and (token := self._guide.only()) is not None:
             self._take(token, 0.0)
 
@@ -189,6 +190,7 @@ class Filling:
 
     def _guided(self, guide: Guide, token: int) -> None:
         if not guide.take(token):
+            # The token is none of the value: it ends the turn, or begins what comes behind the field.
             whole = self._codec.decode(self.written[:-1])[len(self._before) :]
             value, ends = guide.closed(), token in self._codec.ends
             if ends and self._is_last and value == whole:
@@ -224,6 +226,7 @@ class Filling:
         stops, decode = self._field.stops, self._codec.decode
         if not stops:
             return None
+        # Only the tail is decoded for each token, or long fields would cost their square.
         longest = 2 + max(len(stop.encode()) for stop in stops)  # a token has a byte or more
         tail = decode(self.written[max(self._start, len(self.written) - longest) :])
         if not any(stop in tail for stop in stops):
@@ -251,6 +254,7 @@ class Filling:
         self._before = self._codec.decode(self.written) if self.written else ""
         self._guide = None if language is None else language.begin()
         self._blank = self._guide is None and not part.may_be_empty
+        # The least of: what the budget leaves, the share of the room, and bounds of its own.
         bounds = [self._budget - self.free - sum(self._reserves[place + 1 :]), self._share(place)]
         if language is not None:
             bounds = [bounds[0], bounds[1] - language.closing]
@@ -277,6 +281,7 @@ class Filling:
         following = "" if last else self.plan.layout[self._place + 1]
         fixed = following.text if isinstance(following, Fixed) else ""
         target, kept = self._before + value + fixed, len(ids)
+        # A token that crosses a stop stays if it writes what is to follow; else it goes, and its text is put there.
         while kept > self._start and not target.startswith(decode(ids[:kept])):
             kept -= 1
         del ids[kept:], self.forced[kept:], self.log_probs[kept:]

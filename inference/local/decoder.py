@@ -138,6 +138,7 @@ class Decoder:
         capacity = max(row.capacity for row in rows)
         single = False  # one row at a time has been tried, beside what was kept of earlier calls
         while True:
+            # Half of the memory is for rows, the other for prefixes.
             slots = min(len(rows), max(1, self.cache_tokens // 2 // capacity))
             try:
                 _Batch(self, rows, slots=slots, capacity=capacity).run()
@@ -148,6 +149,7 @@ class Decoder:
                 if single:
                     raise GenerationMemoryError(_one_row(max(rows, key=lambda row: len(row.prompt.ids)))) from error
             single = slots == 1
+            # What was too much once stays so: later calls begin with the smaller number.
             self.cache_tokens = max(slots // 2, 1) * capacity * 2
             self._prefixes.clear()
             self.asked.clear()
@@ -286,6 +288,7 @@ class _Batch:
         self.prefixes = {prefix: self.prefixes.get(prefix) or self.decoder.prefix(prefix) for prefix in tokens}
         for prefix, places in tokens.items():
             found = self.prefixes[prefix]
+            # None: all tokens are behind it, and nothing has to be gathered.
             part = None if len(places) == place else torch.tensor(places, device=device)
             shared.append(Shared(found.states, found.length, part))
         return shared
@@ -295,6 +298,7 @@ class _Batch:
         check_finite(logits_RV, self.decoder.model)
         for row, token, log_prob in zip(rows, *chosen(rows, logits_RV), strict=True):
             row.take(token, log_prob)
+        # From the back, so that the row that moves up is one that goes on.
         for slot in reversed(range(len(self.running))):
             if self.running[slot].ended:
                 last = self.running.pop()

@@ -62,6 +62,7 @@ class Distil(Objective):
 
     def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
         assert tokens.reference is not None
+        # Column 0 is the token that was written; the candidates stand behind it, fewer than K where -1 fills up.
         nobody_nK = tokens.ids[:, 1:] < 0
         student = _with_tail(log_probs[:, 1:].masked_fill(nobody_nK, _NEVER))
         teacher = _with_tail(tokens.reference[:, 1:].masked_fill(nobody_nK, _NEVER))
@@ -72,6 +73,7 @@ class Distil(Objective):
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(n,) of two (n, K + 1) distributions, in log-probabilities."""
+        # The ends are no limit of the mixture's formula, which is 0 there; so they are named.
         if self.alpha == 0:
             return _kl(teacher, student)
         if self.alpha == 1:
@@ -83,6 +85,7 @@ class Distil(Objective):
 
 def _with_tail(log_probs_nK: Tensor) -> Tensor:
     """(n, K + 1) with what is left of probability as the last outcome."""
+    # Rounding can bring the sum above 1, and the logarithm of nothing has no gradient.
     left = (1 - log_probs_nK.exp().sum(dim=1, keepdim=True)).clamp(min=_LEAST_TAIL)
     return torch.cat([log_probs_nK, left.log()], dim=1)
 

@@ -72,6 +72,7 @@ class GRPO(Objective):
         rows: list[Trace] = []
         for runs in collected.siblings:
             scores = [run.rollout.score for run in runs]
+            # A flat group has no better run to learn from; its advantages are all 0, or noise over 1e-4.
             if max(scores) == min(scores):
                 continue
             mean = statistics.fmean(scores)
@@ -82,6 +83,7 @@ class GRPO(Objective):
 
     def _weighted(self, calls: Sequence[Trace], advantage: float) -> list[Trace]:
         """A run's calls; the `kl` stream holds what a token weighs, and `pg` that times the advantage."""
+        # Over all calls of the run, so that a run of many stages does not outweigh one of few.
         chosen = sum(sum(call.free()) for call in calls)
         weight = {"grpo": 1 / max(chosen, 1), "dr_grpo": 1 / self.length}.get(self.variant, 1.0)
         return [
@@ -99,12 +101,15 @@ class GRPO(Objective):
         own = log_probs[:, 0]
         ratio = (own - tokens.sampled).exp()
         if self.variant == "cispo":
+            # The ratio only weighs: no token loses its gradient by being clipped.
             each = -ratio.detach().clamp(max=self.high) * tokens.pg * own
         else:
+            # Clipping takes the gradient where a step has gone far enough, and never where it went the wrong way.
             each = -torch.minimum(tokens.pg * ratio, tokens.pg * ratio.clamp(1 - self.low, 1 + self.high))
         if self.kl:
             assert tokens.reference is not None
             apart = tokens.reference[:, 0] - own
+            # An estimate of KL(policy || reference) that is never below 0 (Schulman's k3).
             each = each + self.kl * tokens.kl * (apart.exp() - apart - 1)
         return each.sum()
 

@@ -76,6 +76,7 @@ class KTO(Preference):
 
     def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
         apart_R = self.apart(log_probs, tokens)
+        # Where the policy stands as a whole: only what a call does beyond that counts. No gradient goes through it.
         start = apart_R.detach().mean().clamp(min=0)
         good_R = torch.tensor([bool(good) for good in tokens.desirable], device=apart_R.device)
         weight_R = torch.where(good_R, self.good, self.bad)
@@ -99,6 +100,7 @@ class DPO(Preference):
                     alike[call.example, call.stage, tuple(sorted(call.inputs.items()))].append(call)
         rows: list[Trace] = []
         for calls in alike.values():
+            # Equal completions can have other scores, by what later stages made of them; they are no preference.
             once = {tuple(call.completion_ids): call for call in calls}
             ranked = sorted(once.values(), key=lambda call: -call.score)
             for better, worse in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
@@ -115,6 +117,7 @@ class DPO(Preference):
         places: defaultdict[str, list[int]] = defaultdict(list)
         for row, group in enumerate(tokens.groups):
             places[group].append(row)
+        # Both rows of a pair are in one batch, for they share a group; the better one stands first.
         pairs = [pair for rows in places.values() for pair in zip(rows[::2], rows[1::2], strict=False)]
         pairs_P2 = torch.tensor(pairs, device=rewards_R.device, dtype=torch.long)
         better_P, worse_P = rewards_R[pairs_P2.reshape(-1, 2)].unbind(dim=1)

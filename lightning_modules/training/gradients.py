@@ -147,6 +147,7 @@ class BatchGradients:
                 total = [added(so_far, more) for so_far, more in zip(total, gradients, strict=True)]
             return torch.cat(found), total
 
+        # A fixed number gives the same bits by any number of processes; it costs passes over shared prefixes.
         slices = batch.slices(self._slices or self.ranks.count)
         done = add_up(slices, of_slice, self.ranks, parameters=parameters, like_nK=like_nK)
         # What fits in the smallest memory: a run is resumed with it, by whichever process.

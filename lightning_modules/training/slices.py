@@ -89,6 +89,7 @@ def _exchanged(
         mine: gradients of this one's.
         there: for each process and node, which parameters have one.
     """
+    # (M, G): as many rows as any process has nodes, for a collective wants one shape of all; G numbers a gradient.
     flat = parameters[0].new_zeros(max(map(len, nodes)), sum(p.numel() for p in parameters))
     for row, gradients in zip(flat, mine, strict=False):
         row.copy_(torch.cat([_flat(g, p) for g, p in zip(gradients, parameters, strict=True)]))
@@ -108,6 +109,7 @@ def _nodes(node: _Node, share: range) -> list[_Node]:
     first, end = node
     if first in share and end - 1 in share:
         return [node]
+    # Cut by the number of slices alone, never by that of processes: the tree is one and the same for all of them.
     middle = (first + end) // 2
     return [] if end - first == 1 else _nodes((first, middle), share) + _nodes((middle, end), share)
 

@@ -19,7 +19,9 @@ from tiny_fit import tiny_fit
 
 def _drawn(monkeypatch: pytest.MonkeyPatch, *, width: int, terminal: bool) -> StringIO:
     out = StringIO()
-    monkeypatch.setattr(progress, "Console", lambda: Console(file=out, width=width, force_terminal=terminal))
+    monkeypatch.setattr(
+        progress, "Console", lambda quiet: Console(file=out, width=width, force_terminal=terminal, quiet=quiet)
+    )
     with StepProgress("[1/3] prompt step") as bar:
         bar.start(20, "incumbent")
         bar.advance(20)

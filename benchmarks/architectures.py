@@ -43,8 +43,25 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 KEPT = Path(__file__).parent / "results" / "architectures.json"
 HEAD = "| architecture | models as tiny ones | prompts | training rows |"
 NEW_TOKENS = 12
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 MORE: dict[str, dict[str, Any]] = {
     "bert": {"is_decoder": True},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8},
+    "hunyuan_v1_dense": {**_ROPE, "head_dim": 64},
+    "hunyuan_v1_moe": {**_ROPE, "head_dim": 64},
+    "kolibri1": {"vocab_size": 512},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
+    "mamba2": {
+        "hidden_size": 64,
+        "num_heads": 4,
+        "head_dim": 32,
+        "n_groups": 1,
+        "state_size": 16,
+        "vocab_size": 512,
+    },
+    "ministral": {**_ROPE, "head_dim": 64},
+    "rwkv": {"hidden_size": 64, "vocab_size": 512, "attention_hidden_size": 64},
+    "xmod": {"is_decoder": True, "default_language": "en_XX", "languages": ["en_XX"]},
     "phi3": {
         "max_position_embeddings": 16384,
         "rope_parameters": {
@@ -57,7 +74,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 16},
 }
-"""Options beyond a config's defaults, where those do not show what the family can."""
+"""Options beyond a config's defaults, where those do not show what the family can, or give no model of a tiny size."""
 
 
 @dataclass(frozen=True)

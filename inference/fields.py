@@ -10,6 +10,7 @@ import torch
 from cotune.errors import BadValueError
 from cotune.inference.automata import Automaton, ChoicesAutomaton, Guide, NumberAutomaton
 from cotune.inference.codec import Codec
+from cotune.inference.engine import Generated
 from cotune.inference.grammars import Grammar
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number
 from cotune.programs.lm import Filled
@@ -165,6 +166,13 @@ class Filling:
         if self._guide is not None:
             return self._guide.forbidden(width, device)
         return self._codec.empties(self._field.stops, width, device) if self._blank else None
+
+    def result(self, *, log_probs: bool) -> Generated:
+        """The completion, once it is finished; with its log-probabilities where they were asked for."""
+        assert self.finished is not None
+        forced = tuple(self.forced) if any(self.forced) else ()
+        told = tuple(self.log_probs) if log_probs else ()
+        return Generated(self.written, self.text, self.finished, tuple(self.fields), forced, told)
 
     def take(self, token: int, log_prob: float = 0.0) -> None:
         """Writes a token that the LM chose, and what follows from it."""

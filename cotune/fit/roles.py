@@ -25,9 +25,12 @@ def open_ledger(budget: Budget, folder: Path, *, keep: bool = True) -> Ledger:
         keep: write there what is spent, as one process of a run does.
     """
     path = folder / _FILE
-    ledger = Ledger(budget)
-    if keep:
-        ledger = Ledger(budget, keep=lambda state: write_durably(path, json.dumps(state, indent=1) + "\n"))
+
+    def write(state: dict[str, Any]) -> None:
+        if keep:
+            write_durably(path, json.dumps(state, indent=1) + "\n")
+
+    ledger = Ledger(budget, keep=write)
     if path.is_file():
         ledger.load(json.loads(read_durably(path)))
     return ledger

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from cotune.errors import BadValueError, CotuneError
-from cotune.inference import engine
 from cotune.inference.codec import Codec
 from cotune.inference.engine import Generated, Prompted
 from cotune.inference.fields import Plan
@@ -18,7 +17,7 @@ from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending,
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
-from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix
+from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, waves_by_prefix
 from cotune.inference.local.row import Row, chosen
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
@@ -78,8 +77,7 @@ class Decoder:
         A wave is what is stored as one unit. Prompts with much in common stand together. It follows from the prompts
         alone, so a run that is continued makes the same waves again.
         """
-        order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
-        return [order[start : start + engine.WAVE] for start in range(0, len(order), engine.WAVE)]
+        return waves_by_prefix(prompts)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling) -> list[Generated]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from cotune.inference import engine
+from cotune.inference.engine import Prompted
 from cotune.inference.local.cascade import KeyValues
 from cotune.programs.shared_prefix import common, shared_prefix
 
@@ -20,6 +22,12 @@ _GROUP_COST = 48
 _READ_AGAIN = 4
 """Each group reads its prefix's keys and values at every step of decoding, which several small groups do much more
 slowly than a large one. So a prefix counts as longer by one in so many tokens."""
+
+
+def waves_by_prefix(prompts: Sequence[Prompted]) -> list[list[int]]:
+    """Indices of the prompts in waves, those with much in common together. It depends on the prompts alone."""
+    order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
+    return [order[start : start + engine.WAVE] for start in range(0, len(order), engine.WAVE)]
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -57,11 +57,7 @@ class Row:
 
     @property
     def result(self) -> Generated:
-        filling = self.filling
-        assert filling.finished is not None
-        forced = tuple(filling.forced) if any(filling.forced) else ()
-        log_probs = tuple(filling.log_probs) if self.sampling.log_probs else ()
-        return Generated(filling.written, filling.text, filling.finished, tuple(filling.fields), forced, log_probs)
+        return self.filling.result(log_probs=self.sampling.log_probs)
 
     def read(self) -> None:
         """The model has read all there is."""

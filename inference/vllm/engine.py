@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cotune.errors import BadValueError
-from cotune.inference.engine import WAVE, Engine, Generated, Prompted, Weights
+from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.inference.fields import Plan
-from cotune.inference.local.prefixes import group_by_prefix
+from cotune.inference.local.prefixes import waves_by_prefix
 from cotune.inference.vllm.pool import Pool
 from cotune.inference.vllm.probe import probe
 from cotune.inference.vllm.row import Row
@@ -119,8 +119,7 @@ class VLLMServer(Engine):
 
     def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
         """Prompts with much in common stand together, and so come to the same server."""
-        order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
-        return [order[start : start + WAVE] for start in range(0, len(order), WAVE)]
+        return waves_by_prefix(prompts)
 
     def identity(self) -> Mapping[str, Any]:
         """Which servers there are, and how many, is not in it."""

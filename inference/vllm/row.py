@@ -50,11 +50,7 @@ class Row:
 
     @property
     def result(self) -> Generated:
-        filling = self._filling
-        assert filling.finished is not None
-        forced = tuple(filling.forced) if any(filling.forced) else ()
-        log_probs = tuple(filling.log_probs) if self._sampling.log_probs else ()
-        return Generated(filling.written, filling.text, filling.finished, tuple(filling.fields), forced, log_probs)
+        return self._filling.result(log_probs=self._sampling.log_probs)
 
     def request(self) -> dict[str, Any]:
         """What is to be written next."""

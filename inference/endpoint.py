@@ -9,7 +9,6 @@ import os
 import queue
 import random
 import re
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cotune.errors import BadValueError, MissingPackageError
+from cotune.inference.loop_thread import LoopThread
 from cotune.programs.lm import LMUnavailableError
 
 HOSTED = "https://api.openai.com/v1"
@@ -289,11 +289,10 @@ class _Live:
 
     def __init__(self, url: str, key: str, timeout: float, concurrency: int) -> None:
         self.openai = _client_library()
-        self.loop = asyncio.new_event_loop()
         self.client = self.openai.AsyncOpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=0)
         self.places = asyncio.Semaphore(concurrency)
-        self._thread = threading.Thread(target=_run, args=(self.loop,), name="endpoint", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("endpoint")
+        self.loop = self._thread.loop
 
     async def send(self, body: Mapping[str, Any]) -> Answer:
         """One try; raises _TryError."""
@@ -309,17 +308,7 @@ class _Live:
         return _answer(raw.content)
 
     def end(self) -> None:
-        if self.loop.is_running():
-            with_close = asyncio.run_coroutine_threadsafe(self.client.close(), self.loop)
-            with_close.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
-            self._thread.join(timeout=5)
-        if not self.loop.is_running() and not self.loop.is_closed():
-            self.loop.close()
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    loop.run_forever()
+        self._thread.end(self.client.close())
 
 
 def _answer(content: bytes) -> Answer:

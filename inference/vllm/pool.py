@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import httpx2
+from cotune.inference.loop_thread import LoopThread
 from cotune.inference.vllm.row import Row
 from cotune.inference.vllm.server import About, Server, ServerLostError, Serving, VLLMError
 
@@ -23,7 +23,6 @@ class Pool:
     """Servers, and the thread whose event loop asks them."""
 
     def __init__(self, urls: Sequence[str], key: str, *, timeout: float, concurrency: int) -> None:
-        self.loop = asyncio.new_event_loop()
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
@@ -31,8 +30,8 @@ class Pool:
         self.http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits, verify=encrypted)
         self.servers = [Server(url, self.http) for url in urls]
         self.concurrency = concurrency
-        self._thread = threading.Thread(target=self.loop.run_forever, name="vllm", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("vllm")
+        self.loop = self._thread.loop
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Does it in the loop; where this is interrupted, so is the work."""
@@ -43,12 +42,7 @@ class Pool:
             future.cancel()
 
     def end(self) -> None:
-        if self.loop.is_running():
-            closed = asyncio.run_coroutine_threadsafe(self.http.aclose(), self.loop)
-            closed.add_done_callback(lambda _: self.loop.call_soon_threadsafe(self.loop.stop))
-            self._thread.join(timeout=5)
-        if not self.loop.is_running() and not self.loop.is_closed():
-            self.loop.close()
+        self._thread.end(self.http.aclose())
 
     async def meet(self, model: str) -> About:
         """Meets every server that answers; what they are, which is the same of all.

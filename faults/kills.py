@@ -54,8 +54,20 @@ def reference(job: Job) -> Reference:
     return Reference(*results[0], timeline)
 
 
-def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1, bounded: bool = True) -> Trial:
-    """A run killed so many times, and then let end. `bounded`: completions are kept, so few are generated again."""
+def kill_trial(
+    job: Job, expected: Reference, *, seed: str, kills: int = 1, stored: bool = True, each_step: bool = True
+) -> Trial:
+    """A run killed so many times, and then let end.
+
+    Args:
+        job: the run.
+        expected: the same, undisturbed.
+        seed: of the moments.
+        kills: how many.
+        stored: completions are kept, so that few are generated again.
+        each_step: it saves behind each optimiser step, so that few are done again; by time there is no such bound.
+    """
+    bounds = _Bounds(stored, each_step)
     rng = random.Random(seed)
     fresh(job.folder)
     count = counting(job.folder / "units")
@@ -70,12 +82,12 @@ def kill_trial(job: Job, expected: Reference, *, seed: str, kills: int = 1, boun
             time.sleep(rng.uniform(0, 0.02))  # it answers between two bytecodes, and is to be killed anywhere
             child.kill()
         elif child.wait() != 0:
-            return _judged(job, expected, child, phases, bounded)
+            return _judged(job, expected, child, phases, bounds)
         else:
             fresh(job.folder)  # it was faster this time; a kill after the end would show nothing
             phases = []
         moment = _moment(expected, rng) * rng.random()  # a run that is continued gets everywhere sooner
-    return _judged(job, expected, run_to_end(job, count, seconds=600), phases, bounded)
+    return _judged(job, expected, run_to_end(job, count, seconds=600), phases, bounds)
 
 
 def _moment(expected: Reference, rng: random.Random) -> float:
@@ -84,14 +96,26 @@ def _moment(expected: Reference, rng: random.Random) -> float:
     return max(0.0, rng.choice(expected.timeline[wanted]) + rng.uniform(-0.02, 0.02))
 
 
-def _judged(job: Job, expected: Reference, child: Child, phases: Sequence[str], bounded: bool) -> Trial:
+@dataclass(frozen=True)
+class _Bounds:
+    """Which units may be done again once a kill at most; see `kill_trial`."""
+
+    waves: bool
+    steps: bool
+
+
+def _judged(job: Job, expected: Reference, child: Child, phases: Sequence[str], bounds: _Bounds) -> Trial:
     ended = child.code == 0
     equal = ended and outcome(job.run) == expected.result
     done = units(job.folder / "units")
     redone = done - expected.units
     return {
         # The wave under way, and one step: that under way, or an epoch's last, behind which nothing can be saved.
-        "ok": bool(equal and redone.steps <= len(phases) and (not bounded or redone.waves <= len(phases))),
+        "ok": bool(
+            equal
+            and (not bounds.steps or redone.steps <= len(phases))
+            and (not bounds.waves or redone.waves <= len(phases))
+        ),
         "equal": bool(equal),
         "kills": len(phases),
         "phases": list(phases),

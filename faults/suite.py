@@ -94,7 +94,12 @@ class Suite:
                     "SIGKILL, other shapes",
                     f"{name} {i}",
                     lambda i=i, job=job, expected=expected, name=name: kills.kill_trial(
-                        job, expected, seed=f"{name}{i}", kills=1 + (i % 3 == 2), bounded="no store" not in name
+                        job,
+                        expected,
+                        seed=f"{name}{i}",
+                        kills=1 + (i % 3 == 2),
+                        stored="no store" not in name,
+                        each_step="by time" not in name,
                     ),
                 )
 

@@ -26,6 +26,8 @@ from cotune.reporting.statistics import paired_difference
 from benchmarks.environments import interpreter
 from benchmarks.peers import Worker
 from benchmarks.report import RESULTS, Report
+from benchmarks.templates import OWN as OWN_TEMPLATE
+from benchmarks.templates import TEMPLATES, spoken_to_as
 
 FORMS: dict[str, type[Form]] = {
     "reason_then_fill": ReasonThenFill,
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     problems = _problems(options.data, options.part, options.problems)
     lm = LanguageModel(
-        options.model,
+        spoken_to_as(options.template, options.model, Path(options.folder)),
         device=options.device,
         dtype=options.dtype,
         cache_tokens=options.cache_tokens,
@@ -192,6 +194,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", default="test", choices=["train", "test"])
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--forms", nargs="+", default=["reason_then_fill"], choices=list(FORMS))
+    parser.add_argument(
+        "--template", default=OWN_TEMPLATE, choices=[OWN_TEMPLATE, *TEMPLATES], help="in place of the LM's own"
+    )
     parser.add_argument("--skip", nargs="*", default=[], choices=["dspy"])
     parser.add_argument("--new", type=int, default=400, help="most free tokens an answer, on every side")
     parser.add_argument("--dtype", default="float32")

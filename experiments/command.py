@@ -22,7 +22,7 @@ from cotune.lightning_modules.language_model import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
-from cotune.storage.run_identity import differences, read_identity
+from cotune.storage.run_identity import changed_options, read_identity
 
 
 class TableCommand:
@@ -96,10 +96,7 @@ class TableCommand:
             made = read_identity(self.runs_folder / result.run.name)
             if made is None or not result.finished:
                 continue
-            now = parts[result.run.cell].counted
-            own = {name: value for name, value in made.options.items() if name not in _OF_A_RUN}
-            found = differences(own, {name: value for name, value in now.items() if name not in _OF_A_RUN})
-            if found:
+            if found := changed_options(made, parts[result.run.cell].counted, but=_OF_A_RUN):
                 raise TableError(
                     f"{self.runs_folder / result.run.name} was made with other options (then -> now): "
                     f"{'; '.join(found)}. Give this table another --folder, or remove that run."

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -126,13 +126,23 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def changed_options(then: RunIdentity, now: Mapping[str, Any]) -> list[str]:
-    """A phrase for each option that is another. One that this version of cotune has added or dropped is none."""
-    known = then.options
+def changed_options(then: RunIdentity, now: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
+    """A phrase for each option that is another, `but` left out.
+
+    One that this version of cotune has added or dropped is none, nor one that no longer counts; null is "not set".
+
+    >>> then = RunIdentity({"a": 1, "trainer.devices": 2}, {}, "", {"cotune": version("cotune")})
+    >>> changed_options(then, {"a": 2, "b": None})
+    ['a: 1 -> 2']
+    """
+    kept = (then.options.keys() | now.keys()) - set(but)
     if then.versions.get("cotune") != version("cotune"):
-        shared = then.options.keys() & now.keys()
-        known, now = ({name: options[name] for name in shared} for options in (known, now))
-    return differences(_by_definition(known), _by_definition(now))
+        kept &= then.options.keys() & now.keys()
+    known, asked = (
+        {name: value for name, value in options.items() if name in kept and value is not None and not _is_free(name)}
+        for options in (then.options, now)
+    )
+    return differences(_by_definition(known), _by_definition(asked))
 
 
 def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

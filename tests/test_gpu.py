@@ -10,6 +10,7 @@ from commands import cotune, fit
 from cotune.datamodules.collate import Pair, collate
 from cotune.inference.local.cascade import _attention, _bias, _Options
 from cotune.lightning_modules import LanguageModel, LoRA
+from cotune.lightning_modules.training.packing import abilities, rounds_products
 from cotune.programs import Completion, Request, Sampling
 from losses import completion_loss
 
@@ -52,6 +53,13 @@ def test_the_fused_attention_reads_what_the_cpu_does(dtype: str, close: float, m
         found.append(_attention(*states, bias, _Options(scale=0.25), causal=masked == "causal"))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours.float().cpu(), theirs, atol=close, rtol=close)
+
+
+def test_rows_are_packed_where_products_are_tf32(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    lm = loaded(tiny_model, DEVICE)
+    assert rounds_products(lm.model.device)
+    assert abilities(lm.model, 64).packed
 
 
 def test_gradients_are_those_of_the_cpu(tiny_model: Path) -> None:

@@ -14,6 +14,7 @@ from cotune.datamodules.splits import Sizes
 from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule
 from cotune.lightning_modules.objectives import Rejection
 from cotune.lightning_modules.training import gradients
+from cotune.lightning_modules.training.packing import rounds_products
 from cotune.lightning_modules.training.skips import NonFiniteError, SkipLimits
 from fakes import Loop, doubles
 from lightning.pytorch import Callback, Trainer
@@ -261,3 +262,7 @@ def test_counts_and_the_size_that_fitted_go_into_checkpoints_as_plain_numbers(
 def test_limits_below_zero_are_refused() -> None:
     with pytest.raises(ValueError, match=r"skip_limits.total -1 is below 0"):
         SkipLimits(total=-1)
+
+
+def test_a_cpu_does_not_round_products() -> None:
+    assert not rounds_products(torch.device("cpu"))

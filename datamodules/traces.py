@@ -388,6 +388,15 @@ class TraceDataModule(LightningDataModule, ABC):
             seed=f"{self.seed}|{self._weight_step}|{self.epoch}",
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the metric has to keep, such as a judge that was asked twice; Lightning puts it into checkpoints."""
+        kept = getattr(self.metric, "state_dict", None)
+        return {"metric": kept()} if callable(kept) else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if "metric" in state_dict and hasattr(self.metric, "load_state_dict"):
+            self.metric.load_state_dict(state_dict["metric"])
+
     def train_dataloader(self) -> DataLoader[Batch]:
         return DataLoader(_NoBatches()) if self._all_trained else EpochLoader(self.epoch_batches())
 

@@ -110,6 +110,13 @@ class LMJudge(BatchMetric):
         squares = [(first - second) ** 2 for first, second in pairs]
         return Noise(len(pairs), sum(square > 0 for square in squares), sum(squares) / (2 * len(pairs) or 1))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was judged twice, so that a continued run knows the noise of all of it."""
+        return {"twice": {name: list(pair) for name, pair in self._twice.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._twice |= {name: (first, second) for name, (first, second) in state["twice"].items()}
+
     def scores(self, pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> list[Score | Failure]:
         """The verdicts as scores.
 

@@ -13,7 +13,7 @@ from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.text_lm import TextLM, metered
 from cotune.programs import LM, Budget, Ledger, LMJudge
 from cotune.prompting import PromptSearch, Proposer
-from cotune.storage.durable import read_durably, write_durably
+from cotune.storage.durable import DamagedFileError, read_durably, write_durably
 
 _FILE = "spent.json"
 
@@ -32,7 +32,13 @@ def open_ledger(budget: Budget, folder: Path, *, keep: bool = True) -> Ledger:
 
     ledger = Ledger(budget, keep=write)
     if path.is_file():
-        ledger.load(json.loads(read_durably(path)))
+        try:
+            ledger.load(json.loads(read_durably(path)))
+        except DamagedFileError as error:
+            raise DamagedFileError(
+                f"{error} So nobody can tell what the run has spent. Remove the file to count from nothing again, or "
+                "start over with --fresh, which keeps the run aside."
+            ) from error
     return ledger
 
 

@@ -87,6 +87,15 @@ def test_a_run_that_breaks_off_and_meets_its_budget_pays_for_nothing_twice(
     assert (summary()["best"], summary()["costs"]["program"]["calls"]) == ("vanilla", 30)
     assert Path("runs/hosted/export/prompts.json").is_file()
 
+    file = Path("runs/hosted/spent.json")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9])
+    refused = cotune(fit(server, "--budget.lm_calls", "500"), capsys)
+    assert refused.code == 2
+    assert "spent.json" in refused.err
+    assert "Remove the file to count from nothing again" in refused.err
+    file.write_bytes(whole)
+
     done = cotune(fit(server, "--budget.lm_calls", "500"), capsys)
     assert done.code == 0, done.err
     assert max(asked(server).values()) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,6 +170,10 @@ def test_contradictions_are_counted_on_the_share_that_is_asked_twice() -> None:
     assert noise.standard_error(50, error=0.05) > 0.05
     judge.scores(pairs)
     assert judge.noise.asked_twice == noise.asked_twice  # the same answers count once
+    continued = LMJudge(FakeLM(fickle), noise=0.5)
+    continued.load_state_dict(json.loads(json.dumps(judge.state_dict())))
+    continued.scores(pairs[:20])
+    assert continued.noise == noise  # of the whole run
 
 
 def test_a_judge_that_was_asked_once_says_that_its_noise_is_not_known() -> None:

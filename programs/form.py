@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -101,13 +100,13 @@ class Form(ABC):
             before, mark, after = rest.partition(part.text.strip())
             if not mark:
                 after_what = f' after "{current}"' if current else ""
-                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {_short(text)}')
+                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {short(text)}')
             if current:
                 found[current] = before.strip()
             rest = after
         for name, value in found.items():
             if not value:
-                raise ParseError(f'the completion has no "{name}": {_short(text)}')
+                raise ParseError(f'the completion has no "{name}": {short(text)}')
         return found
 
     def repair(self, signature: Signature, fault: str) -> str:
@@ -131,14 +130,14 @@ class Form(ABC):
         texts = {name: text.strip() for name, text in outputs.items()}
         for part in self.layout(signature):
             if isinstance(part, Field) and any(stop in texts.get(part.name, "") for stop in part.stops):
-                return f'"{part.name}" holds text that ends its field in this form: {_short(texts[part.name])}'
+                return f'"{part.name}" holds text that ends its field in this form: {short(texts[part.name])}'
         complete = {name: texts.get(name, self.missing) for name in signature.outputs}
         try:
             read = self.parse(signature, self.write(signature, complete))
         except ParseError as error:
             return str(error)
         wrong = [name for name, text in texts.items() if read[name] != text]
-        return f'"{wrong[0]}" holds text that marks a field in this form: {_short(texts[wrong[0]])}' if wrong else ""
+        return f'"{wrong[0]}" holds text that marks a field in this form: {short(texts[wrong[0]])}' if wrong else ""
 
 
 class _Named(Form):
@@ -267,55 +266,6 @@ class Markers(Form):
         return (*parts, Fixed("\n\n[[ ## completed ## ]]"))
 
 
-class Json(Form):
-    """One JSON object that holds the outputs. Decoding in this process is held to its schema: that needs llguidance."""
-
-    def ask(self, signature: Signature, prompt: Prompt) -> str:
-        names = ", ".join(f'"{name}"' for name in signature.outputs)
-        return "\n".join(
-            [prompt.instruction, *self.about(signature), f"Reply with a JSON object with the keys {names}."]
-        )
-
-    def layout(self, signature: Signature) -> Layout:
-        kinds = {name: _json_schema(signature, name) for name in signature.outputs}
-        schema = {
-            "type": "object",
-            "properties": kinds,
-            "required": list(signature.outputs),
-            "additionalProperties": False,
-        }
-        return (Field("json", syntax=Schema(json.dumps(schema))),)
-
-    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        given = {name: outputs[name].strip() for name in signature.outputs if name in outputs}
-        return json.dumps(
-            {name: _json_value(signature, name, text) for name, text in given.items()}, ensure_ascii=False
-        )
-
-    def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
-        return self.parse(signature, completion.text)  # JSON says itself where its values end
-
-    def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        empty = [name for name, text in outputs.items() if not text.strip()]
-        return f'"{empty[0]}" is empty' if empty else ""  # a JSON text holds any other
-
-    def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        start = text.find("{")
-        try:
-            held, _ = json.JSONDecoder(strict=False).raw_decode(text[max(start, 0) :])
-        except ValueError as error:
-            raise ParseError(f"the completion holds no JSON object ({error}): {_short(text)}") from None
-        if not isinstance(held, dict):
-            raise ParseError(f"the completion holds no JSON object: {_short(text)}")
-        found = {}
-        for name in signature.outputs:
-            if held.get(name) in (None, ""):
-                raise ParseError(f'the completion has no "{name}": {_short(text)}')
-            value = held[name]
-            found[name] = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        return found
-
-
 def hint(signature: Signature, name: str) -> str:
     """What the LM is told of a field beside its name: its description, or the choices that it has."""
     described = signature.descriptions.get(name, "")
@@ -376,28 +326,11 @@ def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
     found[current] = text[start:].strip()
     for name in names:
         if not found.get(name):
-            raise ParseError(f'the completion has no "{name}": {_short(text)}')
+            raise ParseError(f'the completion has no "{name}": {short(text)}')
     return {name: found[name] for name in names}
 
 
-def _json_schema(signature: Signature, name: str) -> object:
-    kind = signature.type_of(name)
-    syntax = syntax_of(kind)
-    choices = choices_of(kind)
-    if choices is not None:
-        return {"enum": list(choices)}
-    if kind in (bool, int, float):
-        return {"type": {bool: "boolean", int: "integer", float: "number"}[kind]}
-    return json.loads(syntax.json) if isinstance(syntax, Schema) else {"type": "string", "minLength": 1}
-
-
-def _json_value(signature: Signature, name: str, text: str) -> object:
-    kind = signature.type_of(name)
-    if kind in (bool, int, float):
-        return signature.value(name, text)
-    return json.loads(text) if isinstance(syntax_of(kind), Schema) else text
-
-
-def _short(text: str, limit: int = 80) -> str:
+def short(text: str, limit: int = 80) -> str:
+    """A text as an error shows it: quoted, on one line, cut."""
     shown = text.strip().replace("\n", "\\n")
     return repr(shown if len(shown) <= limit else shown[: limit - 1] + "…")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny_model
+
+# bitsandbytes gives torch.compile functions of its own when it is imported, which imports all of Inductor: seconds in
+# each process that the tests start. Nothing that is tested is compiled.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

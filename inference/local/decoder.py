@@ -17,7 +17,7 @@ from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending,
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
-from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, waves_by_prefix
+from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_shared_prefix, waves_by_prefix
 from cotune.inference.local.row import Row, chosen
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
@@ -121,7 +121,7 @@ class Decoder:
             i for i, prompt in enumerate(prompts) if len(prompt.ids) + self.plan(prompt.layout).least <= self.window
         ]
         rows = []
-        for group in group_by_prefix([prompts[i].ids for i in fitting]):
+        for group in group_by_shared_prefix([prompts[i].ids for i in fitting]):
             members = [fitting[g] for g in group]
             shared = shared_prefix([prompts[i].ids for i in members]) if len(members) > 1 else 0
             prefix = tuple(prompts[members[0]].ids[:shared])

@@ -16,6 +16,16 @@ from tiny import save_tiny_model
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+LONG = ("test_your_own_program", "test_whole_table", "test_faults", "test_killed", "test_several_processes")
+"""Files whose tests are few and long, because processes are what they are about."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that at the end no worker waits for another's."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.stem in LONG}
+    items.sort(key=lambda item: (item.path not in slow, item.path.stem not in LONG))  # stable
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # The tiny models are smaller than the cost of waking a second thread, and sums keep their order.

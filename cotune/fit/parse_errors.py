@@ -91,7 +91,7 @@ def _unknown_argument(message: str, options: Options) -> str:
     word = found[1].split("=")[0]
     if not word.startswith("--"):
         return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
-    return f"unknown option {word}." + (_renamed(word[2:], "--") or _hint(word[2:], option_names(options), "--"))
+    return f"unknown option {word}." + _hint(word[2:], option_names(options), "--")
 
 
 def _unknown_key(message: str, options: Options) -> str:
@@ -99,16 +99,7 @@ def _unknown_key(message: str, options: Options) -> str:
     if not found:
         return ""
     name = found[1] or found[2]
-    return f'unknown option "{name}".' + (_renamed(name, "") or _hint(name, option_names(options), ""))
-
-
-_RENAMED = {"model.template": "model.form"}
-"""Options that have another name now."""
-
-
-def _renamed(name: str, dashes: str) -> str:
-    found = next((new for old, new in _RENAMED.items() if name == old or old.endswith(f".{name}")), "")
-    return f" Its name is {dashes}{found} now." if found else ""
+    return f'unknown option "{name}".' + _hint(name, option_names(options), "")
 
 
 def _no_class(message: str, options: Options) -> str:

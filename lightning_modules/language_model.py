@@ -131,6 +131,7 @@ class LanguageModel(nn.Module, LM):
         self.completing = StoredEngine(engine, identity=self._identity)
         self.keep_completions(completions)
         self.model: Any = None
+        self.config: Any
         self.encode: ChatEncoder
         self.codec: Codec
         self._identities = AdapterIdentity()

@@ -320,7 +320,8 @@ class CotuneCLI(PlainCLI):
         if config.trainer.get("enable_progress_bar") is None:  # a bar in a log file is a page of fragments
             config.trainer["enable_progress_bar"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks = [  # a bar that speaks of the schedule's steps, in the place of Lightning's default one
+        # A bar that speaks of the schedule's steps, in the place of Lightning's default one.
+        trainer.callbacks = [  # type: ignore[attr-defined]
             TrainingBar(lambda: self._alternate.epoch_title) if type(callback) is RichProgressBar else callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cotune.programs.layout import Field, Fixed, Layout, Schema
 from cotune.programs.lm import Completion
@@ -156,6 +156,14 @@ class _Named(Form):
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
         return _split_at_markers(signature.outputs, text)
 
+    def _lines(self, signature: Signature, names: Sequence[str], *, before: str) -> Iterator[Fixed | Field]:
+        """A line for each of the last fields; `before` is what stands before the first."""
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            yield Fixed(f"{before}{name}:")
+            stops = _marks(following) if following else _next_example(signature)
+            yield _field(signature, name, lead=" ", stops=stops)
+            before = "\n"
+
 
 class ReasonThenFill(_Named):
     """Reasoning first, in the LM's own way; then each remaining field behind its name. The default.
@@ -169,17 +177,12 @@ class ReasonThenFill(_Named):
         names = [name for name in signature.outputs if name != signature.reasoning]
         if len(signature.outputs) == 1:
             return (_field(signature, names[0], stops=_next_example(signature)),)
-        parts: list[Fixed | Field] = []
-        if signature.reasoning:
-            # With the blank line first: the stop that is found first should begin the fixed text that follows.
-            stops = (*_marks(names[0], before="\n\n"), *_marks(names[0]))
-            parts.append(_field(signature, signature.reasoning, stops=stops))
-        for place, name in enumerate(names):
-            following = names[place + 1 : place + 2]
-            stops = _marks(following[0]) if following else _next_example(signature)
-            before = ("\n\n" if place == 0 else "\n") if parts else ""
-            parts += [Fixed(f"{before}{name}:"), _field(signature, name, lead=" ", stops=stops)]
-        return tuple(parts)
+        if not signature.reasoning:
+            return tuple(self._lines(signature, names, before=""))
+        # With the blank line first: the stop that is found first should begin the fixed text that follows.
+        stops = (*_marks(names[0], before="\n\n"), *_marks(names[0]))
+        reasoning = _field(signature, signature.reasoning, stops=stops)
+        return (reasoning, *self._lines(signature, names, before="\n\n"))
 
 
 class Lines(_Named):
@@ -204,12 +207,7 @@ class Lines(_Named):
     def layout(self, signature: Signature) -> Layout:
         if len(signature.outputs) == 1:
             return (_field(signature, signature.outputs[0], stops=_next_example(signature)),)
-        parts: list[Fixed | Field] = []
-        for place, name in enumerate(signature.outputs):
-            following = signature.outputs[place + 1 : place + 2]
-            stops = _marks(following[0]) if following else _next_example(signature)
-            parts += [Fixed(f"\n{name}:" if parts else f"{name}:"), _field(signature, name, lead=" ", stops=stops)]
-        return tuple(parts)
+        return tuple(self._lines(signature, signature.outputs, before=""))
 
 
 class Tags(Form):
@@ -240,18 +238,8 @@ class Markers(Form):
 
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         wanted = "\n\n".join(f"[[ ## {name} ## ]]\n(the {name})" for name in signature.outputs)
-        return "\n".join(
-            [
-                prompt.instruction,
-                *self.about(signature),
-                "",
-                "Reply in this form:",
-                "",
-                wanted,
-                "",
-                "[[ ## completed ## ]]",
-            ]
-        )
+        form = f"Reply in this form:\n\n{wanted}\n\n[[ ## completed ## ]]"
+        return "\n".join([prompt.instruction, *self.about(signature), "", form])
 
     def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
         return "\n\n".join(f"[[ ## {name} ## ]]\n{inputs.get(name, self.missing)}" for name in signature.inputs)

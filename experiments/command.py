@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cotune.callbacks.progress import say
-from cotune.callbacks.say_plan import spoken
+from cotune.callbacks.say_plan import format_duration
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.parts import Parts
@@ -18,7 +18,7 @@ from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_re
 from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
 from cotune.experiments.table_config import TableConfig, TableError
-from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
@@ -118,7 +118,7 @@ class TableCommand:
         if left and all(value is not None for value in seconds):
             total = sum(value or 0.0 for value in seconds) / self.options.jobs
             sure = "from finished runs" if all(known.values()) else "if nothing is pruned or shared; often half of it"
-            say(f"  time: about {spoken(total)} with {self.options.jobs} at a time ({sure})")
+            say(f"  time: about {format_duration(total)} with {self.options.jobs} at a time ({sure})")
 
     def _paces(self, parts: dict[Cell, Parts], runs: list[Run]) -> dict[Cell, Pace]:
         """A measured pace for each cell with runs; cells that differ in nothing measured share one."""
@@ -173,4 +173,4 @@ def _most(cost: Cost) -> str:
         said += f", {cost.prompt_tokens / 1e6:,.1f} million prompt tokens"
     said += f", {cost.completion_tokens / 1e6:,.1f} million completion tokens"
     said += f", {cost.pairs:,} training pairs" if cost.pairs else ""
-    return said + (f", {spoken(cost.seconds)}" if cost.seconds is not None else "")
+    return said + (f", {format_duration(cost.seconds)}" if cost.seconds is not None else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from cotune.callbacks.progress import say
-from cotune.callbacks.say_plan import spoken
+from cotune.callbacks.say_plan import format_duration
 from cotune.datamodules import NoTracesError
 from cotune.experiments.results import OUTCOME, calls_of, is_finished, read_outcome, read_result
 from cotune.experiments.runs import Run, source_of, words_of
@@ -26,7 +26,7 @@ from cotune.storage.durable import write_whole
 NO_TRACES = "no traces"
 """State of a run that could not go on, because no run of the program gave anything to train on: the paper's dash."""
 
-_MOST_RESTARTS = 3
+_MAX_RESTARTS = 3
 """Restarts of a killed run that has saved nothing new since the one before."""
 
 _POLL = 0.3
@@ -166,7 +166,7 @@ class Runner:
         count = count + 1 if saved == before else 1
         restarts[run.name] = (count, saved)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if count > _MOST_RESTARTS:
+        if count > _MAX_RESTARTS:
             self._put_outcome(run, "failed", f"it was killed ({how}) {count} times without saving anything new")
             return False
         say(f"{run.name}: killed ({how}); it goes on from its last save")
@@ -178,10 +178,10 @@ class Runner:
 
     def _say_end(self, process: _Process, done: int, total: int, elapsed: float) -> None:
         own = self.folder / process.run.name
-        took = spoken(time.monotonic() - process.began)
+        took = format_duration(time.monotonic() - process.began)
         outcome = read_outcome(own)
         said = f"{outcome['state']}: {outcome['message']}" if outcome else "finished"
-        left = f"; about {spoken(elapsed / done * (total - done))} left" if done < total else ""
+        left = f"; about {format_duration(elapsed / done * (total - done))} left" if done < total else ""
         say(f"[{done}/{total}] {process.run.name}: {said} ({took}){left}")
 
 

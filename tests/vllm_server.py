@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from json_handler import JSONHandler
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -213,8 +213,7 @@ def _error(status: int, message: str) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": "Error", "param": None, "code": status}}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JSONHandler, BaseHTTPRequestHandler):
     server_of: VLLMServerProcess
 
     def setup(self) -> None:
@@ -225,38 +224,25 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*self.server_of.answer(self.path, {}), Fault())
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        server = self.server_of
+        body, server = self.body(), self.server_of
         server.asked.append((self.path, body))
         time.sleep(server.wait)
         fault = server.fault(self.path, body) or Fault()
         if fault.reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
+            self.reset()
         elif fault.status != 200:
             self._send(*_error(fault.status, fault.text), fault)
         else:
             self._send(*server.answer(self.path, body), fault)
 
     def _send(self, status: int, said: dict[str, Any] | str, fault: Fault) -> None:
-        if isinstance(said, dict) and "choices" in said:
+        if isinstance(said, str):
+            self.write(status, said.encode(), headers={"content-type": "text/plain"})
+            return
+        if "choices" in said:
             choice = {**said["choices"][0], **fault.choice}
             said = {**said, "choices": [{name: v for name, v in choice.items() if v is not None}], **fault.changes}
-        content = (said if isinstance(said, str) else json.dumps(said)).encode()
-        self.send_response(status)
-        self.send_header("content-type", "text/plain" if isinstance(said, str) else "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if fault.half else content)
-        self.close_connection |= fault.half
-
-    def finish(self) -> None:
-        with suppress(OSError, ValueError):  # the client has gone, or the connection was reset
-            super().finish()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.write(status, said, half=len(json.dumps(said)) // 2 if fault.half else None)
 
 
 @contextmanager

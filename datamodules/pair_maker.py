@@ -10,6 +10,7 @@ from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.trace import Trace
 from cotune.errors import BadValueError
 from cotune.programs import Demo, Form, Program, Prompts, hide_own_demos
+from cotune.programs.forms import form_of
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 
@@ -52,7 +53,7 @@ class PairMaker:
             trace = self._translated(trace)
         end = [] if trace.complete else [self.end_id]
         return Pair(
-            self.encode(self.form.render(signature, prompt, trace.inputs)),
+            self.encode(form_of(self.form, prompt).render(signature, prompt, trace.inputs)),
             [*trace.completion_ids, *end],
             name=_name(trace),
             # The end of the turn that is appended weighs as the token before it in cross-entropy. Nobody chose it, so
@@ -90,7 +91,8 @@ class PairMaker:
                 f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
                 "and a text cannot keep such weights. Collect with this LM, without data.traces."
             )
-        text = self.form.write(self.program.stages[trace.stage].signature, trace.outputs)
+        form = form_of(self.form, self.prompts[trace.stage])
+        text = form.write(self.program.stages[trace.stage].signature, trace.outputs)
         return replace(
             trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=(), sampled=()
         )

@@ -44,6 +44,7 @@ from cotune.programs import (
     prompts_to_dict,
     settled,
 )
+from cotune.programs.forms import in_form
 from cotune.programs.ranks import Ranks
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -106,8 +107,7 @@ class ProgramModule(LightningModule):
         self.form: Form = form or ReasonThenFill()
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.seed, self.max_error_rate = seed, max_error_rate
-        self.initial_prompts: Prompts = program.initial_prompts()
-        self.prompts: Prompts = self.initial_prompts
+        self.prompts: Prompts = program.initial_prompts()
         self.weight_step = 0  # optimiser steps taken in this weight step, and how many it will take
         self.weight_steps = 1
         self.full_rate: float | None = None  # of this weight step; None: the optimiser's own
@@ -182,6 +182,11 @@ class ProgramModule(LightningModule):
         given, runner = self.prompts if prompts is None else prompts, self.runner(metric)
         passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
         return settled(passes, vote) if samples > 1 else passes[0]
+
+    @property
+    def initial_prompts(self) -> Prompts:
+        """The program's own prompts, in the forms of those in force: what is trained is in the form that is run."""
+        return in_form(self.program.initial_prompts(), self.prompts)
 
     def runner(self, metric: Metric | None) -> Runner:
         """How this program runs on its LM, and by what it is scored."""

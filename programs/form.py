@@ -39,6 +39,10 @@ class Form(ABC):
     shows_missing_reasoning = False
     """Whether a demo without reasoning shows that it is missing, as forms whose every field is asked for do."""
 
+    def used(self, signature: Signature) -> Signature:
+        """What of a signature the form asks for: all of it, unless it leaves the reasoning out."""
+        return signature
+
     @abstractmethod
     def layout(self, signature: Signature) -> Layout:
         """The fixed texts and fields of a completion, every output once and in order."""

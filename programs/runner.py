@@ -16,6 +16,7 @@ from cotune.errors import BadValueError
 from cotune.programs.example import Example
 from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
+from cotune.programs.forms import form_of
 from cotune.programs.judging import judged
 from cotune.programs.lm import LM, Completion, Message, Request, Sampling
 from cotune.programs.metrics import Metric
@@ -114,16 +115,19 @@ class Runner:
         pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
         _report(progress, len(runs) - len(pending))
         while pending:
+            forms = [form_of(self.form, given[run.call.stage]) for run, given in pending]
             requests = [
-                run.request(self.form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
-                for run, given in pending
+                run.request(form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
+                for (run, given), form in zip(pending, forms, strict=True)
             ]
-            completions = self._completions([signatures[run.call.stage] for run, _ in pending], requests)
+            completions = self._completions(
+                [(form, signatures[run.call.stage]) for (run, _), form in zip(pending, forms, strict=True)], requests
+            )
             before = len(pending)
             pending = [
                 (run, given)
-                for (run, given), request, completion in zip(pending, requests, completions, strict=True)
-                if run.take(self.form, signatures[run.call.stage], request, completion)
+                for (run, given), form, request, completion in zip(pending, forms, requests, completions, strict=True)
+                if run.take(form, signatures[run.call.stage], request, completion)
             ]
             _report(progress, before - len(pending))
         if changed := [name for name, size in _class_state(self.program).items() if size != shared.get(name)]:
@@ -137,29 +141,18 @@ class Runner:
         scores = iter(judged(pairs, self.metric, self.program))
         return [run.rollout(run.error or next(scores)) for run in runs]
 
-    def _completions(self, signatures: Sequence[Signature], requests: Sequence[Request]) -> list[Completion]:
+    def _completions(self, asked: Sequence[tuple[Form, Signature]], requests: Sequence[Request]) -> list[Completion]:
         """The LM's completions. What cannot be read is asked for once more, if the LM is one that only gives text."""
         completions = list(self.lm.complete(requests, self.sampling))
-        signed = list(zip(signatures, completions, strict=True))
-        faults = {at: fault for at, (signature, one) in enumerate(signed) if (fault := self._fault(signature, one))}
-        again = [
-            _repair(requests[at], completions[at].text, self.form.repair(signatures[at], faults[at])) for at in faults
-        ]
+        read = list(zip(asked, completions, strict=True))
+        faults = {at: fault for at, (how, one) in enumerate(read) if (fault := _fault(*how, one))}
+        repairs = {at: asked[at][0].repair(asked[at][1], fault) for at, fault in faults.items()}
+        again = [_repair(requests[at], completions[at].text, message) for at, message in repairs.items()]
         answers = self.lm.complete(again, self.sampling) if again else []
         for at, answer in zip(faults, answers, strict=True):
-            if not self._fault(signatures[at], answer) and answer.finished not in ("too_long", "refused"):
+            if not _fault(*asked[at], answer) and answer.finished not in ("too_long", "refused"):
                 completions[at] = replace(answer, repaired=True)
         return completions
-
-    def _fault(self, signature: Signature, completion: Completion) -> str:
-        """What stops a text without ids from being read, and might not a second time; "" for nothing."""
-        if completion.completion_ids or completion.finished in ("too_long", "refused"):
-            return ""
-        try:
-            _read(self.form, signature, completion)
-        except (ParseError, FieldTypeError) as error:
-            return str(error)
-        return ""
 
 
 def _described(
@@ -300,7 +293,19 @@ _NO_SCORES = (
 def _read(form: Form, signature: Signature, completion: Completion) -> tuple[dict[str, str], dict[str, Any]]:
     """The outputs as texts and as values; raises ParseError or FieldTypeError."""
     texts = form.read(signature, completion)
-    return texts, {name: signature.value(name, texts[name]) for name in signature.outputs}
+    asked = form.used(signature).outputs
+    return texts, {n: signature.value(n, texts[n]) if n in asked else texts[n] for n in signature.outputs}
+
+
+def _fault(form: Form, signature: Signature, completion: Completion) -> str:
+    """What stops a text without ids from being read, and might not a second time; "" for nothing."""
+    if completion.completion_ids or completion.finished in ("too_long", "refused"):
+        return ""
+    try:
+        _read(form, signature, completion)
+    except (ParseError, FieldTypeError) as error:
+        return str(error)
+    return ""
 
 
 def _repair(request: Request, text: str, message: str) -> Request:

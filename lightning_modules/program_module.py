@@ -235,6 +235,7 @@ class ProgramModule(LightningModule):
             model.require_backward_grad_sync = False  # gradients have been added up before they come to `backward`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.weights.completing.rest()
         parameters = self._trained()
         scaler = self._loss_scaler()
         scale = scaler.get_scale() if scaler else 1.0

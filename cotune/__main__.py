@@ -33,6 +33,7 @@ what came of it
   preview    training pairs as they are trained on   cotune preview runs/iris
   ask        one question, shown stage by stage      cotune ask --export runs/iris (or --config iris: as it comes)
   predict    answer the rows of a file or of stdin   cotune predict --export runs/iris --data rows.csv
+  serve      answers over HTTP, on vLLM or here      cotune serve runs/iris
   export     adapter, merged weights, model card     cotune export runs/iris --what all
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.

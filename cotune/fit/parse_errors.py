@@ -20,7 +20,9 @@ from cotune.shipped import shipped
 LIGHTNINGS = ("fit", "validate", "test")
 """The commands whose parser is Lightning's."""
 
-OWN_COMMANDS = ("ask", "compare", "configs", "doctor", "export", "new", "predict", "preview", "report", "table")
+OWN_COMMANDS = (
+    *("ask", "compare", "configs", "doctor", "export", "new", "predict", "preview", "report", "serve", "table"),
+)
 """The commands that have a module and a parser of their own."""
 
 Options = Mapping[str, Any]

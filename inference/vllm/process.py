@@ -59,6 +59,7 @@ class Process:
         """Starts it, unless it runs; does not wait for it."""
         if self._keeper is not None and self._keeper.poll() is None:
             return
+        self.end()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._keeper = subprocess.Popen(

@@ -45,7 +45,7 @@ shows the traceback behind a message.
 
 _VARIABLES = ("COTUNE_CACHE", "COTUNE_DEBUG", "COTUNE_SMOLLM2_WHEEL")
 _LIGHT = ("configs", "doctor", "new")
-_OF_TESTS = ("COTUNE_DATA",)
+_OF_TESTS = ("COTUNE_DATA", "COTUNE_VLLM")
 
 
 def main(args: Sequence[str] | None = None) -> int:

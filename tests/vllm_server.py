@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from json_handler import JSONHandler
 from peft import PeftModel
@@ -98,14 +99,17 @@ class VLLMServerProcess:
 
     def _listen(self, port: int) -> None:
         self.connections.clear()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.source).eval()
-        self._peft: Any = None
-        self._known: dict[tuple[Any, ...], Tensor] = {}  # the probe's, above all
+        self._begin()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"server_of": self}))
         self.http.daemon_threads = True
         self.port = self.http.server_port
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
+
+    def _begin(self) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.source).eval()
+        self._peft: Any = None
+        self._known: dict[tuple[Any, ...], Tensor] = {}  # the probe's, above all
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any] | str]:
         """Status and content, as vLLM 0.32 has them."""
@@ -189,6 +193,52 @@ class VLLMServerProcess:
                 return self._peft(input_ids=read).logits[0]
         self._peft.set_adapter(name)
         return self._peft(input_ids=read).logits[0]
+
+
+class VLLMProxy(VLLMServerProcess):
+    """A real server behind the same faults: what is not one goes there and comes back as it is.
+
+    Args:
+        target: address of the server.
+        base: name of the model there.
+    """
+
+    def __init__(self, target: str, base: str) -> None:
+        self.http_client, self.target, self.base = httpx2.Client(timeout=600), target, base
+        self.wait, self.connections = 0.0, set[socket.socket]()
+        self.fault = lambda path, body: None
+        self.asked, self.adapters, self.answers_as = [], {}, {}
+        self._lock = threading.Lock()
+        self._listen(0)
+
+    def _begin(self) -> None:
+        """The server behind it has its model already; what it was given through here is gone, as after a restart."""
+        self.forget()
+
+    def forget(self) -> None:
+        with self._lock:
+            for name in self.adapters:
+                self.http_client.post(f"{self.target}/v1/unload_lora_adapter", json={"lora_name": name})
+            self.adapters.clear()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any] | str]:
+        if path in ("/version", "/v1/models"):
+            return 200, dict(self.http_client.get(self.target + path).json())
+        asked = body.get("model", "")
+        if asked and asked not in (self.base, *self.adapters):  # others share the server: what they load is not here
+            return _error(404, f"The model `{asked}` does not exist.")
+        as_if = {**body, "model": self.answers_as.get(asked, asked)} if asked else body
+        response = self.http_client.post(self.target + path, json=as_if)
+        if path == "/v1/load_lora_adapter" and (response.status_code == 200 or "already been" in response.text):
+            self.adapters[body["lora_name"]] = body["lora_path"]
+            return 200, "Success"
+        if path == "/v1/unload_lora_adapter":
+            self.adapters.pop(body["lora_name"], None)
+        try:
+            said = response.json()
+        except ValueError:
+            return response.status_code, response.text
+        return response.status_code, {**said, "model": asked} if "choices" in said else said
 
 
 def _draw(logits_V: Tensor, body: Mapping[str, Any], generator: torch.Generator, *, raw: bool) -> tuple[int, float]:

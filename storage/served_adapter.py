@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+HOW_TO_INSTALL = "python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm"
+"""vLLM's environment; one of its own, since it asks for another transformers than cotune."""
+
 _PREFIX = "cotune-"
 
 # vLLM takes these values of --max-lora-rank; its default is 16.

@@ -128,6 +128,8 @@ class VLLMServerProcess:
             if path == "/v1/completions":
                 if body["model"] not in (BASE, *self.adapters):
                     return _error(404, f"The model `{body['model']}` does not exist. Valid aliases: {BASE}.")
+                if len(body.get("stop", [])) > 4:
+                    return _error(400, "{'loc': 'body.stop', 'msg': 'List should have at most 4 items'}")
                 return 200, self._complete(body)
         return 404, {"detail": "Not Found"}
 

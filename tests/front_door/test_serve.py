@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from commands import cotune
+from commands import cotune, served
 from cotune.datamodules.tasks.iris import iris_examples
 from cotune.inference.vllm import VLLMServer
 from vllm_server import VLLMServerProcess, vllm_servers
-from waiting import until
 
 from cotune import Predict, ProgramModule, load
-from cotune.__main__ import main
 from cotune.front import Front
 from cotune.tuned import Tuned
 
@@ -53,34 +47,6 @@ def tuned(finished: Any) -> Tuned:
 def url(tuned: Tuned) -> Iterator[str]:
     with front(tuned, key="secret") as at:
         yield at
-
-
-def served(words: list[str], asking: Callable[[str], None]) -> tuple[int, str]:
-    """Runs the command, does something with its address, and has SIGTERM end it; exit code and what it said."""
-    said, failed, ended = io.StringIO(), list[BaseException](), threading.Event()
-
-    def work() -> None:
-        try:
-            until(lambda: "answers at" in said.getvalue() or ended.is_set())
-            asking(said.getvalue().split(" answers at ")[1].split("/v1")[0])
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            if not ended.is_set():
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        with redirect_stdout(said):
-            code = main(["serve", *words, "--port", "0"])
-    finally:
-        ended.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert not failed, failed
-    return code, said.getvalue()
 
 
 def test_many_questions_at_once_get_the_programs_answers(tuned: Tuned, url: str) -> None:

@@ -75,7 +75,18 @@ def engine(*servers: VLLMServerProcess, folder: Path, **options: Any) -> VLLMSer
 
 
 FEW = asked(3, layout=FORM)
-MIXED = [*FEW, *asked(2, layout=NUMBERS), *asked(1, layout=FREE), *asked(1, layout=(Field("a", stops=("e",)),))]
+MANY = (
+    Field("a", stops=("\n\ne", "e", "a", "i", "o", "u")),
+    Fixed("b:"),
+    Field("b", stops=tuple("\n" + c for c in "aeiou")),
+)
+MIXED = [
+    *FEW,
+    *asked(1, layout=MANY),
+    *asked(2, layout=NUMBERS),
+    *asked(1, layout=FREE),
+    *asked(1, layout=(Field("a", stops=("e",)),)),
+]
 
 
 def test_servers_write_what_the_local_engine_writes(

@@ -50,6 +50,7 @@ class VLLMServerProcess:
         fault: (path, body) -> what goes wrong with this request, if anything does; it may be replaced at any time.
         asked: paths and bodies, in the order of arrival.
         adapters: name -> folder, as they are loaded.
+        asleep: it must not be asked for completions.
         answers_as: name -> the name whose weights answer in its place.
     """
 
@@ -60,6 +61,7 @@ class VLLMServerProcess:
         self.fault: Callable[[str, Mapping[str, Any]], Fault | None] = lambda path, body: None
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.adapters: dict[str, str] = {}
+        self.asleep = False
         self.answers_as: dict[str, str] = {}
         self._lock = threading.Lock()
         self._listen(0)
@@ -115,6 +117,11 @@ class VLLMServerProcess:
         """Status and content, as vLLM 0.32 has them."""
         if path == "/version":
             return 200, {"version": "0.32.0"}
+        if path in ("/sleep?level=1", "/wake_up"):
+            self.asleep = path != "/wake_up"
+            return 200, {}
+        if path == "/is_sleeping":
+            return 200, {"is_sleeping": self.asleep}
         if path == "/v1/models":
             listed = [{"id": BASE, "parent": None, "max_model_len": 1024}]
             return 200, {"data": [*listed, *({"id": name, "parent": BASE} for name in self.adapters)]}
@@ -128,6 +135,7 @@ class VLLMServerProcess:
             if path == "/v1/completions":
                 if body["model"] not in (BASE, *self.adapters):
                     return _error(404, f"The model `{body['model']}` does not exist. Valid aliases: {BASE}.")
+                assert not self.asleep
                 if len(body.get("stop", [])) > 4:
                     return _error(400, "{'loc': 'body.stop', 'msg': 'List should have at most 4 items'}")
                 return 200, self._complete(body)

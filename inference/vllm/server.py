@@ -148,26 +148,30 @@ class Server:
         """Has it give its memory back until it is next asked for something."""
         if self.sleeps and not (self._asleep or self.lost):
             with contextlib.suppress(ServerLostError):
-                await self.ask("/sleep?level=1", {})
+                await self._of_sleep("/sleep?level=1", {})
                 self._asleep = True
 
     async def _wake(self) -> None:
-        """Wakes it, whoever had put it to sleep. It has to prove anew what it answers by.
-
-        Raises:
-            VLLMError: it knows no sleep.
-        """
+        """Wakes it, whoever had put it to sleep. It has to prove anew what it answers by."""
         if not self.sleeps:
             return
+        if (await self._of_sleep("/is_sleeping")).get("is_sleeping"):
+            await self._of_sleep("/wake_up", {})
+        self._asleep, self.proven = False, []
+
+    async def _of_sleep(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What it answers in matters of sleep.
+
+        Raises:
+            VLLMError: it knows none.
+        """
         try:
-            if (await self.ask("/is_sleeping"))["is_sleeping"]:
-                await self.ask("/wake_up", {})
-        except (RefusedError, KeyError, TypeError) as error:
+            return dict(await self.ask(path, body))
+        except (RefusedError, TypeError, ValueError) as error:
             raise VLLMError(
                 f"{self.url} cannot sleep ({error}). Start it with --enable-sleep-mode and the variable "
                 "VLLM_SERVER_DEV_MODE=1, or leave model.engine.init_args.sleep out."
             ) from None
-        self._asleep, self.proven = False, []
 
     async def bring(self, serving: Serving) -> None:
         """Has it load the weights unless it holds them, and proves that it answers by them.

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from commands import SIZES, cotune, served, tiny
+from commands import cotune, served, tiny
 from cotune.inference.openai import OpenAILM
 from endpoint_server import Body, serving
 from pages import DOCS, ROOT, blocks, commands
@@ -56,7 +56,7 @@ def written(file: str, url: str) -> str:
 def command(start: str) -> list[str]:
     """The words of the page's command that begins so, on few flowers."""
     (words,) = [words for words in commands(PAGE) if " ".join(words).startswith(start)]
-    sizes = [word for part, size in SIZES.items() for word in (f"--data.sizes.{part}", str(size))]
+    sizes = [word for part in ("train", "dev", "val", "test") for word in (f"--data.sizes.{part}", "3")]
     small = ["--alternate.search.num_candidates", "1", "--trainer.enable_progress_bar", "false"]
     return [*words, *sizes, *small] if words[0] == "fit" else words
 

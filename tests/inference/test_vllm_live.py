@@ -38,10 +38,11 @@ GREEDY = Sampling(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
+def lm() -> Iterator[LanguageModel]:
     made = LanguageModel(device="cpu", lora=LoRA(r=8, alpha=16))
     made.load(seed=0)
-    return made
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -50,9 +51,7 @@ def proxies() -> Iterator[list[VLLMProxy]]:
     made = [VLLMProxy(URL, base) for _ in range(3)]
     yield made
     for proxy in made:
-        if proxy.thread.is_alive():
-            proxy.stop()
-        proxy.forget()
+        proxy.end()
 
 
 def begin(lm: LanguageModel, proxies: list[VLLMProxy], tmp_path: Path, seed: int) -> None:

@@ -17,7 +17,7 @@ from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
 from cotune.programs.metrics import BatchMetric, Metric
-from cotune.programs.program import Call, NamedValues, Program
+from cotune.programs.program import Call, NamedValues, Program, Stage
 from cotune.programs.prompt import Prompts, prompts_id
 from cotune.programs.ranks import Ranks
 from cotune.programs.retrieval import RetrieverError
@@ -221,7 +221,8 @@ class _Run:
     def _accept(self, call: Any) -> bool:
         """Takes what the program yielded as the call that it waits on."""
         if not isinstance(call, Call) or call.stage not in list(self.program.stages):
-            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages")
+            write = f"; write: {call.as_called()}" if isinstance(call, Stage) else ""
+            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages{write}")
         elif fault := _unsayable(call.inputs):
             self._fail("program", f'run() called stage "{call.stage}" with {fault}')
         elif len(self.steps) >= self.program.max_calls:

@@ -67,7 +67,8 @@ def _no_config(message: str, options: Options) -> str:
     if not path.is_relative_to(Path.cwd()):
         return f'--config "{path}": there is no such file.'
     name = str(path.relative_to(Path.cwd()))
-    near = _hint(name.removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
+    near = did_you_mean(name, [file.name for file in Path().glob("*.y*ml")], "")
+    near = near or did_you_mean(name.removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
     return f'--config "{name}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
 
 
@@ -78,7 +79,7 @@ def _unknown_argument(message: str, options: Options) -> str:
     word = found[1].split("=")[0]
     if not word.startswith("--"):
         return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
-    return f"unknown option {word}." + (_renamed(word[2:], "--") or _hint(word[2:], option_names(options), "--"))
+    return f"unknown option {word}." + (_renamed(word[2:], "--") or did_you_mean(word[2:], option_names(options), "--"))
 
 
 def _unknown_key(message: str, options: Options) -> str:
@@ -86,7 +87,7 @@ def _unknown_key(message: str, options: Options) -> str:
     if not found:
         return ""
     name = found[1] or found[2]
-    return f'unknown option "{name}".' + (_renamed(name, "") or _hint(name, option_names(options), ""))
+    return f'unknown option "{name}".' + (_renamed(name, "") or did_you_mean(name, option_names(options), ""))
 
 
 _RENAMED = {"model.template": "model.form"}
@@ -123,7 +124,7 @@ def _no_class(message: str, options: Options) -> str:
     because = f" ({detail[1].strip()})" if detail else ""
     return (
         f'{key}: there is no class "{value}"{because}; known are {_known(key, options)}, and a class of your own is '
-        f"written module.Class.{_hint(last, names, '')}"
+        f"written module.Class.{did_you_mean(last, names, '')}"
     )
 
 
@@ -133,7 +134,7 @@ def _no_metric(key: str, value: str) -> str:
     known = [f"cotune.programs.{getattr(metric, '__name__', '')}" for metric in COMPARE_FIELDS]
     return (
         f'{key}: there is no function "{value}"; there are {", ".join(known)}, and one of your own is written '
-        f"module.function.{_hint(value, known, '')}"
+        f"module.function.{did_you_mean(value, known, '')}"
     )
 
 
@@ -174,7 +175,7 @@ def _unknown_command(message: str, options: Options) -> str:
     if not found:
         return ""
     known = [*re.findall(r"'(\w+)'", found[2]), *OWN_COMMANDS]
-    return f'unknown command "{found[1]}"; commands are {", ".join(known)}.' + _hint(found[1], known, "")
+    return f'unknown command "{found[1]}"; commands are {", ".join(known)}.' + did_you_mean(found[1], known, "")
 
 
 _RULES = (
@@ -256,13 +257,15 @@ def _plain(kind: str) -> str:
     return kind.replace("typing.", "")
 
 
-def _hint(wrong: str, names: Sequence[str], dashes: str) -> str:
+def did_you_mean(wrong: str, names: Sequence[str], dashes: str) -> str:
     """ " Did you mean …?", by the whole name or else by its last part; "" when nothing is near."""
     elsewhere = _ELSEWHERE.get(wrong) or _ELSEWHERE.get(wrong.rpartition(".")[2]) if dashes or "." in wrong else None
     if elsewhere and wrong not in names:
         return f" Did you mean {dashes}{elsewhere}{wrong.rpartition('.')[2] if elsewhere.endswith('.') else ''}?"
     last = {name.rpartition(".")[2]: name for name in reversed(names)}
-    near = difflib.get_close_matches(wrong, names, 1, 0.8) or [
-        last[match] for match in difflib.get_close_matches(wrong.rpartition(".")[2], list(last), 1, 0.7)
-    ]
+    near = (
+        difflib.get_close_matches(wrong, names, 1, 0.8)
+        or [name for name in names if len(wrong) > 2 and name.startswith(wrong)]
+        or [last[match] for match in difflib.get_close_matches(wrong.rpartition(".")[2], list(last), 1, 0.7)]
+    )
     return f" Did you mean {dashes}{near[0]}?" if near else ""

@@ -16,6 +16,7 @@ import wandb
 import yaml
 from commands import ROOT, Said, cotune, fit, tiny
 
+from cotune.fit.help_page import wanted
 from cotune.fit.parse_errors import OWN_COMMANDS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -83,6 +84,8 @@ def test_a_group_of_options_has_a_help_of_its_own(run: Run) -> None:
         assert options
         assert all(option.startswith(start) for option in options)
     assert run("fit", "--record.help").out == run("fit", "--help=record").out
+    assert wanted(["fit", "--search.help"]) == "search"
+    assert wanted(["fit", "--data.help", "Iris"]) is None
     assert one_error(run("fit", "--help=lora")).startswith('there is no group "lora" of options; there are all, alter')
 
 
@@ -206,6 +209,8 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
     nowhere = f"there is no such file in {Path.cwd()}, and none that cotune configs lists."
     assert message == f'--config "nowhere.yaml": {nowhere}'
     assert one_error(run("fit", "--config", "irs")) == f'--config "irs": {nowhere} Did you mean iris?'
+    Path("task.yaml").write_text("name: mine\n")
+    assert one_error(run("fit", "--config", "tsk.yaml")).endswith("Did you mean task.yaml?")
     assert one_error(run("fit", "--config", "/no/where.yaml")) == '--config "/no/where.yaml": there is no such file.'
     assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
 

@@ -79,7 +79,7 @@ def _unknown_argument(message: str, options: Options) -> str:
     word = found[1].split("=")[0]
     if not word.startswith("--"):
         return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
-    return f"unknown option {word}." + (_renamed(word[2:], "--") or did_you_mean(word[2:], option_names(options), "--"))
+    return f"unknown option {word}." + did_you_mean(word[2:], option_names(options), "--")
 
 
 def _unknown_key(message: str, options: Options) -> str:
@@ -87,16 +87,7 @@ def _unknown_key(message: str, options: Options) -> str:
     if not found:
         return ""
     name = found[1] or found[2]
-    return f'unknown option "{name}".' + (_renamed(name, "") or did_you_mean(name, option_names(options), ""))
-
-
-_RENAMED = {"model.template": "model.form"}
-"""Options that have another name now."""
-
-
-def _renamed(name: str, dashes: str) -> str:
-    found = next((new for old, new in _RENAMED.items() if name == old or old.endswith(f".{name}")), "")
-    return f" Its name is {dashes}{found} now." if found else ""
+    return f'unknown option "{name}".' + did_you_mean(name, option_names(options), "")
 
 
 def _no_class(message: str, options: Options) -> str:
@@ -187,6 +178,7 @@ _OWNERS = {"sizes": "data", "bootstrapping": "data", "lora": "model.lm", "skip_l
 """Groups whose parser does not know what it is part of -> that part."""
 
 _ELSEWHERE = {
+    "template": "model.form",
     **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
     **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "alternate.epochs"),
     **dict.fromkeys(("batch", "bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
@@ -196,7 +188,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("seed", "random_seed"), "seed_everything"),
     **dict.fromkeys(("threshold", "attempts"), "data.bootstrapping."),
 }
-"""What options are called elsewhere -> here; a name that ends in a dot has the word behind it."""
+"""What options are called elsewhere, or were once -> here; a name that ends in a dot has the word behind it."""
 
 
 def option_names(options: Options) -> list[str]:

@@ -221,8 +221,10 @@ class _Run:
     def _accept(self, call: Any) -> bool:
         """Takes what the program yielded as the call that it waits on."""
         if not isinstance(call, Call) or call.stage not in list(self.program.stages):
-            write = f"; write: {call.as_called()}" if isinstance(call, Stage) else ""
-            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages{write}")
+            wrong = f"{shown(call)}, which is not a call of one of its stages"
+            if isinstance(call, Stage):
+                wrong = f'the stage "{call.name}" itself; write: {call.as_called()}'
+            self._fail("program", f"run() yielded {wrong}")
         elif fault := _unsayable(call.inputs):
             self._fail("program", f'run() called stage "{call.stage}" with {fault}')
         elif len(self.steps) >= self.program.max_calls:

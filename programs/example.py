@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cotune.errors import WrongTypeError
 
@@ -33,6 +33,13 @@ class Example:
                 f'Example.of({{"{unknown[0]}": ...}}, {{"answer": ...}}): what the program reads, then the labels.'
             )
         return super().__new__(cls)
+
+    if not TYPE_CHECKING:  # which is to go on finding such slips itself
+
+        def __getattr__(self, name: str) -> NoReturn:
+            holding = [part for part in ("inputs", "labels") if name in vars(self).get(part, ())]
+            hint = f'; write example.{holding[0]}["{name}"]' if holding else ""
+            raise AttributeError(f'an Example has id, inputs and labels, and no attribute "{name}"{hint}')
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], labels: Mapping[str, Any], *, id: str = "") -> Example:

@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, WrongTypeError
 from cotune.programs.layout import Choices
 from cotune.programs.prompt import Prompt, Prompts
 from cotune.programs.signature import Signature
@@ -36,9 +36,12 @@ class Call:
     inputs: Mapping[str, str]
     scores: bool = False
 
-    # Asked for an output before it was yielded: only these three, so that a call is in all else a plain value.
+    # Asked for an output before it was yielded: only these four, so that a call is in all else a plain value.
 
     def __getitem__(self, name: str) -> NoReturn:
+        raise self.not_yielded()
+
+    def __format__(self, spec: str) -> NoReturn:
         raise self.not_yielded()
 
     def keys(self) -> NoReturn:
@@ -66,7 +69,13 @@ class NamedValues(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        raise AttributeError(f'there is no value "{name}"; there are {", ".join(self) or "none"}')
+        raise AttributeError(self._without(name))
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(self._without(name))
+
+    def _without(self, name: str) -> str:
+        return f'there is no value "{name}"; there are {", ".join(self) or "none"}'
 
 
 @dataclass(frozen=True)
@@ -109,14 +118,16 @@ class Stage:
             )
         object.__setattr__(self, "name", name)
 
-    def __call__(self, **inputs: Any) -> Call:
+    def __call__(self, *unnamed: NoReturn, **inputs: Any) -> Call:
         """A call of this stage. Values become text: see `Signature.shown`.
 
         Raises:
-            TypeError: a field is missing or unknown, or the stage has no name.
+            TypeError: a field is missing, unknown or given without its name, or the stage has no name.
         """
         if not self.name:
             raise StageError(f"the stage {self.signature} has no name. {_NAMED}")
+        if unnamed:
+            raise StageError(f"inputs are given by name. Write: {self.as_called()}")
         expected = self.signature.inputs
         missing = [name for name in expected if name not in inputs]
         unknown = [name for name in inputs if name not in expected]
@@ -127,6 +138,10 @@ class Stage:
             if isinstance(value, Call):
                 raise value.not_yielded()
         return Call(self.name, {name: self.signature.shown(name, inputs[name]) for name in expected}, self.scores)
+
+    def as_called(self) -> str:
+        """How a call of it is written in `run`."""
+        return f"yield self.{self.name}({', '.join(f'{name}=...' for name in self.signature.inputs)})"
 
 
 class Program(ABC):
@@ -149,7 +164,7 @@ class Program(ABC):
 
     def __call__(
         self,
-        *,
+        *unnamed: NoReturn,
         lm: LM,
         prompts: Prompts | None = None,
         form: Form | None = None,
@@ -166,7 +181,10 @@ class Program(ABC):
 
         Raises:
             PredictionError: a completion could not be read, or the program raised.
+            WrongTypeError: an input is given without its name.
         """
+        if unnamed:
+            raise WrongTypeError("inputs are given by name, as run() has them, e.g. program(question=..., lm=...).")
         from cotune.programs.example import Example
         from cotune.programs.form import ReasonThenFill
         from cotune.programs.lm import Sampling

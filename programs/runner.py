@@ -20,7 +20,7 @@ from cotune.programs.forms import form_of
 from cotune.programs.judging import judged
 from cotune.programs.lm import LM, Completion, Message, Request, Sampling
 from cotune.programs.metrics import Metric
-from cotune.programs.program import Call, NamedValues, Program
+from cotune.programs.program import Call, NamedValues, Program, Stage
 from cotune.programs.prompt import Prompts, prompts_id
 from cotune.programs.ranks import Ranks
 from cotune.programs.retrieval import RetrieverError
@@ -212,7 +212,10 @@ class _Run:
     def _accept(self, call: Any) -> bool:
         """Takes what the program yielded as the call that it waits on."""
         if not isinstance(call, Call) or call.stage not in list(self.program.stages):
-            self._fail("program", f"run() yielded {shown(call)}, which is not a call of one of its stages")
+            wrong = f"{shown(call)}, which is not a call of one of its stages"
+            if isinstance(call, Stage):
+                wrong = f'the stage "{call.name}" itself; write: {call.as_called()}'
+            self._fail("program", f"run() yielded {wrong}")
         elif fault := _unsayable(call.inputs):
             self._fail("program", f'run() called stage "{call.stage}" with {fault}')
         elif len(self.steps) >= self.program.max_calls:

@@ -64,12 +64,15 @@ def main(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cotune.build import build_module
+    from cotune.fit.parse_errors import did_you_mean
     from cotune.programs import Example
     from cotune.tuned import Tuned, export_folder, load, program_inputs, read_export
 
     given = [bool(options.export), bool(options.config or options.program)]
     if sum(given) != 1:
-        raise AskError("name a tuned program with --export, or one as it comes with --config or --program.")
+        wrong = options.inputs[0].removeprefix("--") if options.inputs else ""
+        near = did_you_mean(wrong, ("export", "config", "program"), "--")
+        raise AskError(f"name a tuned program with --export, or one as it comes with --config or --program.{near}")
     folder = export_folder(options.export) if options.export else None
     config = read_export(folder)["model"] if folder else _as_it_comes(options)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -165,7 +165,7 @@ def _answers(tuned: Tuned, batch: Sequence[Row]) -> Iterator[tuple[str, str]]:
             yield "input", json.dumps({"row": row.number, "error": row.fault}, ensure_ascii=False)
         else:
             rollout = next(done)
-            yield rollout.error.kind if rollout.error else "", _line(row.number, rollout)
+            yield rollout.error.kind if rollout.error else "", answer_line(row.number, rollout)
 
 
 def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
@@ -181,12 +181,15 @@ def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-def _line(number: int, rollout: Rollout) -> str:
+def answer_line(number: int, rollout: Rollout) -> str:
+    """A row's answer as a line of JSON, records in it as mappings."""
+    from cotune.programs.types import plain
+
     prediction = {} if rollout.error else dict(rollout.prediction or {})
     # A program's own field of these names keeps its value, under a name that is free.
     fields = {f"prediction.{name}" if name in ("row", "error") else name: value for name, value in prediction.items()}
     error = rollout.error.message if rollout.error else None
-    return json.dumps({"row": number, **fields, "error": error}, ensure_ascii=False, default=str)
+    return json.dumps({"row": number, **fields, "error": error}, ensure_ascii=False, default=plain)
 
 
 def _summary(done: Counter[str]) -> str:

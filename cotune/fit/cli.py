@@ -355,7 +355,8 @@ class CotuneCLI(PlainCLI):
     def after_fit(self) -> None:
         folder = Path(self.trainer.default_root_dir)
         alternate = self._alternate
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        if self.datamodule.splits.test:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self._scratch is not None:
             print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
             return

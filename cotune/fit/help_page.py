@@ -117,7 +117,7 @@ def wanted(words: Sequence[str]) -> str | None:
         HelpError: there is no such group.
     """
     for word in words:
-        found = re.fullmatch(r"--help=(.*)|--(alternate|model|record|log|trainer)\.help", word)
+        found = re.fullmatch(r"--help=(.*)|--(?!data)(\w+)\.help", word)  # --data.help is that of its class
         if found is None:
             continue
         group = found[1] or found[2]

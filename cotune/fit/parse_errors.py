@@ -60,14 +60,15 @@ def no_file(path: Path) -> str:
     """What to say of a config file that is not there."""
     if path.is_absolute():
         return f'--config "{path}": there is no such file.'
-    near = _hint(str(path).removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
+    near = did_you_mean(str(path), [file.name for file in Path().glob("*.y*ml")], "")
+    near = near or did_you_mean(str(path).removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
     return f'--config "{path}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
 
 
 def unknown_command(word: str) -> str:
     """What to say of a command that there is none of."""
     known = (*LIGHTNINGS, *OWN_COMMANDS)
-    return f'unknown command "{word}"; commands are {", ".join(known)}.' + _hint(word, known, "")
+    return f'unknown command "{word}"; commands are {", ".join(known)}.' + did_you_mean(word, known, "")
 
 
 def reasons(message: str) -> list[str]:
@@ -93,7 +94,7 @@ def _unknown_argument(message: str, options: Options) -> str:
     word = found[1].split("=")[0]
     if not word.startswith("--"):
         return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
-    return f"unknown option {word}." + _hint(word[2:], option_names(options), "--")
+    return f"unknown option {word}." + did_you_mean(word[2:], option_names(options), "--")
 
 
 def _unknown_key(message: str, options: Options) -> str:
@@ -101,7 +102,7 @@ def _unknown_key(message: str, options: Options) -> str:
     if not found:
         return ""
     name = found[1] or found[2]
-    return f'unknown option "{name}".' + _hint(name, option_names(options), "")
+    return f'unknown option "{name}".' + did_you_mean(name, option_names(options), "")
 
 
 def _no_class(message: str, options: Options) -> str:
@@ -129,7 +130,7 @@ def _no_class(message: str, options: Options) -> str:
     because = f" ({detail[1].strip()})" if detail else ""
     return (
         f'{key}: there is no class "{value}"{because}; known are {_known(key, options)}, and a class of your own is '
-        f"written module.Class.{_hint(last, names, '')}"
+        f"written module.Class.{did_you_mean(last, names, '')}"
     )
 
 
@@ -139,7 +140,7 @@ def _no_metric(key: str, value: str) -> str:
     known = [f"cotune.programs.{getattr(metric, '__name__', '')}" for metric in COMPARE_FIELDS]
     return (
         f'{key}: there is no function "{value}"; there are {", ".join(known)}, and one of your own is written '
-        f"module.function.{_hint(value, known, '')}"
+        f"module.function.{did_you_mean(value, known, '')}"
     )
 
 
@@ -180,6 +181,7 @@ _OWNERS = {"sizes": "data", "bootstrapping": "data", "lora": "model.lm", "skip_l
 """Groups whose parser does not know what it is part of -> that part."""
 
 _ELSEWHERE = {
+    "template": "model.form",
     **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
     **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "alternate.epochs"),
     **dict.fromkeys(("batch", "bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
@@ -189,7 +191,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("seed", "random_seed"), "seed_everything"),
     **dict.fromkeys(("threshold", "attempts"), "data.bootstrapping."),
 }
-"""What options are called elsewhere -> here; a name that ends in a dot has the word behind it."""
+"""What options are called elsewhere, or were once -> here; a name that ends in a dot has the word behind it."""
 
 
 def option_names(options: Options) -> list[str]:
@@ -250,13 +252,15 @@ def _plain(kind: str) -> str:
     return kind.replace("typing.", "")
 
 
-def _hint(wrong: str, names: Sequence[str], dashes: str) -> str:
+def did_you_mean(wrong: str, names: Sequence[str], dashes: str) -> str:
     """ " Did you mean …?", by the whole name or else by its last part; "" when nothing is near."""
     elsewhere = _ELSEWHERE.get(wrong) or _ELSEWHERE.get(wrong.rpartition(".")[2]) if dashes or "." in wrong else None
     if elsewhere and wrong not in names:
         return f" Did you mean {dashes}{elsewhere}{wrong.rpartition('.')[2] if elsewhere.endswith('.') else ''}?"
     last = {name.rpartition(".")[2]: name for name in reversed(names)}
-    near = difflib.get_close_matches(wrong, names, 1, 0.8) or [
-        last[match] for match in difflib.get_close_matches(wrong.rpartition(".")[2], list(last), 1, 0.7)
-    ]
+    near = (
+        difflib.get_close_matches(wrong, names, 1, 0.8)
+        or [name for name in names if len(wrong) > 2 and name.startswith(wrong)]
+        or [last[match] for match in difflib.get_close_matches(wrong.rpartition(".")[2], list(last), 1, 0.7)]
+    )
     return f" Did you mean {dashes}{near[0]}?" if near else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from cotune.programs import Completion, Example, Failure, Filled, Rollout, promp
 from cotune.programs.rollout import Step
 from cotune.reporting.journeys import pieces
 from tiny_fit import BrokenOffError, Fit, tiny_fit
+
+from cotune.commands.predict import answer_line
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,15 @@ def test_a_record_tells_what_the_engine_put_there_and_which_text_it_closed() -> 
 def test_a_text_that_no_file_can_hold_does_not_end_the_run() -> None:
     (line,) = rollout_lines([_rollout("e", "half a \ud83d sign")], max_bytes=10**6, max_characters=200)
     assert json.loads(line)["steps"][0]["completion"] == "half a ? sign"
+
+
+def test_a_record_in_a_prediction_is_a_mapping_in_the_file() -> None:
+    done = replace(
+        _rollout("e", ""), error=None, prediction={"order": Failure("type", "none"), "on": date(2024, 7, 26)}
+    )
+    (line,) = rollout_lines([done], max_bytes=10**6, max_characters=200)
+    assert json.loads(line)["prediction"] == {"order": {"kind": "type", "message": "none"}, "on": "2024-07-26"}
+    assert json.loads(answer_line(1, done))["order"] == {"kind": "type", "message": "none"}
 
 
 def test_a_key_in_what_the_users_code_raised_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

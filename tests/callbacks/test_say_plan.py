@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from cotune.callbacks.say_plan import SayPlan, plan, runs_left
 from cotune.datamodules import Bootstrapping
-from cotune.lightning_modules import LearningRate
 from cotune.prompting import ReflectiveSearch
 from tiny_fit import Fit, tiny_fit
 
@@ -74,13 +73,3 @@ def test_reused_traces_need_no_runs(tiny_model: Path, tmp_path: Path, capsys: py
     fit, _ = fitted(tiny_model, tmp_path, capsys, schedule="w")
     fit.data.reused_traces = "somewhere"
     assert runs_left(fit.alternate, fit.data, 0) == (40 + 4, 40 + 4)
-
-
-def test_a_warm_up_longer_than_the_weight_step_is_said(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fit = tiny_fit(tiny_model, tmp_path / "small", "w", callbacks=[SayPlan()])
-    fit.module.learning_rate = LearningRate(warmup=100)
-    fit.run()
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warm-up takes 100 of ")]
-    assert f"of {fit.module.weight_steps} optimiser steps" in said

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import yaml
 from commands import fit
 from pages import DOCS, ROOT, blocks, commands
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from cotune.__main__ import main
 from cotune.fit.cli import CotuneCLI
@@ -111,6 +114,27 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_a_try_of_the_sweep_is_a_command_that_parses(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As W&B's agent makes it: options as they were drawn, blanks and all."""
+    save_files(DOCS / "sweeps.md", reader)
+    sweep = yaml.safe_load((reader / "sweep.yaml").read_text())
+    drawn = {
+        name: {"value": one["values"][0] if "values" in one else one["min"]}
+        for name, one in sweep["parameters"].items()
+    }
+    options = create_sweep_command_args({"args": drawn})["args"]
+    words = [word for part in sweep["command"] for word in (options if part == "${args}" else [part])]
+    (reader / "cotune").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (reader / "cotune").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{reader}:{os.environ['PATH']}")
+    monkeypatch.setenv("WANDB_RUN_ID", "t1")
+    typed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "--alternate.schedule=p -> w" in typed
+    assert "sweep-t1" in typed
+    with pytest.raises(ParsedError):
+        OnlyParses(typed)
+
+
 # What some pages show is done, too, on the tiny model
 
 
@@ -139,7 +163,7 @@ def test_the_wordings_can_be_searched(reader: Path, tiny_model: Path) -> None:
     save_files(DOCS / "prompt-search.md", reader)
     (words,) = [words for words in commands(DOCS / "prompt-search.md") if "wordings.yaml" in words]
     options = on_the_tiny_model(tiny_model, "--name", "--data.metric", "--alternate.search.num_candidates")
-    assert main([*words, *options]) == 0
+    assert main([*words, *options, "--data.sizes.test", "0"]) == 0, "and without a test set"
     assert "Name the species" in Path("runs/wordings/boundaries/1.json").read_text()
 
 

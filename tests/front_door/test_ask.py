@@ -121,5 +121,6 @@ def test_a_program_is_asked_as_it_comes(tiny_model: Path, capsys: pytest.Capture
     assert said.out.splitlines()[-1] in ("answer: yes", "answer: no")
     assert "names no model.program" in cotune(["ask", *words], capsys).err
     assert cotune(["ask"], capsys).err.startswith("cotune: error: name a tuned program with --export")
+    assert cotune(["ask", "--exp", "runs/x"], capsys).err.endswith("Did you mean --export?\n")
     said = cotune(["ask", "--config", "iris", "--colour", "red"], capsys)
     assert '"--colour" is no input of the program; its inputs are --petal_length' in said.err

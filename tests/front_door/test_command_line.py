@@ -15,6 +15,7 @@ import wandb
 import yaml
 from commands import ROOT, Said, cotune, fit, tiny
 
+from cotune.fit.help_page import wanted
 from cotune.fit.parse_errors import OWN_COMMANDS
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -81,6 +82,8 @@ def test_a_group_of_options_has_a_help_of_its_own(run: Run) -> None:
         assert options
         assert all(option.startswith(start) for option in options)
     assert run("fit", "--record.help").out == run("fit", "--help=record").out
+    assert wanted(["fit", "--search.help"]) == "search"
+    assert wanted(["fit", "--data.help", "Iris"]) is None
     assert one_error(run("fit", "--help=lora")).startswith('there is no group "lora" of options; there are all, alter')
 
 
@@ -165,6 +168,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
         (["--model.form", "tiny_fit.Fit"], "model.form"),
+        (["--model.template", "Lines"], "unknown option --model.template. Did you mean --model.form?"),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )
@@ -202,6 +206,8 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
     nowhere = f"there is no such file in {Path.cwd()}, and none that cotune configs lists."
     assert message == f'--config "nowhere.yaml": {nowhere}'
     assert one_error(run("fit", "--config", "irs")) == f'--config "irs": {nowhere} Did you mean iris?'
+    Path("task.yaml").write_text("name: mine\n")
+    assert one_error(run("fit", "--config", "tsk.yaml")).endswith("Did you mean task.yaml?")
     assert one_error(run("fit", "--config", "/no/where.yaml")) == '--config "/no/where.yaml": there is no such file.'
     assert one_error(run("fit")) == "missing: model.program, data. Give them in a file, --config FILE, or as options."
 
@@ -313,7 +319,7 @@ def test_a_metric_that_raises_ends_the_run_with_what_it_raised(run: Run, tiny_mo
     own_metrics()
     message = one_error(run(*fit(tiny_model, "--data.metric", "own_metrics.broken")))
     assert "the metric failed on 8 of 8 examples, more than max_error_rate 0.5 allows." in message
-    assert "KeyError: 'answr'" in message
+    assert 'there is no value "answr"; there are answer' in message
 
 
 def test_a_program_that_never_succeeds_is_told_what_to_change(run: Run, tiny_model: Path) -> None:

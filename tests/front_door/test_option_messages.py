@@ -21,10 +21,13 @@ from cotune.fit.parse_errors import explain
         ("num_train_epochs", "alternate.epochs"),
         ("output_dir", "runs_dir"),
         ("threshold", "data.bootstrapping.threshold"),
+        ("trainer.acc", "trainer.accelerator"),
     ],
 )
-def test_a_name_from_elsewhere_is_told_ours(word: str, meant: str) -> None:
-    assert explain(f"unrecognized arguments: --{word} 3", {}) == f"unknown option --{word}. Did you mean --{meant}?"
+def test_a_name_from_elsewhere_or_an_abbreviated_one_is_told_ours(word: str, meant: str) -> None:
+    options = {"trainer.accelerator": str}
+    said = explain(f"unrecognized arguments: --{word} 3", options)
+    assert said == f"unknown option --{word}. Did you mean --{meant}?"
 
 
 def test_one_value_for_a_group_is_told_its_options() -> None:

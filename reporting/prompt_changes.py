@@ -93,12 +93,17 @@ def _change(stage: str, before: Json, after: Json) -> PromptChange:
     demos += [("remove", demo) for demo in old if demo not in new]
     return PromptChange(
         stage=stage,
-        instruction=word_difference(before["instruction"], after["instruction"]),
+        instruction=word_difference(_told(before), _told(after)),
         demos=demos,
         before_demos=len(old),
         after_demos=len(new),
         moved=old != new and all(mark == "same" for mark, _ in demos),
     )
+
+
+def _told(prompt: Json) -> str:
+    """The instruction, behind the form where the prompt has one of its own."""
+    return f"(form: {prompt['form']}) {prompt['instruction']}" if prompt.get("form") else str(prompt["instruction"])
 
 
 def demo_fields(demo: Mapping[str, Any]) -> list[tuple[str, str]]:

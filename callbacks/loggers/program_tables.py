@@ -124,7 +124,7 @@ def rollout_rows(done: Sequence[Rollout], *, max_rows: int, max_characters: int)
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as a reader would write it down: the instruction, then the demos field by field."""
-    lines = [prompt.instruction]
+    lines = [*([f"Form: {prompt.form}", ""] if prompt.form else []), prompt.instruction]
     for number, demo in enumerate(prompt.demos, start=1):
         lines += ["", f"Demo {number}" + (f" ({demo.source})" if demo.source else "")]
         lines += [f"{name}: {value}" for name, value in {**demo.inputs, **demo.outputs}.items()]

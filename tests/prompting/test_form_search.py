@@ -12,6 +12,7 @@ from cotune.programs.form import ReasonThenFill
 from cotune.programs.forms import form_named, form_of, in_form, names
 from cotune.programs.prompt import prompts_from_dict, prompts_id, prompts_to_dict
 from cotune.prompting import FormSearch, RandomDemoSearch, SearchTask
+from cotune.reporting.prompt_changes import prompt_changes
 
 from cotune.testing import FakeLM
 
@@ -42,6 +43,8 @@ def test_the_form_that_does_best_is_found_and_searched_on_in() -> None:
     assert why[:4] == ["incumbent", "form: lines", "form: tags", "form: tags, straight"]
     assert any(one.prompts["predict"].demos for one in found.candidates)  # bootstrapped in that form
     assert prompts_from_dict(prompts_to_dict(found.prompts)) == found.prompts
+    (change,) = prompt_changes(prompts_to_dict(initial), prompts_to_dict(in_form(initial, "tags")))
+    assert change.changed
 
 
 def test_traces_are_in_the_prompts_form() -> None:

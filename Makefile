@@ -18,7 +18,7 @@ demo: setup  ## tune prompts and weights on Iris, from the start
 
 # A worker a core, one thread each; a file's tests stay together, for what they share.
 test: setup  ## run the tests
-	@OMP_NUM_THREADS=1 GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check style and formatting
 	@$(BIN)/ruff check .

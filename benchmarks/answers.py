@@ -17,7 +17,8 @@ import torch
 from cotune.datamodules.tasks.gsm8k import gsm8k_examples
 from cotune.lightning_modules import LanguageModel
 from cotune.programs import Example, Predict, Request, Sampling, first_line_number
-from cotune.programs.form import Form, Json, Lines, Markers, ReasonThenFill, Tags
+from cotune.programs.form import Form, Lines, Markers, ReasonThenFill, Tags
+from cotune.programs.json_form import Json
 from cotune.programs.layout import Field
 from cotune.programs.metrics import last_number
 from cotune.programs.runner import Runner

@@ -21,13 +21,14 @@ from cotune.callbacks.alternation import (
     State,
     Train,
 )
+from cotune.callbacks.course import Course, Options
 from cotune.callbacks.epoch_end import EpochEnd
 from cotune.callbacks.progress import training_bar_paused
 from cotune.callbacks.save_policy import SavePolicy
 from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, check_teachers, ours
-from cotune.callbacks.step_work import Options, StepWork
+from cotune.callbacks.step_work import StepWork
 from cotune.errors import BadValueError, CotuneError
 from cotune.prompting import PromptSearch, RandomDemoSearch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -128,7 +129,7 @@ class Alternate(Callback):
             )
         self.alternation = Alternation(planned(self.schedule, self.steps))
         self.state = State()
-        self.work = StepWork(self.schedule, self.steps, search or RandomDemoSearch(), options)
+        self.work = StepWork(Course(self.schedule, self.steps, options), search or RandomDemoSearch())
         self.saver = Saver(SavePolicy(save_every), folder)
         self._resumed_from = "the checkpoint"
         self._early: list[tuple[EarlyStopping, dict[str, Any]]] = []  # each as it was before any epoch
@@ -159,7 +160,7 @@ class Alternate(Callback):
         self.saver.policy.began(trainer.global_step)
         self.work.begin(ours(trainer, pl_module)[0])
         if isinstance(self.alternation.wanted(self.state), Train):
-            self.work.resume_training(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
+            self.work.weight.resume_training(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
         self._go_on(trainer)
 
     @torch.no_grad()
@@ -175,7 +176,7 @@ class Alternate(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Dropout draws the same numbers whether or not the run was stopped before. At the epoch's start would be too
         # early: loaders draw a seed when they are made, which happens before it in a run and after it in a resumed one.
-        torch.manual_seed(self.work.seed("train", self.position, self.state.rounds, batch_idx))
+        torch.manual_seed(self.work.course.seed("train", self.position, self.state.rounds, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -187,7 +188,7 @@ class Alternate(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.work.epoch_scored(ours(trainer, pl_module)[0], rounds=self.state.rounds)
+            self.work.weight.epoch_scored(ours(trainer, pl_module)[0], rounds=self.state.rounds)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.finished:
@@ -217,7 +218,7 @@ class Alternate(Callback):
 
     @property
     def options(self) -> Options:
-        return self.work.options
+        return self.work.course.options
 
     @property
     def search(self) -> PromptSearch:
@@ -231,12 +232,12 @@ class Alternate(Callback):
     @property
     def position(self) -> int:
         """Steps of the schedule that are behind."""
-        return self.work.position
+        return self.work.course.position
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """A record of each boundary so far."""
-        return self.work.history
+        return self.work.course.history
 
     @property
     def best(self) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class Alternate(Callback):
     @property
     def epoch_title(self) -> str:
         """The epoch under way, e.g. "[1/3] epoch 2/18"."""
-        return self.work.title(f"epoch {self.state.rounds + 1}/{self.work.epochs}")
+        return self.work.course.title(f"epoch {self.state.rounds + 1}/{self.work.weight.epochs}")
 
     # From one step to the next
 
@@ -257,7 +258,7 @@ class Alternate(Callback):
         stop, trainer.should_stop = trainer.should_stop, False
         self._advance(RoundEnded(stop))
         data.epoch = self.state.rounds
-        self.work.epoch_ended(module, rounds=self.state.rounds)
+        self.work.weight.epoch_ended(module, rounds=self.state.rounds)
         wanted = self.alternation.wanted(self.state)
         if isinstance(wanted, Train):
             self.saver.epoch_ended(trainer, stored=module.lm.store is not None)
@@ -277,8 +278,8 @@ class Alternate(Callback):
         """
         trainer.fit_loop.epoch_loop.max_steps = -1
         ours(trainer)[1].rehearse(int(trainer.fast_dev_run))  # type: ignore[attr-defined]
-        self.work.rehearse()
-        self.steps = self.work.steps
+        self.work.course.rehearse()
+        self.steps = self.work.course.steps
         self.alternation = Alternation(planned(self.schedule, self.steps))
 
     def _go_on(self, trainer: Trainer) -> None:
@@ -290,7 +291,7 @@ class Alternate(Callback):
                 self._advance(Searched())
                 continue  # what was found is not kept before it has been scored
             if isinstance(wanted, Collect):
-                goes_on = self.work.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
+                goes_on = self.work.weight.collect(trainer, self.saver.run_folder(trainer), rounds=self.state.rounds)
                 self._advance(CollectionEnded())
                 if not goes_on:
                     self._advance(RoundEnded(stop=True))

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from cotune.errors import CotuneError
 from cotune.programs.ranks import Ranks
-from cotune.storage.durable import clock, explained, file_sum, put_in_place, read_sums, record_sums, write_beside
+from cotune.storage.durable import (
+    as_not_written,
+    clock,
+    file_sum,
+    find_whole,
+    put_in_place,
+    read_sums,
+    record_sums,
+    write_beside,
+)
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 
@@ -66,7 +75,7 @@ class Checkpoints:
 
     def _put_in_place(self, writer: _DurableIO) -> None:
         last = self.folder / LAST
-        with explained(last):
+        with as_not_written(last):
             if writer.error is not None:
                 raise writer.error
             known = read_sums(self.folder)
@@ -104,3 +113,18 @@ class _DurableIO(TorchCheckpointIO):
             _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(checkpoint, file))
         except Exception as error:
             self.error = error
+
+
+def whole_checkpoint(checkpoint: str) -> Path:
+    """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
+    path = Path(checkpoint)
+    if not (path.parent / "SHA256SUMS").is_file() or path.name.endswith(".partial"):
+        return path
+    whole, why = find_whole(path)
+    if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
+        raise CheckpointError(f"{path} {why}.")
+    return path

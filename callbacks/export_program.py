@@ -12,11 +12,11 @@ from cotune.datamodules import TraceDataModule
 from cotune.inference.local.transformers_internals import commit_of
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.embedded import HUB_ID, gguf_source
-from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.lightning_modules.quantization import quantized_as
 from cotune.lightning_modules.text_lm import TextLM
 from cotune.programs import prompts_to_dict
-from cotune.storage.durable import explained, new_folder, write_whole
+from cotune.storage.durable import as_not_written, new_folder, write_whole
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 FORMAT = 2
@@ -74,7 +74,7 @@ def export_program(
         "data": dict(data) if data is not None else None,
         "model": dict(config) if config is not None else None,
     }
-    with explained(folder), new_folder(folder) as partial:
+    with as_not_written(folder), new_folder(folder) as partial:
         if isinstance(lm, LanguageModel):
             lm.save_adapter(partial / "adapter")
             name_base(partial / "adapter", base["name"], base["revision"])

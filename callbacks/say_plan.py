@@ -56,11 +56,11 @@ class SayPlan(Callback, BoundaryListener):
         self._epochs += 1
         alternate = self._alternate
         # Alternate counts the epoch after this, and a weight step's last one ends at a boundary anyway.
-        if self._epochs == 1 and alternate is not None and alternate.work.epochs > 1:
+        if self._epochs == 1 and alternate is not None and alternate.work.weight.epochs > 1:
             step = alternate.position
             runs = runs_left(alternate, trainer.datamodule, step + 1)  # type: ignore[attr-defined]
             data = trainer.datamodule  # type: ignore[attr-defined]
-            rest = (alternate.work.epochs - 1) * len(data.splits.val) * data.val_samples
+            rest = (alternate.work.weight.epochs - 1) * len(data.splits.val) * data.val_samples
             epochs = _epochs(alternate, step) - 1
             with training_bar_paused(trainer):
                 say(f"first epoch done; {self._time(alternate, (runs[0] + rest, runs[1] + rest), epochs)}")
@@ -70,7 +70,7 @@ class SayPlan(Callback, BoundaryListener):
         if alternate is None:
             return
         head = f"[{boundary.index}/{len(alternate.schedule)}] {boundary.prefix}: val score {boundary.val_score:.3f}"
-        took = f"{boundary.cost['lm_calls']:,} LM calls, {spoken(boundary.cost['seconds'])}"
+        took = f"{boundary.cost['lm_calls']:,} LM calls, {format_duration(boundary.cost['seconds'])}"
         runs = runs_left(alternate, trainer.datamodule, boundary.index)  # type: ignore[attr-defined]
         epochs = _epochs(alternate, boundary.index)
         said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
@@ -81,7 +81,7 @@ class SayPlan(Callback, BoundaryListener):
         first = alternate.history[0]  # of val alone
         a_run = seconds_a_call(alternate.history) * first["lm_calls"] / max(self._val, 1)
         training = self._training / self._epochs * epochs if self._epochs else 0.0
-        low, high = (spoken(count * a_run + training) for count in runs)
+        low, high = (format_duration(count * a_run + training) for count in runs)
         left = f"about {low} left" if low == high else f"about {low} to {high} left"
         return left if self._epochs or not epochs else f"{left}, and the training"
 
@@ -163,10 +163,10 @@ def _epochs(alternate: Alternate, behind: int) -> int:
     return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[behind:] if step != PROMPTS)
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration as one says it.
 
-    >>> [spoken(s) for s in (0.4, 42, 100, 1100, 9000)]
+    >>> [format_duration(s) for s in (0.4, 42, 100, 1100, 9000)]
     ['1 s', '42 s', '2 min', '18 min', '2.5 h']
     """
     if seconds < 90:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         Unreadable,
         exact_match,
     )
-    from cotune.prompting import JointSearch, PromptSearch, RandomDemoSearch, ReflectiveSearch
+    from cotune.prompting import FormSearch, JointSearch, PromptSearch, RandomDemoSearch, ReflectiveSearch
     from cotune.tuned import Tuned, load
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "Example",
     "ExportProgram",
     "Form",
+    "FormSearch",
     "In",
     "JointSearch",
     "LanguageModel",
@@ -78,7 +79,7 @@ _HOMES = {
         *("Call", "Demo", "Example", "Form", "In", "Line", "Out", "Predict", "Program", "Prompt"),
         *("Rollout", "Runner", "Sampling", "Score", "Signature", "Stage", "Unreadable", "exact_match"),
     ),
-    "cotune.prompting": ("JointSearch", "PromptSearch", "RandomDemoSearch", "ReflectiveSearch"),
+    "cotune.prompting": ("FormSearch", "JointSearch", "PromptSearch", "RandomDemoSearch", "ReflectiveSearch"),
     "cotune.datamodules": ("Bootstrapping", "Sizes", "Table", "TraceDataModule"),
     "cotune.lightning_modules": ("LanguageModel", "LoRA", "ProgramModule"),
     "cotune.callbacks": ("Alternate",),

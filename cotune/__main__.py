@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from cotune.errors import CotuneError, reported
 from cotune.fit.help_page import first_screen
-from cotune.fit.parse_errors import OWN_COMMANDS
+from cotune.fit.parse_errors import LIGHTNINGS, OWN_COMMANDS, unknown_command
 
 _HELP = """\
 usage: cotune COMMAND [options]
@@ -33,6 +33,7 @@ what came of it
   preview    training pairs as they are trained on   cotune preview runs/iris
   ask        one question, shown stage by stage      cotune ask --export runs/iris (or --config iris: as it comes)
   predict    answer the rows of a file or of stdin   cotune predict --export runs/iris --data rows.csv
+  serve      answers over HTTP, on vLLM or here      cotune serve runs/iris
   export     adapter, merged weights, model card     cotune export runs/iris --what all
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
@@ -44,7 +45,7 @@ shows the traceback behind a message.
 
 _VARIABLES = ("COTUNE_CACHE", "COTUNE_DEBUG", "COTUNE_SMOLLM2_WHEEL")
 _LIGHT = ("configs", "doctor", "new")
-_OF_TESTS = ("COTUNE_DATA",)
+_OF_TESTS = ("COTUNE_DATA", "COTUNE_VLLM")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
         print(version_line())
         return 0
-    if words[0] in ("fit", "validate", "test") and {"-h", "--help"} & set(words):
+    if words[0] in LIGHTNINGS and {"-h", "--help"} & set(words):
         print(first_screen(words[0]), end="")
         return 0
     if unread := sorted({name for name in os.environ if name.startswith("COTUNE_")} - {*_VARIABLES, *_OF_TESTS}):
@@ -68,6 +69,8 @@ def main(args: Sequence[str] | None = None) -> int:
             f"{', '.join(_VARIABLES)}. Options stand in YAML files or on the command line.",
             file=sys.stderr,
         )
+    if words[0] not in (*LIGHTNINGS, *OWN_COMMANDS):
+        return reported(CotuneError(unknown_command(words[0])))
     _share_cores()
     _keep_freed_memory()
     # It warns at import, which is too early for the other loggers' settings, of a kernel that cotune does not use.

@@ -58,4 +58,4 @@ def _built(parser: ArgumentParser, config: dict[str, Any], where: str) -> Any:
             f"{where}: {explain(str(error), {})} Your own classes must be importable as they were in the run: "
             "start in the folder where it was started."
         ) from error
-    return parser.instantiate_classes(parsed)
+    return parser.instantiate(parsed)

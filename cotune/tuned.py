@@ -12,6 +12,7 @@ from typing import Any
 from cotune.build import build_module
 from cotune.callbacks.export_program import FORMAT
 from cotune.errors import CotuneError
+from cotune.inference.engine import Engine
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.programs import Example, NamedValues, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
@@ -64,7 +65,14 @@ class Tuned:
         return self.module.rollouts(examples, metric=None)
 
 
-def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remote_code: bool = False) -> Tuned:
+def load(
+    folder: str | Path,
+    *,
+    module: ProgramModule | None = None,
+    engine: Engine | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tuned:
     """Loads what a run exported.
 
     An export names classes (the program's, the template's), and loading imports them: load exports that you trust.
@@ -73,6 +81,9 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
         folder: an export or the folder of its run, e.g. runs/iris/export or runs/iris.
         module: the program and LM that the export belongs to, for a fit from Python; the command line's exports know
             theirs. Its LM must not be loaded yet; it becomes the tuned one.
+        engine: what completes the prompts, e.g. a `VLLMServer`; the decoder in this process where none is given,
+            whatever the run had.
+        device: where the LM is loaded, in place of where the run had it.
         trust_remote_code: run code that comes with the base model. Off even where the run had it on.
 
     Raises:
@@ -80,6 +91,7 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
             of a program with other stages, of another base or of another tokenizer.
         BuildError: a class that it names cannot be imported or takes other arguments now.
         ModelNotFoundError: the base model is not there.
+        NoWeightsError: an engine or a device is given, and the export is of an LM without weights here.
 
     For example: `cotune.load("runs/iris/export")(petal_length="1.4", petal_width="0.2", …)["answer"]`.
     """
@@ -91,6 +103,10 @@ def load(folder: str | Path, *, module: ProgramModule | None = None, trust_remot
     _check_weights(folder)
     module = module or _build(folder, described["model"], trust_remote_code)
     _check_stages(folder, described["stages"], module.program)
+    if engine is not None:
+        module.weights.use(engine)
+    if device is not None:
+        module.weights.device_name = device
     if weights:
         _load_weights(module, folder, described.get("base") or {})
     module.prompts = prompts_from_dict(_json(folder / "prompts.json"))
@@ -208,7 +224,7 @@ def _build(folder: Path, config: Mapping[str, Any] | None, trust_remote_code: bo
             f'"{folder}" was exported from Python, so it does not say how to build its program: '
             "give it, load(folder, module=ProgramModule(program, lm))."
         )
-    config = {**config, "lm": _trusted(config["lm"], trust_remote_code)}
+    config = {**config, "lm": _trusted(config["lm"], trust_remote_code), "engine": None}
     return build_module(config, where=str(folder / "program.json"))
 
 

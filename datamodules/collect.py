@@ -23,6 +23,7 @@ from cotune.programs import (
     prompts_id,
 )
 from cotune.programs.demos import hinted
+from cotune.programs.forms import forms_of
 
 _DRAW_SHARED_BY = 8
 """Examples that share one draw of demos: sharing saves prefill, more draws find more traces."""
@@ -46,7 +47,7 @@ def collect(
 ) -> Collected:
     """Runs the program on each example until enough runs succeed, or the attempts are used up; keeps all runs."""
     attempts: list[Attempt] = []
-    pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples, runner.form)
+    pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples, forms_of(runner.form, prompts))
     # Later attempts see only the unsolved, among which faults may well be the most without being many.
     warmer = replace(runner.sampling, temperature=options.temperature, top_p=1.0)
     later = replace(runner, sampling=warmer, max_error_rate=1.0)
@@ -72,7 +73,8 @@ def collect(
         number = options.attempts + options.hints
         taught = teach(options.teacher, unsolved, runner, shown, seed=seed, attempt=number, encode=vocabulary.encode)
         attempts += [Attempt(r, number, prompts_id(p), taught=True) for r, p in zip(taught, shown, strict=False)]
-    return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
+    forms = forms_of(runner.form, prompts)
+    return Collected(tuple(attempts), tuple(examples), options, runner.program, forms, vocabulary)
 
 
 def collect_runs(
@@ -99,7 +101,8 @@ def collect_runs(
         told = progress if number == runs.each - 1 else None
         done = replace(runner, sampling=drawn).run(examples, shown, seed=seed, attempt=number, progress=told)
         attempts += [Attempt(r, number, prompts_id(p)) for r, p in zip(done, shown, strict=True)]
-    return Collected(tuple(attempts), tuple(examples), options, runner.program, runner.form, vocabulary)
+    forms = forms_of(runner.form, prompts)
+    return Collected(tuple(attempts), tuple(examples), options, runner.program, forms, vocabulary)
 
 
 def _wanting(

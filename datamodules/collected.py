@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -54,6 +54,7 @@ class Collected:
     """All runs of a collection, in the order they were made, and what training rows are made of them.
 
     Attributes:
+        forms: stage -> that of its prompt.
         vocabulary: of the LM that ran; one without a name where it has no token ids.
     """
 
@@ -61,7 +62,7 @@ class Collected:
     examples: tuple[Example, ...]
     options: Bootstrapping
     program: Program
-    form: Form
+    forms: Mapping[str, Form]
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
 
     @cached_property
@@ -152,7 +153,7 @@ class Collected:
 
     def _drawn_among_all(self, step: Step) -> tuple[float, ...]:
         """The log-probabilities of the tokens that were drawn among all there are; 0 for the others."""
-        layout = self.form.layout(self.program.stages[step.stage].signature)
+        layout = self.forms[step.stage].layout(self.program.stages[step.stage].signature)
         fields = {part.name: part for part in layout if isinstance(part, Field) and part.syntax is None}
         free: set[int] = set()
         for filled in step.completion.fields:
@@ -177,7 +178,7 @@ class Collected:
         if any(labels.get(name) is None for name in signature.outputs):
             return None
         outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
-        text = self.form.write(signature, outputs)
+        text = self.forms[step.stage].write(signature, outputs)
         return replace(
             self._trace(attempt, len(rollout.steps) - 1, step),
             outputs=outputs,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cotune.programs import LM, Example, Prompts, RoleSpentError, Rollout, Runner, Step
+from cotune.programs import LM, Example, Prompt, Prompts, RoleSpentError, Rollout, Runner, Step
+from cotune.programs.forms import form_of
 
 _AT_ONCE = 32
 """Examples run together, so that what was answered is kept where the teacher's calls end."""
@@ -45,13 +46,16 @@ def teach(
             print(f"the teacher has run {len(done)} of {len(examples)} examples that were not solved: {spent.bound}.")
             break
         done += made
-    return [replace(one, steps=tuple(_rewritten(step, runner, encode) for step in one.steps)) for one in done]
+    return [
+        replace(one, steps=tuple(_rewritten(step, runner, given[step.stage], encode) for step in one.steps))
+        for one, given in zip(done, prompts, strict=False)
+    ]
 
 
-def _rewritten(step: Step, runner: Runner, encode: Callable[[str], Sequence[int]]) -> Step:
+def _rewritten(step: Step, runner: Runner, prompt: Prompt, encode: Callable[[str], Sequence[int]]) -> Step:
     if not step.outputs:  # it could not be read
         return step
-    text = runner.form.write(runner.program.stages[step.stage].signature, step.outputs)
+    text = form_of(runner.form, prompt).write(runner.program.stages[step.stage].signature, step.outputs)
     cut = step.completion.finished == "length"
     completion = replace(
         step.completion,

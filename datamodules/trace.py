@@ -10,7 +10,7 @@ from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs import Demo, Program
-from cotune.storage.durable import DamagedFileError, damaged_file, explained, new_folder
+from cotune.storage.durable import DamagedFileError, as_not_written, damaged_file, new_folder
 from cotune.storage.formats import check_format
 
 FORMAT = 2
@@ -100,7 +100,7 @@ def save_traces(traces: Sequence[Trace], folder: Path) -> None:
     shown = is_progress_bar_enabled()
     disable_progress_bars()
     try:
-        with explained(folder), new_folder(folder) as partial:
+        with as_not_written(folder), new_folder(folder) as partial:
             Dataset.from_list(rows).save_to_disk(str(partial))
     finally:
         if shown:

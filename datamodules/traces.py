@@ -5,121 +5,30 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cotune.datamodules.bootstrapping import Bootstrapping
 from cotune.datamodules.collate import Batch, Pair, collate
 from cotune.datamodules.collect import NoTracesError
-from cotune.datamodules.encode import Vocabulary
+from cotune.datamodules.pair_maker import PairMaker
 from cotune.datamodules.splits import NAMES, Duplicates, Sizes, Splits, leak_notes, rotated
 from cotune.datamodules.trace import Trace, load_traces
 from cotune.errors import BadValueError
 from cotune.programs import (
     Demo,
     Example,
-    Form,
     Metric,
     Program,
-    Prompts,
     Vote,
     draw_demos,
     exact_match,
-    hide_own_demos,
 )
 from cotune.programs.set_metrics import set_metric
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-
-Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
-
-
-@dataclass(frozen=True)
-class PairMaker:
-    """Makes training pairs of traces: renders a stage's prompt, encodes it, and adds the ids that were written.
-
-    A trace of another tokenizer's LM, or one without ids, is trained on as its outputs in this form and this LM's ids.
-
-    Args:
-        prompts: what stands in the pairs.
-        encode: messages -> prompt ids.
-        end_id: token that ends a turn; appended to a completion that ended at a stop string.
-        window: longest pair, in tokens.
-        vocabulary: of the LM that is trained; one without a name takes all ids for its own.
-    """
-
-    program: Program
-    form: Form
-    prompts: Prompts
-    encode: Encode
-    end_id: int
-    window: int
-    vocabulary: Vocabulary = field(default_factory=Vocabulary)
-
-    def pair(self, trace: Trace, demos: Sequence[Demo] | None = None) -> Pair:
-        """The pair of a trace, with these demos instead of the prompt's own where any are given.
-
-        Never with a demo of the trace's own example: it would teach to copy the answer.
-
-        Raises:
-            ValueError: another tokenizer's ids have weights of their own, which a text cannot keep.
-        """
-        signature = self.program.stages[trace.stage].signature
-        prompt = hide_own_demos(self.prompts, trace.example)[trace.stage]
-        if demos:
-            prompt = replace(prompt, demos=tuple(demos))
-        if self.is_foreign(trace):
-            trace = self._translated(trace)
-        end = [] if trace.complete else [self.end_id]
-        return Pair(
-            self.encode(self.form.render(signature, prompt, trace.inputs)),
-            [*trace.completion_ids, *end],
-            name=_name(trace),
-            # The end of the turn that is appended weighs as the token before it in cross-entropy. Nobody chose it, so
-            # where choices are judged it has no part.
-            ce=trace.ce and [*trace.ce, *trace.ce[-len(end) :][: len(end)]],
-            pg=trace.pg and [*trace.pg, *(0.0 for _ in end)],
-            kl=trace.kl and [*trace.kl, *(0.0 for _ in end)],
-            candidates=trace.candidates and [*trace.candidates, *((-1,) * len(trace.candidates[0]) for _ in end)],
-            reference=trace.reference and [*trace.reference, *((0.0,) * len(trace.reference[0]) for _ in end)],
-            sampled=trace.sampled and [*trace.sampled, *(0.0 for _ in end)],
-            group=trace.group,
-            desirable=trace.desirable,
-        )
-
-    def fits(self, pair: Pair) -> bool:
-        return len(pair.prompt_ids) + len(pair.completion_ids) <= self.window
-
-    def is_foreign(self, trace: Trace) -> bool:
-        """Whether a trace's ids mean something else to this LM than what was written.
-
-        A trace that does not say whose its ids are is read with this LM's tokenizer, and its text compared.
-        """
-        own = self.vocabulary
-        if not own.tokenizer:
-            return False
-        if trace.tokenizer or not trace.completion_ids:
-            return trace.tokenizer != own.tokenizer
-        written = own.decode(trace.completion_ids)
-        return not written.strip().startswith(trace.completion.strip())
-
-    def _translated(self, trace: Trace) -> Trace:
-        """The trace as this LM would write it: its outputs in this run's form, in this LM's ids."""
-        if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
-            raise BadValueError(
-                f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
-                "and a text cannot keep such weights. Collect with this LM, without data.traces."
-            )
-        text = self.form.write(self.program.stages[trace.stage].signature, trace.outputs)
-        return replace(
-            trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=(), sampled=()
-        )
-
-
-def _name(trace: Trace) -> str:
-    return f'"{trace.example}" (stage {trace.stage})'
 
 
 class EpochBatches(Dataset[Batch]):

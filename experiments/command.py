@@ -10,15 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cotune.callbacks.progress import say
-from cotune.callbacks.say_plan import spoken
+from cotune.callbacks.say_plan import format_duration
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.parts import Parts
 from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
 from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
+from cotune.experiments.slurm import merge_stores, own_store, submit
 from cotune.experiments.table_config import TableConfig, TableError
-from cotune.lightning_modules.language_model import EMBEDDED
+from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
@@ -30,6 +31,7 @@ class TableCommand:
 
     Args:
         parts_of: words of a command line -> what it describes.
+        fit: runs such words, and gives the exit code.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class TableCommand:
         options: argparse.Namespace,
         *,
         parts_of: Callable[[Sequence[str]], Parts],
+        fit: Callable[[Sequence[str]], int],
     ) -> None:
-        self.config, self.folder, self.options, self._parts_of = config, folder, options, parts_of
+        self.config, self.folder, self.options, self._parts_of, self._fit = config, folder, options, parts_of, fit
         self.runs = runs_of(config)
         self.runs_folder = folder / "runs"
 
@@ -57,6 +60,9 @@ class TableCommand:
             if self.options.retry:
                 for run in self.runs:
                     (self.runs_folder / run.name / OUTCOME).unlink(missing_ok=True)
+            merge_stores([self.runs_folder / run.name for run in self.runs], own_store(self.runs_folder))
+            if self.options.submit:
+                return self._submit(results)
             runner = Runner(
                 self.config,
                 self.runs_folder,
@@ -73,6 +79,28 @@ class TableCommand:
         for run in broken:
             print(f"not finished: {run.name}; {self.runs_folder / 'logs' / run.name}.txt says why")
         return 1 if broken else 0
+
+    def run_one(self, name: str) -> int:
+        """One run in this process, as a task of an array job: no page is written, and the table's folder not held."""
+        runner = Runner(self.config, self.runs_folder)
+        run = next((run for run in self.runs if run.name == name), None)
+        if run is None:
+            raise TableError(f'--run "{name}" is no run of this table; its first is {self.runs[0].name}.')
+        return runner.run_here(run, fit=self._fit)
+
+    def _submit(self, results: list[RunResult]) -> int:
+        """Writes the page of what there is, and submits what is left."""
+        self._write()
+        left = [r.run for r in results if not r.finished and not read_outcome(self.runs_folder / r.run.name)]
+        if not left:
+            say(f"nothing is left to submit; {self.folder / 'table.md'}")
+            return 0
+        words = [*_table_words(self.options), "--folder", str(self.folder.resolve())]
+        jobs = submit(left, self.folder, words, name=self.config.name, options=self.options.sbatch)
+        say(
+            f"{len(left)} runs submitted: job {' and '.join(jobs)}. The same command again shows what has come of them."
+        )
+        return 0
 
     def _parts(self) -> dict[Cell, Parts]:
         """The parts of each cell: what is wrong in a config is said before anything is run."""
@@ -118,7 +146,7 @@ class TableCommand:
         if left and all(value is not None for value in seconds):
             total = sum(value or 0.0 for value in seconds) / self.options.jobs
             sure = "from finished runs" if all(known.values()) else "if nothing is pruned or shared; often half of it"
-            say(f"  time: about {spoken(total)} with {self.options.jobs} at a time ({sure})")
+            say(f"  time: about {format_duration(total)} with {self.options.jobs} at a time ({sure})")
 
     def _paces(self, parts: dict[Cell, Parts], runs: list[Run]) -> dict[Cell, Pace]:
         """A measured pace for each cell with runs; cells that differ in nothing measured share one."""
@@ -150,6 +178,15 @@ class TableCommand:
                     shutil.rmtree(self.runs_folder / result.run.name / "checkpoints", ignore_errors=True)
 
 
+def _table_words(options: argparse.Namespace) -> list[str]:
+    """The words of this table's command, without what is done with it."""
+    file = Path(options.config)
+    words = ["table", "--config", str(file.resolve() if file.exists() else options.config)]
+    for name in ("task", "lm", "preset", "strategy", "seed", "set"):
+        words += [word for value in getattr(options, name) for word in (f"--{name}", str(value))]
+    return words
+
+
 _OF_A_RUN = {
     *("seed_everything", "model.seed", "data.init_args.seed", "alternate.seed"),
     *("alternate.schedule", "alternate.lm_calls", "alternate.test_prefixes"),
@@ -173,4 +210,4 @@ def _most(cost: Cost) -> str:
         said += f", {cost.prompt_tokens / 1e6:,.1f} million prompt tokens"
     said += f", {cost.completion_tokens / 1e6:,.1f} million completion tokens"
     said += f", {cost.pairs:,} training pairs" if cost.pairs else ""
-    return said + (f", {spoken(cost.seconds)}" if cost.seconds is not None else "")
+    return said + (f", {format_duration(cost.seconds)}" if cost.seconds is not None else "")

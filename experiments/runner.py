@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import IO
 
 from cotune.callbacks.progress import say
-from cotune.callbacks.say_plan import spoken
+from cotune.callbacks.say_plan import format_duration
 from cotune.datamodules import NoTracesError
 from cotune.experiments.results import OUTCOME, calls_of, is_finished, read_outcome, read_result
 from cotune.experiments.runs import Run, source_of, words_of
+from cotune.experiments.slurm import own_store
 from cotune.experiments.table_config import TableConfig
 from cotune.storage.durable import write_whole
 
 NO_TRACES = "no traces"
 """State of a run that could not go on, because no run of the program gave anything to train on: the paper's dash."""
 
-_MOST_RESTARTS = 3
+_MAX_RESTARTS = 3
 """Restarts of a killed run that has saved nothing new since the one before."""
 
 _POLL = 0.3
@@ -96,6 +97,25 @@ class Runner:
             _end(under_way)
         return failed
 
+    def run_here(self, run: Run, *, fit: Callable[[Sequence[str]], int]) -> int:
+        """One run in this process and its peers, its completions in a store of its own. Returns the exit code."""
+        if why := self._cannot_start(run):
+            self._put_outcome(run, "failed", why)
+            say(f"{run.name}: {why}")
+            return 1
+        words = [*self._words(run), "--model.lm.completions", str(own_store(self.folder / run.name))]
+        code = fit(words)
+        if code == NoTracesError.exit_code:
+            self._put_outcome(run, NO_TRACES, "there was nothing to train on")
+        return code
+
+    def _words(self, run: Run) -> list[str]:
+        """The words behind `cotune` that make the run."""
+        source = source_of(run, self.config)
+        calls = 0 if source is None else calls_of(read_result(source, self.folder))
+        (self.folder / run.name / OUTCOME).unlink(missing_ok=True)
+        return words_of(run, self.config, self.folder, lm_calls=calls)
+
     def _is_over(self, run: Run) -> bool:
         own = self.folder / run.name
         return is_finished(own) or read_outcome(own).get("state") == NO_TRACES
@@ -130,10 +150,7 @@ class Runner:
         return ""
 
     def _start(self, run: Run) -> _Process:
-        source = source_of(run, self.config)
-        calls = 0 if source is None else calls_of(read_result(source, self.folder))
-        words = words_of(run, self.config, self.folder, lm_calls=calls)
-        (self.folder / run.name / OUTCOME).unlink(missing_ok=True)
+        words = self._words(run)
         log_path = self.folder / "logs" / f"{run.name}.txt"
         log_path.parent.mkdir(parents=True, exist_ok=True)
         log = log_path.open("ab")
@@ -166,7 +183,7 @@ class Runner:
         count = count + 1 if saved == before else 1
         restarts[run.name] = (count, saved)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if count > _MOST_RESTARTS:
+        if count > _MAX_RESTARTS:
             self._put_outcome(run, "failed", f"it was killed ({how}) {count} times without saving anything new")
             return False
         say(f"{run.name}: killed ({how}); it goes on from its last save")
@@ -178,10 +195,10 @@ class Runner:
 
     def _say_end(self, process: _Process, done: int, total: int, elapsed: float) -> None:
         own = self.folder / process.run.name
-        took = spoken(time.monotonic() - process.began)
+        took = format_duration(time.monotonic() - process.began)
         outcome = read_outcome(own)
         said = f"{outcome['state']}: {outcome['message']}" if outcome else "finished"
-        left = f"; about {spoken(elapsed / done * (total - done))} left" if done < total else ""
+        left = f"; about {format_duration(elapsed / done * (total - done))} left" if done < total else ""
         say(f"[{done}/{total}] {process.run.name}: {said} ({took}){left}")
 
 

@@ -12,6 +12,7 @@ from cotune.experiments.cost import Pace
 from cotune.experiments.parts import Parts
 from cotune.lightning_modules.training.gradients import BatchGradients
 from cotune.programs import Example, Prompt, draw_demos, labelled_demos
+from cotune.programs.forms import forms_of
 from cotune.programs.rollout import Rollout, Step
 
 _FEW, _MORE = 2, 8
@@ -67,7 +68,7 @@ def _timed(parts: Parts, examples: Sequence[Example]) -> tuple[list[Rollout], fl
 def _run(parts: Parts, examples: Sequence[Example]) -> list[Rollout]:
     module, data = parts.module, parts.data
     prompts = dict(module.initial_prompts)
-    rng, shown = random.Random(0), labelled_demos(module.program, data.splits.train, module.form)
+    rng, shown = random.Random(0), labelled_demos(module.program, data.splits.train, forms_of(module.form, prompts))
     asked = {example.id for example in examples}
     for stage, prompt in prompts.items():
         drawn = draw_demos(shown.get(stage, ()), _DEMOS, rng, exclude_sources=asked)

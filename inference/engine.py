@@ -52,6 +52,11 @@ class Weights(Protocol):
         ...
 
     @property
+    def source(self) -> str:
+        """What the base is read from: a folder or a Hub id."""
+        ...
+
+    @property
     def window(self) -> int:
         """Longest prompt plus completion, in tokens."""
         ...
@@ -83,6 +88,9 @@ class Engine(ABC):
 
     def start(self, weights: Weights) -> None:  # noqa: B027 (one that needs no weights has nothing to do)
         """Told once which weights it is to complete with, when they are loaded."""
+
+    def rest(self) -> None:  # noqa: B027 (most hold nothing that training needs)
+        """Told before weights are trained: gives back the memory that training is to have, until the next prompts."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompted], sampling: Sampling, *, adapter: str) -> list[Generated]:

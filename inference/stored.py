@@ -84,6 +84,9 @@ class StoredEngine(Engine):
     def start(self, weights: Weights) -> None:
         self.engine.start(weights)
 
+    def rest(self) -> None:
+        self.engine.rest()
+
     def waves(self, prompts: Sequence[Prompted]) -> list[list[int]]:
         return self.engine.waves(prompts)
 

@@ -7,24 +7,22 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from cotune.datamodules.encode import ChatEncoder, Vocabulary
 from cotune.datamodules.thinking import told_apart
-from cotune.errors import BadValueError, CotuneError
+from cotune.errors import BadValueError
 from cotune.inference import Codec
 from cotune.inference.engine import Engine, Generated, Prompted
 from cotune.inference.local import LocalEngine
 from cotune.inference.local.merged_copy import base_alone
 from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
 from cotune.lightning_modules.choice_scores import choice_scores
-from cotune.lightning_modules.findings import Findings, find, findings, remember
+from cotune.lightning_modules.findings import findings, remember
 from cotune.lightning_modules.foreign import (
-    KINDS,
-    ModelNotFoundError,
     check_adapter,
     check_config,
     check_folder,
@@ -47,6 +45,7 @@ from cotune.lightning_modules.lora import (
     weights_version,
 )
 from cotune.lightning_modules.model_identity import UNTRAINED, AdapterIdentity, base_identity
+from cotune.lightning_modules.model_source import EMBEDDED, generation_config_of, source_of, tuned_like
 from cotune.lightning_modules.quantization import (
     Quantization,
     bitsandbytes_config,
@@ -56,6 +55,7 @@ from cotune.lightning_modules.quantization import (
     prepare_layers,
     quantized_as,
 )
+from cotune.lightning_modules.usage import Usage
 from cotune.programs import LM, Completion, Request, Sampling
 from cotune.programs.usage import Usage as Cost
 from cotune.storage.durable import file_sum
@@ -67,27 +67,6 @@ ADAPTERS = ("", "default")
 DTYPES = ("float32", "bfloat16", "float16")
 _PROCESSORS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "sequence_bias")
 """Settings of a generation_config by which transformers' own generate changes what a model says."""
-EMBEDDED = "embedded"
-"""The name of the default model: SmolLM2-135M-Instruct, which needs no Hub."""
-
-
-@dataclass
-class Usage:
-    """What an LM has been asked so far.
-
-    Calls and tokens are what was asked for, generated or not; `cached` is how many of the calls were answered from the
-    completion store, or from an equal call beside them; `seconds` is wall time.
-    """
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    too_long: int = 0
-    cached: int = 0
-    seconds: float = 0.0
-
-    def since(self, earlier: Mapping[str, float]) -> dict[str, Any]:
-        return {name: value - earlier[name] for name, value in asdict(self).items()}
 
 
 class LanguageModel(nn.Module, LM):
@@ -152,6 +131,7 @@ class LanguageModel(nn.Module, LM):
         self.completing = StoredEngine(engine, identity=self._identity)
         self.keep_completions(completions)
         self.model: Any = None
+        self.config: Any
         self.encode: ChatEncoder
         self.codec: Codec
         self._identities = AdapterIdentity()
@@ -167,7 +147,7 @@ class LanguageModel(nn.Module, LM):
             return
         if not hasattr(self, "tokenizer"):
             self.load_tokenizer()
-        known = self._tried()
+        known = tuned_like(self.name, self.config, trust=self.trust_remote_code)
         base = self._base(self._found)
         remember(base, known)
         self.config, self.generation_config = base.config, base.generation_config
@@ -184,7 +164,7 @@ class LanguageModel(nn.Module, LM):
         from transformers import AutoConfig, AutoTokenizer
 
         # Looked for once: it may convert a GGUF file, or at least read all of it to know it.
-        source = self._found = self._source()
+        source = self._found = source_of(self.name, self.gguf_file)
         trust = {"trust_remote_code": self.trust_remote_code}
         if self.adapter is not None:
             check_adapter(self.adapter)
@@ -195,7 +175,7 @@ class LanguageModel(nn.Module, LM):
             check_config(self.name, self.config, trust=self.trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(source, **trust)
             check_tokenizer(self.name, tokenizer, self.config)
-            self.generation_config = _generation_config(source, self.config)
+            self.generation_config = generation_config_of(source, self.config)
         self.encode = ChatEncoder(tokenizer)
         self.tokenizer = tokenizer
         text = functools.partial(self.encode.text, closes_thinking=False)
@@ -211,15 +191,13 @@ class LanguageModel(nn.Module, LM):
         """The adapter that the loaded model has, whatever was asked for."""
         return attached(self.model)
 
-    def _names(self) -> list[str]:
-        from cotune.lightning_modules.embedded import HUB_ID
-
-        return [self.name, self.source, *([HUB_ID] if self.name == EMBEDDED else [])]
-
     @property
     def remarks(self) -> list[str]:
         """What to know of the loaded model before a run: where the adapter comes from, what is slow and why."""
-        begins = [f"begins from {named_adapter(self.adapter, self._names())}"] if self.adapter is not None else []
+        from cotune.lightning_modules.embedded import HUB_ID
+
+        names = [self.name, self.source, *([HUB_ID] if self.name == EMBEDDED else [])]
+        begins = [f"begins from {named_adapter(self.adapter, names)}"] if self.adapter is not None else []
         asked = self.generation_config.to_diff_dict()
         left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
         if left_out:
@@ -391,58 +369,6 @@ class LanguageModel(nn.Module, LM):
         # The embedding layers are never trained; asking PEFT whether they were would ask the Hub.
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
 
-    def _source(self) -> str:
-        """What transformers loads from: a folder, or a Hub id. GGUF is converted once, into the user's cache."""
-        from cotune.lightning_modules.embedded import embedded_model
-
-        if self.name == EMBEDDED:
-            return str(embedded_model())
-        path = Path(self.name).expanduser()
-        if path.is_dir() and not self.gguf_file:
-            return str(path)
-        if path.suffix == ".gguf" and path.is_file():
-            return str(self._converted(path.parent, path.name))
-        if path.is_dir():
-            return str(self._converted(path, self.gguf_file or ""))
-        if path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1 or path.suffix == ".gguf":
-            raise ModelNotFoundError(f'model "{self.name}": there is no such folder or .gguf file. {KINDS}')
-        if self.gguf_file:
-            from huggingface_hub import hf_hub_download
-
-            with reading("model", self.name):
-                file = Path(hf_hub_download(self.name, self.gguf_file))
-            return str(self._converted(file.parent, file.name))
-        return self.name
-
-    def _converted(self, folder: Path, file: str) -> Path:
-        from cotune.lightning_modules.embedded import convert_gguf
-
-        try:
-            return convert_gguf(folder, file)
-        except CotuneError:
-            raise
-        except Exception as error:  # its readers refuse a file in any way that Python has
-            raise ModelNotFoundError(
-                f'model "{self.name}": {folder / file} is no GGUF file that transformers can read ({error}). Take the '
-                "model's safetensors, with model.lm.quantization nf4 if it is large."
-            ) from error
-
-    def _tried(self) -> Findings:
-        """What models of this config are fit for, found out on a small one before the weights are read.
-
-        Raises:
-            ModelNotFoundError: they are fit for nothing.
-        """
-        from transformers import AutoModelForCausalLM
-
-        def build(config: Any) -> Any:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-
-        found = find(self.config, build)
-        if found.wrong:
-            raise ModelNotFoundError(f'model "{self.name}" cannot be tuned: {found.wrong}. {KINDS}')
-        return found
-
     def _base(self, source: str) -> Any:
         from transformers import AutoModelForCausalLM
 
@@ -471,13 +397,3 @@ class LanguageModel(nn.Module, LM):
             return attach(base, self.lora, seed=seed)
         with peft_of_today():
             return load_adapter(base, self.adapter)
-
-
-def _generation_config(source: str, config: Any) -> Any:
-    """What a model says of its end tokens, as loading it would find it: in its own file, or else in its config."""
-    from transformers import GenerationConfig
-
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:
-        return GenerationConfig.from_model_config(config)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from cotune.datamodules import Batch, PairMaker, Trace, TraceDataModule, Vocabulary
@@ -16,6 +14,7 @@ from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules.language_model import LanguageModel
+from cotune.lightning_modules.learning_rate import LearningRate, rate_for
 from cotune.lightning_modules.lightning_internals import give_all_rows
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.quantization import refuse_plugin
@@ -45,57 +44,12 @@ from cotune.programs import (
     prompts_to_dict,
     settled,
 )
+from cotune.programs.forms import in_form
 from cotune.programs.ranks import Ranks
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """How the learning rate moves within one weight step: up from 0 over `warmup` steps, then along `decay`.
-
-    Attributes:
-        warmup: optimiser steps to the full rate.
-        decay: "cosine" or "linear" to zero at the weight step's end; "late": whole, then linear to zero over the last
-            third (warm-up, stable, decay); or "constant".
-    """
-
-    warmup: int = 10
-    decay: Literal["cosine", "linear", "late", "constant"] = "late"
-
-    def factor(self, step: int, total: int) -> float:
-        """What the rate is multiplied by at optimiser step `step` (from 0) of `total`.
-
-        >>> [round(LearningRate(warmup=2, decay="linear").factor(i, 6), 2) for i in range(6)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
-        """
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
-        courses = {
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            "linear": 1 - done,
-            "late": min(1.0, 3 * (1 - done)),
-            "constant": 1.0,
-        }
-        return courses[self.decay]
-
-
-_FITTING = ((135e6, 5e-4), (494e6, 5e-5))
-"""Parameters of an LM and the learning rate that was found to fit its adapter. Below and above, the nearest holds."""
-
-
-def rate_for(parameters: float) -> float:
-    """The full learning rate for the adapter of an LM of this size.
-
-    >>> rate_for(1e6), round(rate_for(258e6), 5), rate_for(7e9)
-    (0.0005, 0.00016, 5e-05)
-    """
-    (small, high), (large, low) = _FITTING
-    share = math.log(parameters / small) / math.log(large / small)
-    return high if share <= 0 else low if share >= 1 else high * (low / high) ** share
 
 
 class ProgramModule(LightningModule):
@@ -134,7 +88,7 @@ class ProgramModule(LightningModule):
         form: Form | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0),
-        learning_rate: LearningRate = LearningRate(),
+        learning_rate: LearningRate = LearningRate(),  # noqa: B008 (frozen)
         seed: int = 0,
         max_error_rate: float = 0.5,
         micro_batch_size: int | None = None,
@@ -153,8 +107,7 @@ class ProgramModule(LightningModule):
         self.form: Form = form or ReasonThenFill()
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.seed, self.max_error_rate = seed, max_error_rate
-        self.initial_prompts: Prompts = program.initial_prompts()
-        self.prompts: Prompts = self.initial_prompts
+        self.prompts: Prompts = program.initial_prompts()
         self.weight_step = 0  # optimiser steps taken in this weight step, and how many it will take
         self.weight_steps = 1
         self.full_rate: float | None = None  # of this weight step; None: the optimiser's own
@@ -230,6 +183,11 @@ class ProgramModule(LightningModule):
         passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
         return settled(passes, vote) if samples > 1 else passes[0]
 
+    @property
+    def initial_prompts(self) -> Prompts:
+        """The program's own prompts, in the forms of those in force: what is trained is in the form that is run."""
+        return in_form(self.program.initial_prompts(), self.prompts)
+
     def runner(self, metric: Metric | None) -> Runner:
         """How this program runs on its LM, and by what it is scored."""
         return Runner(self.program, self.asked, self.form, metric, self.sampling, self.max_error_rate, self.ranks)
@@ -277,6 +235,7 @@ class ProgramModule(LightningModule):
             model.require_backward_grad_sync = False  # gradients have been added up before they come to `backward`
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.weights.completing.rest()
         parameters = self._trained()
         scaler = self._loss_scaler()
         scale = scaler.get_scale() if scaler else 1.0

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from cotune.datamodules.encode import Vocabulary
 from cotune.errors import BadValueError
 from cotune.inference.calls import StoredLM
-from cotune.lightning_modules.language_model import Usage
+from cotune.lightning_modules.usage import Usage
 from cotune.programs import LM, BudgetedLM, Completion, Ledger, Request, Sampling
 from cotune.programs.usage import Usage as Cost
 

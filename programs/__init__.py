@@ -4,7 +4,8 @@ from cotune.programs.budget import Budget, BudgetedLM, BudgetSpentError, Ledger,
 from cotune.programs.demos import draw_demos, hide_own_demos, labelled_demos
 from cotune.programs.example import Example, content_id
 from cotune.programs.faults import Fault, Faults, FaultyProgramError, faults_of
-from cotune.programs.form import Form, Json, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
+from cotune.programs.form import Form, Lines, Markers, ParseError, ReasonThenFill, Tags, Unreadable
+from cotune.programs.json_form import Json
 from cotune.programs.judge import LMJudge, Noise
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from cotune.programs.lm import LM, Completion, Filled, LMUnavailableError, Message, Request, Sampling

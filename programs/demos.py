@@ -17,7 +17,9 @@ from cotune.programs.types import as_text, syntax_of
 from cotune.programs.values import gold_text
 
 
-def labelled_demos(program: Program, examples: Sequence[Example], form: Form | None = None) -> dict[str, list[Demo]]:
+def labelled_demos(
+    program: Program, examples: Sequence[Example], forms: Mapping[str, Form] | None = None
+) -> dict[str, list[Demo]]:
     """Demos that need no run: a stage's inputs taken from the example's inputs, its outputs from the labels.
 
     A stage has one for every example that gives ALL of its inputs and at least one of its outputs; outputs without a
@@ -26,7 +28,8 @@ def labelled_demos(program: Program, examples: Sequence[Example], form: Form | N
     138 were seen). A value of None counts as not there. Fields are matched by name.
 
     Args:
-        form: leaves out what it cannot write so that it is read back (`Form.unwritable`).
+        forms: stage -> the form of its prompt: leaves out what it cannot write so that it is read back
+            (`Form.unwritable`), and may leave the reasoning out.
 
     Returns:
         Stage -> demos, in the order of the examples. A stage with none is not a key.
@@ -43,7 +46,8 @@ def labelled_demos(program: Program, examples: Sequence[Example], form: Form | N
     """
     found: dict[str, list[Demo]] = {}
     for name, stage in program.stages.items():
-        made = [_labelled(stage.signature, example) for example in examples]
+        form = forms[name] if forms else None
+        made = [_labelled(form.used(stage.signature) if form else stage.signature, example) for example in examples]
         demos = [demo for demo in made if demo and not (form and form.unwritable(stage.signature, demo.outputs))]
         if demos:
             found[name] = demos

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cotune.programs.layout import Field, Fixed, Layout, Schema
 from cotune.programs.lm import Completion
@@ -39,6 +38,10 @@ class Form(ABC):
 
     shows_missing_reasoning = False
     """Whether a demo without reasoning shows that it is missing, as forms whose every field is asked for do."""
+
+    def used(self, signature: Signature) -> Signature:
+        """What of a signature the form asks for: all of it, unless it leaves the reasoning out."""
+        return signature
 
     @abstractmethod
     def layout(self, signature: Signature) -> Layout:
@@ -101,13 +104,13 @@ class Form(ABC):
             before, mark, after = rest.partition(part.text.strip())
             if not mark:
                 after_what = f' after "{current}"' if current else ""
-                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {_short(text)}')
+                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {short(text)}')
             if current:
                 found[current] = before.strip()
             rest = after
         for name, value in found.items():
             if not value:
-                raise ParseError(f'the completion has no "{name}": {_short(text)}')
+                raise ParseError(f'the completion has no "{name}": {short(text)}')
         return found
 
     def repair(self, signature: Signature, fault: str) -> str:
@@ -131,14 +134,14 @@ class Form(ABC):
         texts = {name: text.strip() for name, text in outputs.items()}
         for part in self.layout(signature):
             if isinstance(part, Field) and any(stop in texts.get(part.name, "") for stop in part.stops):
-                return f'"{part.name}" holds text that ends its field in this form: {_short(texts[part.name])}'
+                return f'"{part.name}" holds text that ends its field in this form: {short(texts[part.name])}'
         complete = {name: texts.get(name, self.missing) for name in signature.outputs}
         try:
             read = self.parse(signature, self.write(signature, complete))
         except ParseError as error:
             return str(error)
         wrong = [name for name, text in texts.items() if read[name] != text]
-        return f'"{wrong[0]}" holds text that marks a field in this form: {_short(texts[wrong[0]])}' if wrong else ""
+        return f'"{wrong[0]}" holds text that marks a field in this form: {short(texts[wrong[0]])}' if wrong else ""
 
 
 class _Named(Form):
@@ -157,6 +160,14 @@ class _Named(Form):
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
         return _split_at_markers(signature.outputs, text)
 
+    def _lines(self, signature: Signature, names: Sequence[str], *, before: str) -> Iterator[Fixed | Field]:
+        """A line for each of the last fields; `before` is what stands before the first."""
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            yield Fixed(f"{before}{name}:")
+            stops = _marks(following) if following else _next_example(signature)
+            yield _field(signature, name, lead=" ", stops=stops)
+            before = "\n"
+
 
 class ReasonThenFill(_Named):
     """Reasoning first, in the LM's own way; then each remaining field behind its name. The default.
@@ -170,17 +181,12 @@ class ReasonThenFill(_Named):
         names = [name for name in signature.outputs if name != signature.reasoning]
         if len(signature.outputs) == 1:
             return (_field(signature, names[0], stops=_next_example(signature)),)
-        parts: list[Fixed | Field] = []
-        if signature.reasoning:
-            # With the blank line first: the stop that is found first should begin the fixed text that follows.
-            stops = (*_marks(names[0], before="\n\n"), *_marks(names[0]))
-            parts.append(_field(signature, signature.reasoning, stops=stops))
-        for place, name in enumerate(names):
-            following = names[place + 1 : place + 2]
-            stops = _marks(following[0]) if following else _next_example(signature)
-            before = ("\n\n" if place == 0 else "\n") if parts else ""
-            parts += [Fixed(f"{before}{name}:"), _field(signature, name, lead=" ", stops=stops)]
-        return tuple(parts)
+        if not signature.reasoning:
+            return tuple(self._lines(signature, names, before=""))
+        # With the blank line first: the stop that is found first should begin the fixed text that follows.
+        stops = (*_marks(names[0], before="\n\n"), *_marks(names[0]))
+        reasoning = _field(signature, signature.reasoning, stops=stops)
+        return (reasoning, *self._lines(signature, names, before="\n\n"))
 
 
 class Lines(_Named):
@@ -205,12 +211,7 @@ class Lines(_Named):
     def layout(self, signature: Signature) -> Layout:
         if len(signature.outputs) == 1:
             return (_field(signature, signature.outputs[0], stops=_next_example(signature)),)
-        parts: list[Fixed | Field] = []
-        for place, name in enumerate(signature.outputs):
-            following = signature.outputs[place + 1 : place + 2]
-            stops = _marks(following[0]) if following else _next_example(signature)
-            parts += [Fixed(f"\n{name}:" if parts else f"{name}:"), _field(signature, name, lead=" ", stops=stops)]
-        return tuple(parts)
+        return tuple(self._lines(signature, signature.outputs, before=""))
 
 
 class Tags(Form):
@@ -241,18 +242,8 @@ class Markers(Form):
 
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         wanted = "\n\n".join(f"[[ ## {name} ## ]]\n(the {name})" for name in signature.outputs)
-        return "\n".join(
-            [
-                prompt.instruction,
-                *self.about(signature),
-                "",
-                "Reply in this form:",
-                "",
-                wanted,
-                "",
-                "[[ ## completed ## ]]",
-            ]
-        )
+        form = f"Reply in this form:\n\n{wanted}\n\n[[ ## completed ## ]]"
+        return "\n".join([prompt.instruction, *self.about(signature), "", form])
 
     def show(self, signature: Signature, inputs: Mapping[str, str]) -> str:
         return "\n\n".join(f"[[ ## {name} ## ]]\n{inputs.get(name, self.missing)}" for name in signature.inputs)
@@ -265,55 +256,6 @@ class Markers(Form):
             parts.append(Fixed(f"{before}[[ ## {name} ## ]]"))
             parts.append(_field(signature, name, lead="\n", stops=(f"\n\n[[ ## {following}", "\n[[ ##")))
         return (*parts, Fixed("\n\n[[ ## completed ## ]]"))
-
-
-class Json(Form):
-    """One JSON object that holds the outputs. Decoding in this process is held to its schema: that needs llguidance."""
-
-    def ask(self, signature: Signature, prompt: Prompt) -> str:
-        names = ", ".join(f'"{name}"' for name in signature.outputs)
-        return "\n".join(
-            [prompt.instruction, *self.about(signature), f"Reply with a JSON object with the keys {names}."]
-        )
-
-    def layout(self, signature: Signature) -> Layout:
-        kinds = {name: _json_schema(signature, name) for name in signature.outputs}
-        schema = {
-            "type": "object",
-            "properties": kinds,
-            "required": list(signature.outputs),
-            "additionalProperties": False,
-        }
-        return (Field("json", syntax=Schema(json.dumps(schema))),)
-
-    def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        given = {name: outputs[name].strip() for name in signature.outputs if name in outputs}
-        return json.dumps(
-            {name: _json_value(signature, name, text) for name, text in given.items()}, ensure_ascii=False
-        )
-
-    def read(self, signature: Signature, completion: Completion) -> dict[str, str]:
-        return self.parse(signature, completion.text)  # JSON says itself where its values end
-
-    def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
-        empty = [name for name, text in outputs.items() if not text.strip()]
-        return f'"{empty[0]}" is empty' if empty else ""  # a JSON text holds any other
-
-    def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        start = text.find("{")
-        try:
-            held, _ = json.JSONDecoder(strict=False).raw_decode(text[max(start, 0) :])
-        except ValueError as error:
-            raise ParseError(f"the completion holds no JSON object ({error}): {_short(text)}") from None
-        if not isinstance(held, dict):
-            raise ParseError(f"the completion holds no JSON object: {_short(text)}")
-        found = {}
-        for name in signature.outputs:
-            if held.get(name) in (None, ""):
-                raise ParseError(f'the completion has no "{name}": {_short(text)}')
-            value = held[name]
-            found[name] = value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        return found
 
 
 def hint(signature: Signature, name: str) -> str:
@@ -376,28 +318,11 @@ def _split_at_markers(names: Sequence[str], text: str) -> dict[str, str]:
     found[current] = text[start:].strip()
     for name in names:
         if not found.get(name):
-            raise ParseError(f'the completion has no "{name}": {_short(text)}')
+            raise ParseError(f'the completion has no "{name}": {short(text)}')
     return {name: found[name] for name in names}
 
 
-def _json_schema(signature: Signature, name: str) -> object:
-    kind = signature.type_of(name)
-    syntax = syntax_of(kind)
-    choices = choices_of(kind)
-    if choices is not None:
-        return {"enum": list(choices)}
-    if kind in (bool, int, float):
-        return {"type": {bool: "boolean", int: "integer", float: "number"}[kind]}
-    return json.loads(syntax.json) if isinstance(syntax, Schema) else {"type": "string", "minLength": 1}
-
-
-def _json_value(signature: Signature, name: str, text: str) -> object:
-    kind = signature.type_of(name)
-    if kind in (bool, int, float):
-        return signature.value(name, text)
-    return json.loads(text) if isinstance(syntax_of(kind), Schema) else text
-
-
-def _short(text: str, limit: int = 80) -> str:
+def short(text: str, limit: int = 80) -> str:
+    """A text as an error shows it: quoted, on one line, cut."""
     shown = text.strip().replace("\n", "\\n")
     return repr(shown if len(shown) <= limit else shown[: limit - 1] + "…")

@@ -31,17 +31,23 @@ class Demo:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a stage's LM call is told: an instruction and few-shot demos."""
+    """What a stage's LM call is told: an instruction and few-shot demos.
+
+    `form` names the form in which it is said and answered, one of `cotune.programs.forms.names()`; "" is the run's.
+    """
 
     instruction: str
     demos: tuple[Demo, ...] = field(default=())
+    form: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {"instruction": self.instruction, "demos": [demo.to_dict() for demo in self.demos]}
+        own = {"form": self.form} if self.form else {}
+        return {"instruction": self.instruction, "demos": [demo.to_dict() for demo in self.demos], **own}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prompt:
-        return cls(data["instruction"], tuple(Demo.from_dict(demo) for demo in data["demos"]))
+        demos = tuple(Demo.from_dict(demo) for demo in data["demos"])
+        return cls(data["instruction"], demos, data.get("form", ""))
 
 
 Prompts = Mapping[str, Prompt]

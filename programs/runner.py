@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import warnings
@@ -15,8 +16,10 @@ from cotune.errors import BadValueError
 from cotune.programs.example import Example
 from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
-from cotune.programs.lm import LM, Completion, LMUnavailableError, Message, Request, Sampling
-from cotune.programs.metrics import BatchMetric, Metric
+from cotune.programs.forms import form_of
+from cotune.programs.judging import judged
+from cotune.programs.lm import LM, Completion, Message, Request, Sampling
+from cotune.programs.metrics import Metric
 from cotune.programs.program import Call, NamedValues, Program, Stage
 from cotune.programs.prompt import Prompts, prompts_id
 from cotune.programs.ranks import Ranks
@@ -76,30 +79,24 @@ class Runner:
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
             raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
-        done = (
-            self._run(examples, sets, seed, attempt, progress)
-            if self.ranks.count == 1
-            else self._shared(examples, sets, seed, attempt, progress)
-        )
+        run = functools.partial(self._run, seed=seed, attempt=attempt, progress=progress)
+        if self.ranks.count == 1:
+            done = run(examples, sets)
+        else:
+            described = _described(examples, sets, seed, attempt, self.sampling)
+            self.ranks.agree(f"run {len(examples)} examples", described)
+            done = self._shared(run, examples, sets)
+            _report(progress, len(examples) - len(self.ranks.share(len(examples))))
         check_errors(done, max_error_rate=self.max_error_rate)
         return done
 
     def _shared(
-        self,
-        examples: Sequence[Example],
-        sets: Sequence[Prompts],
-        seed: int,
-        attempt: int,
-        progress: Callable[[int], None] | None,
+        self, run: Callable[..., list[Rollout]], examples: Sequence[Example], sets: Sequence[Prompts]
     ) -> list[Rollout]:
         """The rollouts of all processes, each of which runs its share."""
-        self.ranks.agree(f"run {len(examples)} examples", _described(examples, sets, seed, attempt, self.sampling))
         mine = self.ranks.share(len(examples))
         ours, given = [examples[at] for at in mine], [sets[at] for at in mine]
-        parts = self.ranks.share_out(
-            lambda: [rollout_to_plain(one) for one in self._run(ours, given, seed, attempt, progress)], self.lm
-        )
-        _report(progress, len(examples) - len(mine))
+        parts = self.ranks.share_out(lambda: [rollout_to_plain(one) for one in run(ours, given)], self.lm)
         found = (one for part in parts for one in part)
         return [rollout_of_plain(one, example) for one, example in zip(found, examples, strict=True)]
 
@@ -118,16 +115,19 @@ class Runner:
         pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
         _report(progress, len(runs) - len(pending))
         while pending:
+            forms = [form_of(self.form, given[run.call.stage]) for run, given in pending]
             requests = [
-                run.request(self.form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
-                for run, given in pending
+                run.request(form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
+                for (run, given), form in zip(pending, forms, strict=True)
             ]
-            completions = self._completions([signatures[run.call.stage] for run, _ in pending], requests)
+            completions = self._completions(
+                [(form, signatures[run.call.stage]) for (run, _), form in zip(pending, forms, strict=True)], requests
+            )
             before = len(pending)
             pending = [
                 (run, given)
-                for (run, given), request, completion in zip(pending, requests, completions, strict=True)
-                if run.take(self.form, signatures[run.call.stage], request, completion)
+                for (run, given), form, request, completion in zip(pending, forms, requests, completions, strict=True)
+                if run.take(form, signatures[run.call.stage], request, completion)
             ]
             _report(progress, before - len(pending))
         if changed := [name for name, size in _class_state(self.program).items() if size != shared.get(name)]:
@@ -137,31 +137,22 @@ class Runner:
                 "and each run has its own.",
                 stacklevel=1,  # so that it is said once
             )
-        return _all_scored(runs, self.metric, self.program)
+        pairs = [(run.example, run.prediction or {}) for run in runs if run.error is None]
+        scores = iter(judged(pairs, self.metric, self.program))
+        return [run.rollout(run.error or next(scores)) for run in runs]
 
-    def _completions(self, signatures: Sequence[Signature], requests: Sequence[Request]) -> list[Completion]:
+    def _completions(self, asked: Sequence[tuple[Form, Signature]], requests: Sequence[Request]) -> list[Completion]:
         """The LM's completions. What cannot be read is asked for once more, if the LM is one that only gives text."""
         completions = list(self.lm.complete(requests, self.sampling))
-        signed = list(zip(signatures, completions, strict=True))
-        faults = {at: fault for at, (signature, one) in enumerate(signed) if (fault := self._fault(signature, one))}
-        again = [
-            _repair(requests[at], completions[at].text, self.form.repair(signatures[at], faults[at])) for at in faults
-        ]
+        read = list(zip(asked, completions, strict=True))
+        faults = {at: fault for at, (how, one) in enumerate(read) if (fault := _fault(*how, one))}
+        repairs = {at: asked[at][0].repair(asked[at][1], fault) for at, fault in faults.items()}
+        again = [_repair(requests[at], completions[at].text, message) for at, message in repairs.items()]
         answers = self.lm.complete(again, self.sampling) if again else []
         for at, answer in zip(faults, answers, strict=True):
-            if not self._fault(signatures[at], answer) and answer.finished not in ("too_long", "refused"):
+            if not _fault(*asked[at], answer) and answer.finished not in ("too_long", "refused"):
                 completions[at] = replace(answer, repaired=True)
         return completions
-
-    def _fault(self, signature: Signature, completion: Completion) -> str:
-        """What stops a text without ids from being read, and might not a second time; "" for nothing."""
-        if completion.completion_ids or completion.finished in ("too_long", "refused"):
-            return ""
-        try:
-            _read(self.form, signature, completion)
-        except (ParseError, FieldTypeError) as error:
-            return str(error)
-        return ""
 
 
 def _described(
@@ -305,7 +296,19 @@ _NO_SCORES = (
 def _read(form: Form, signature: Signature, completion: Completion) -> tuple[dict[str, str], dict[str, Any]]:
     """The outputs as texts and as values; raises ParseError or FieldTypeError."""
     texts = form.read(signature, completion)
-    return texts, {name: signature.value(name, texts[name]) for name in signature.outputs}
+    asked = form.used(signature).outputs
+    return texts, {n: signature.value(n, texts[n]) if n in asked else texts[n] for n in signature.outputs}
+
+
+def _fault(form: Form, signature: Signature, completion: Completion) -> str:
+    """What stops a text without ids from being read, and might not a second time; "" for nothing."""
+    if completion.completion_ids or completion.finished in ("too_long", "refused"):
+        return ""
+    try:
+        _read(form, signature, completion)
+    except (ParseError, FieldTypeError) as error:
+        return str(error)
+    return ""
 
 
 def _repair(request: Request, text: str, message: str) -> Request:
@@ -345,92 +348,6 @@ def _unwritable(prediction: Mapping[Any, Any]) -> str:
     except Exception as error:  # values are the user's, and so is what their __str__ raises
         return raised(error)
     return ""
-
-
-def _all_scored(runs: Sequence[_Run], metric: Metric | None, program: Program) -> list[Rollout]:
-    pairs = [_pair(run) for run in runs if run.error is None]
-    found = _batch(metric, pairs, program) if isinstance(metric, BatchMetric) and pairs else None
-    if found is None:
-        found = [Score(0.0) if metric is None else _score(metric, pair, program) for pair in pairs]
-    judged = iter(found)
-    return [run.rollout(run.error or next(judged)) for run in runs]
-
-
-_Pair = tuple[Example, Mapping[str, Any]]
-
-
-def _pair(run: _Run) -> _Pair:
-    # Copies: a metric that sorts a list in place must change no record.
-    return copy.deepcopy(run.example), copy.deepcopy(run.prediction or {})
-
-
-def _batch(metric: BatchMetric, pairs: Sequence[_Pair], program: Program) -> list[Score | Failure] | None:
-    """All scores at once; None where that raised: one by one, the fault is the one example's that caused it."""
-    try:
-        found = list(metric.scores(pairs))
-    except (MemoryError, KeyboardInterrupt, LMUnavailableError):
-        raise
-    except (Exception, SystemExit):
-        return None
-    if len(found) != len(pairs):
-        wrong = Failure("metric", f"the metric returned {len(found)} scores for {len(pairs)} predictions")
-        return [wrong] * len(pairs)
-    return [one if isinstance(one, Failure) else _judged(one, program) for one in found]
-
-
-def _score(metric: Metric, pair: _Pair, program: Program) -> Score | Failure:
-    try:
-        given = metric(*pair)
-    except (MemoryError, KeyboardInterrupt, LMUnavailableError):
-        raise
-    except (Exception, SystemExit) as caught:  # the user's code, as above
-        return Failure("metric", f"the metric raised {raised(caught)}")
-    return _judged(given, program)
-
-
-def _judged(given: Any, program: Program) -> Score | Failure:
-    """What a metric gave, looked at."""
-    try:
-        return _valid_score(given, program)
-    except _BadScoreError as bad:
-        return Failure("metric", str(bad))
-    except Exception as caught:  # its parts are the user's too
-        return Failure("metric", f"the metric raised {raised(caught)}")
-
-
-class _BadScoreError(ValueError):
-    """A metric gave what is no score."""
-
-
-def _valid_score(given: Any, program: Program) -> Score:
-    """What a metric gave, as a Score. Python's and numpy's numbers and booleans will do, and tensors of one element."""
-    if not isinstance(given, Score):
-        return Score(_unit(given, "the metric returned {}, which is not a number in [0, 1]"))
-    if not isinstance(given.feedback, str):
-        raise _BadScoreError(f"the metric's feedback is {shown(given.feedback)}, which is no text")
-    objectives = {
-        str(name): _unit(value, f'the metric\'s objective "{name}" is {{}}, which is not a number in [0, 1]')
-        for name, value in given.objectives.items()
-    }
-    for stage, feedback in given.stages.items():
-        if stage not in program.stages or not isinstance(feedback, str):
-            known = f"texts by stage ({', '.join(program.stages)})"
-            raise _BadScoreError(f"the metric's feedback {shown(feedback)} for {shown(stage)} is none of {known}")
-    value = _unit(given.value, "the metric returned a Score of {}, which is not a number in [0, 1]")
-    return Score(value, given.feedback, objectives, given.stages)
-
-
-def _unit(given: Any, message: str) -> float:
-    bad = _BadScoreError(message.format(shown(given)))
-    if isinstance(given, (str, bytes)) or given is None:
-        raise bad
-    try:
-        value = float(given)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise bad from error
-    if not 0 <= value <= 1:  # NaN fails this too
-        raise bad
-    return value
 
 
 def _own_copy(program: Program) -> Program:

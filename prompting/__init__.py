@@ -3,6 +3,7 @@
 from cotune.prompting.bootstrap import Bootstrapped, Solved, bootstrap, demos_of
 from cotune.prompting.demos import RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, score_candidate
+from cotune.prompting.form_search import FormSearch
 from cotune.prompting.joint import JointSearch
 from cotune.prompting.propose import Proposer, WritingSearch
 from cotune.prompting.reflect import ReflectiveSearch
@@ -11,6 +12,7 @@ from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, Re
 __all__ = [
     "Bootstrapped",
     "Candidate",
+    "FormSearch",
     "Found",
     "JointSearch",
     "Progress",

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cotune.errors import BadValueError
-from cotune.programs import Demo, Example, Faults, Prompts, Rollout, Runner, faults_of
+from cotune.programs import Demo, Example, Faults, Form, Prompts, Rollout, Runner, faults_of
 from cotune.programs.demos import hide_own_demos, hinted, labelled_demos
 from cotune.programs.faults import merged
+from cotune.programs.forms import forms_of
 from cotune.prompting.search import SearchTask
 
 HINTED = 4
@@ -74,15 +75,16 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
             faults = merged(faults, faults_of(done))
     done = list(last.values())  # updating keeps the place of the first attempt: train order
     passed = [r for r in done if _solved(r, task.threshold)]
-    solved = [Solved(r.example.id, demos_of(r, task.runner)) for r in passed]
+    forms = forms_of(task.runner.form, prompts)
+    solved = [Solved(r.example.id, demos_of(r, task.runner, forms)) for r in passed]
     notes = _notes(task, done, len(solved), attempts, tries)
-    reasons = any(stage.signature.reasoning for stage in task.runner.program.stages.values())
+    reasons = any(forms[name].used(stage.signature).reasoning for name, stage in task.runner.program.stages.items())
     if reasons and len(solved) < min(enough, len(done)):
         unsolved = [r.example for r in done if not _solved(r, task.threshold)][: HINTED * enough]
         told = _run(task, prompts, unsolved, tries, hints=True)
         faults = merged(faults, faults_of(told))
         made = [r for r in told if _solved(r, task.threshold) and not _speaks_of_a_hint(r)]
-        solved += [Solved(r.example.id, demos_of(r, task.runner), hinted=True) for r in made]
+        solved += [Solved(r.example.id, demos_of(r, task.runner, forms), hinted=True) for r in made]
         passed += made
         notes.append(
             f"bootstrap: {len(made)} of {len(told)} unsolved examples gave reasoning once shown the gold answer"
@@ -92,20 +94,25 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
     return Bootstrapped(tuple(solved), tuple(notes), faults)
 
 
-def demos_of(rollout: Rollout, runner: Runner) -> dict[str, tuple[Demo, ...]]:
-    """Stage -> a demo for each of its calls in the rollout, in order, less those that the form cannot write."""
+def demos_of(rollout: Rollout, runner: Runner, forms: Mapping[str, Form] | None = None) -> dict[str, tuple[Demo, ...]]:
+    """Stage -> a demo for each of its calls in the rollout, in order, less those that the form cannot write.
+
+    Args:
+        forms: stage -> the form of its prompt; the runner's without it.
+    """
     found: dict[str, tuple[Demo, ...]] = {}
     for step in rollout.steps:
         demo = Demo(dict(step.inputs), dict(step.outputs), source=rollout.example.id)
-        if not runner.form.unwritable(runner.program.stages[step.stage].signature, demo.outputs):
+        form = forms[step.stage] if forms else runner.form
+        if not form.unwritable(runner.program.stages[step.stage].signature, demo.outputs):
             found[step.stage] = (*found.get(step.stage, ()), demo)
     return found
 
 
 def labelled_pool(task: SearchTask) -> tuple[dict[str, list[Demo]], list[str]]:
     """The labelled demos of train that the form can write, and what a log should say about the others."""
-    program, form = task.runner.program, task.runner.form
-    kept, made = labelled_demos(program, task.train, form), labelled_demos(program, task.train)
+    program, forms = task.runner.program, forms_of(task.runner.form, task.initial)
+    kept, made = labelled_demos(program, task.train, forms), labelled_demos(program, task.train)
     return kept, _left_out("labelled demos", *(sum(map(len, pool.values())) for pool in (made, kept)))
 
 

@@ -13,9 +13,9 @@ from cotune.programs import Example, Prompts, Rollout, prompts_id
 from cotune.prompting.evaluate import Proposal, candidate_of, check_faults, error_notes
 from cotune.prompting.pool import Member, Merge, draw_parent, mean_objectives, merges
 from cotune.prompting.propose import Spent, WritingSearch, proposal_seed, same
-from cotune.prompting.reflection import reflection
+from cotune.prompting.reflection import blamed_stages, reflection
 from cotune.prompting.runs import Pair, Runs
-from cotune.prompting.search import UNREADABLE, Found, Rejected, SearchTask, at_least, generator
+from cotune.prompting.search import Found, Rejected, SearchTask, at_least, generator
 
 BARREN = 10
 """Rounds in a row without a proposal worth a rollout after which a search ends."""
@@ -228,7 +228,7 @@ class _Reflecting:
             self.counts["minibatches skipped: they called no stage that may be rewritten"] += 1
             return False
         self.turns[attempt.parent] = turn + order.index(usable[0]) + 1
-        blamed = _blame(attempt.before) if self.options.choose_stage == "blame" else {}
+        blamed = blamed_stages(attempt.before) if self.options.choose_stage == "blame" else {}
         weights = [blamed.get(stage, 0) for stage in usable]
         draw = generator(self.task.seed, f"stage {self.round} {attempt.slot}")
         attempt.stage = draw.choices(usable, weights)[0] if any(weights) else usable[0]
@@ -394,14 +394,3 @@ class _Reflecting:
     def _notes(self) -> list[str]:
         notes = [f"{self.round} rounds, {self.runs.made} runs, {len(self.pool)} candidates", self.spent.note()]
         return notes + [f"{what}: {count}" if count > 1 else what for what, count in self.counts.items() if count]
-
-
-def _blame(runs: Sequence[Rollout]) -> Mapping[str, int]:
-    """Stage -> how many of the runs are not right by its doing, as far as anything says so."""
-    blamed: Counter[str] = Counter()
-    for run in runs:
-        if run.error is not None and run.error.kind in UNREADABLE and run.steps:
-            blamed[run.steps[-1].stage] += 1  # its answer could not be read
-        elif run.score < 1:
-            blamed.update(stage for stage, text in run.stages.items() if text.strip())
-    return blamed

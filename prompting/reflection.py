@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotune.programs import Program, Prompt, Rollout, Step
 from cotune.programs.types import as_text
 from cotune.prompting.propose import cut, fenced
+from cotune.prompting.search import UNREADABLE
 
 
 def reflection(
@@ -42,6 +44,17 @@ def reflection(
 def expected(labels: Mapping[str, Any], max_chars: int) -> list[str]:
     """The labels of an example, one line each."""
     return [f"{name}: {cut(_text(value), max_chars)}" for name, value in labels.items()]
+
+
+def blamed_stages(runs: Sequence[Rollout]) -> Mapping[str, int]:
+    """Stage -> how many of the runs are not right by its doing, as far as anything says so."""
+    blamed: Counter[str] = Counter()
+    for run in runs:
+        if run.error is not None and run.error.kind in UNREADABLE and run.steps:
+            blamed[run.steps[-1].stage] += 1  # its answer could not be read
+        elif run.score < 1:
+            blamed.update(stage for stage, text in run.stages.items() if text.strip())
+    return blamed
 
 
 def _run(run: Rollout, stage: str, max_chars: int) -> str:

@@ -56,7 +56,7 @@ def write_durably(path: Path, content: str | bytes) -> None:
         NotWrittenError: the disk is full, read-only or broken.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with clock.running(), explained(path):
+    with clock.running(), as_not_written(path):
         beside, digest = write_beside(path, lambda file: file.write(data))
         record_sums(path.parent, {path.name: digest})
         put_in_place(beside, path)
@@ -68,7 +68,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         NotWrittenError: as `write_durably`.
     """
-    with clock.running(), explained(path):
+    with clock.running(), as_not_written(path):
         put_in_place(write_beside(path, lambda file: file.write(text.encode()))[0], path)
 
 
@@ -168,10 +168,10 @@ def new_folder(folder: Path, *, listed: bool = True) -> Iterator[Path]:
     partial = _beside(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with explained(folder):
+        with as_not_written(folder):
             partial.mkdir(parents=True)
         yield partial
-        with explained(folder):
+        with as_not_written(folder):
             _put_folder(partial, folder, listed=listed)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -221,7 +221,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def as_not_written(path: Path) -> Iterator[None]:
     """What the system says of writing a file, as a message that names the file and the way out."""
     try:
         yield

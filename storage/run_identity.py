@@ -35,7 +35,7 @@ _FREE = (
         for name in ("concurrency", "timeout", "tries", "key_variable", "prices", "max_calls")
     ),
     *(f"model.engine.init_args.{name}" for name in ("urls", "adapters", "concurrency", "timeout", "patience")),
-    *("model.engine.init_args.tolerance", "model.engine.init_args.key_variable"),
+    *(f"model.engine.init_args.{name}" for name in ("tolerance", "key_variable", "python", "options", "sleep")),
 )
 """Options that may be others when a run is continued."""
 

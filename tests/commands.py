@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from cotune.__main__ import main
 
@@ -52,3 +58,31 @@ def cotune(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> Said:
         code = int(stop.code or 0)
     said = capsys.readouterr()
     return Said(code, said.out, said.err)
+
+
+def served(words: list[str], asking: Callable[[str], None]) -> tuple[int, str]:
+    """Runs the command, does something with its address, and has SIGTERM end it; exit code and what it said."""
+    said, failed, ended = io.StringIO(), list[BaseException](), threading.Event()
+
+    def work() -> None:
+        try:
+            until(lambda: "answers at" in said.getvalue() or ended.is_set())
+            asking(said.getvalue().split(" answers at ")[1].split("/v1")[0])
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        with redirect_stdout(said):
+            code = main(["serve", *words, "--port", "0"])
+    finally:
+        ended.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not failed, failed
+    return code, said.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny_model
+
+# bitsandbytes gives torch.compile functions of its own when it is imported, which imports all of Inductor: seconds in
+# each process that the tests start. Nothing that is tested is compiled.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+LONG = ("test_your_own_program", "test_whole_table", "test_faults", "test_killed", "test_several_processes")
+"""Files whose tests are few and long, because processes are what they are about."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first, so that at the end no worker waits for another's."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.stem in LONG}
+    items.sort(key=lambda item: (item.path not in slow, item.path.stem not in LONG))  # stable
 
 
 @pytest.fixture(scope="session", autouse=True)

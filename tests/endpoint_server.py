@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from json_handler import JSONHandler
 
 Body = Mapping[str, Any]
 
@@ -92,54 +91,27 @@ class EndpointServer:
                 self._under_way -= 1
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JSONHandler, BaseHTTPRequestHandler):
     server_of: EndpointServer
 
     def do_GET(self) -> None:
-        content = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
-        self.send_response(200 if self.path == "/v1/models" else 404)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        models = {"object": "list", "data": [{"id": "m", "object": "model"}]}
+        self.write(200 if self.path == "/v1/models" else 404, models)
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = self.body()
         with self.server_of.one(body, self.headers.get("authorization", "")) as reply:
             time.sleep(reply.wait)
         if self.path != "/v1/chat/completions":
             reply = Reply(status=404, error={"message": f"no route {self.path}"})
-        self.send(reply, body)
-
-    def send(self, reply: Reply, body: Body) -> None:
         if reply.reset:
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.close_connection = True
-            self.connection.close()
+            self.reset()
             return
         said = (
             {"error": dict(reply.error)} if reply.status != 200 else completion(body, reply.text) | dict(reply.changes)
         )
-        content = json.dumps({name: value for name, value in said.items() if value is not None}).encode()
-        content = content if reply.raw is None else reply.raw
-        self.send_response(reply.status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content[: reply.half])
-        if reply.half is not None:
-            self.close_connection = True
-
-    def finish(self) -> None:
-        with suppress(OSError, ValueError):  # the client has gone, or the connection was reset
-            super().finish()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        left = {name: value for name, value in said.items() if value is not None}
+        self.write(reply.status, left if reply.raw is None else reply.raw, half=reply.half, headers=reply.headers)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Iterator
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from cotune.callbacks import Alternate
 from cotune.inference.local import torch_internals as of_torch
 from cotune.inference.local import transformers_internals as of_transformers
 from cotune.lightning_modules import LanguageModel, LoRA
+from cotune.programs import Form
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
@@ -208,6 +210,40 @@ def test_transformers_models_know_what_is_asked_of_them() -> None:
         assert of_transformers.bits_of(BitsAndBytesConfig(**{f"load_in_{bits}bit": True}).to_dict()) == bits, why
     of_transformers.make_plain(model, "there")
     assert model.config.name_or_path == "there", why
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lora.rr", "3"], "unrecognized arguments: --lora.rr 3"),
+        (["--config", "typo.yaml"], "Group 'lora' does not accept option 'rr'"),
+        (["--number", "x"], "Parser key \"number\":\n  Expected a <class 'int'>. Got value: x"),
+        (["--maybe", "x"], "Errors:\n    - Expected a <class 'int'>\n"),
+        (["--maybe", "x"], "Given value: x"),
+        (["--lora", "5"], 'Unable to load config "5"'),
+        (["--form", "Nothing"], "Expected a dot import path string: Nothing"),
+        (["--form", "no.such.Form"], "Problem with given class_path 'no.such.Form':\n    No module named 'no'"),
+        (["--form", "cotune.Example"], "Import path cotune.Example does not correspond to a subclass of Form"),
+        (["--call", "cotune.no"], "expects a function or a callable class: module 'cotune' has no attribute 'no'. Got"),
+        ([], "the following arguments are required: number"),
+    ],
+)
+def test_a_parser_says_what_is_read_of_its_errors(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("typo.yaml").write_text("lora:\n  rr: 3\n")
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(LoRA, "lora")
+    parser.add_argument("--number", type=int, required=True)
+    parser.add_argument("--maybe", type=int | None)
+    parser.add_argument("--form", type=Form)
+    parser.add_argument("--call", type=Callable[[int], float])
+    number = [] if "--number" in words or not words else ["--number", "1"]
+    with pytest.raises(ArgumentError) as error:
+        parser.parse_args([*number, *words])
+    assert said in str(error.value), read_from("jsonargparse")
 
 
 @pytest.mark.parametrize("path", READ_FROM)

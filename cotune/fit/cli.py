@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from pydoc import locate
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import yaml
-from jsonargparse import get_loader, set_loader
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
 
 from cotune.callbacks import Alternate
-from cotune.callbacks.checkpoint import Checkpoints
+from cotune.callbacks.checkpoint import Checkpoints, whole_checkpoint
 from cotune.callbacks.contradictions import FindContradictions
 from cotune.callbacks.export_program import ExportProgram
 from cotune.callbacks.loggers.log_program import LogProgram
@@ -33,9 +32,10 @@ from cotune.datamodules.splits import NAMES
 from cotune.errors import MissingFileError
 from cotune.fit.config_files import check_config_files
 from cotune.fit.guard import guarded
-from cotune.fit.help_page import arrange, options_of, wanted
-from cotune.fit.option_errors import OptionError, check_groups, own_modules, refused_options
-from cotune.fit.parse_errors import explain
+from cotune.fit.help_page import wanted
+from cotune.fit.option_errors import OptionError, check_option_groups, own_modules, refused_options
+from cotune.fit.parse_errors import LIGHTNINGS
+from cotune.fit.parser import Parser
 from cotune.fit.processes import by_srun, end_others, end_with_first, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
 from cotune.fit.wandb_setup import placed_loggers
@@ -44,7 +44,7 @@ from cotune.lightning_modules.lightning_internals import PlainCLI
 from cotune.lightning_modules.text_lm import NoWeightsError, no_weights
 from cotune.programs import Budget, BudgetSpentError, Ledger
 from cotune.shipped import with_files
-from cotune.storage.durable import file_sum, find_whole, read_sums, write_durably
+from cotune.storage.durable import write_durably
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
 from cotune.storage.run_identity import (
@@ -69,36 +69,6 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.log_every_n_steps": 1,
     "trainer.devices": 1,
 }
-
-
-_LIGHTNINGS = ("fit", "validate", "test")
-
-_read_yaml = get_loader("yaml")
-
-
-def _value(text: str) -> Any:
-    """The value of an option: YAML, but `question -> answer: float` is a signature and no mapping."""
-    return text if "->" in text and text.strip()[0].isidentifier() and "\n" not in text.strip() else _read_yaml(text)
-
-
-set_loader("yaml", _value, exceptions=(yaml.YAMLError,))
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one line and name the nearest right option."""
-
-    help_group = "all"
-    """The group of options that --help shows."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        # The base class would print a page of usage first, and the message would be lost behind it.
-        print(f"cotune: error: {explain(message, options_of(self))}", file=sys.stderr)
-        sys.exit(2)
-
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        if "alternate.schedule" in options_of(self) and self.prog.split()[-1] in _LIGHTNINGS:
-            arrange(self, self.help_group)
-        return super().format_help(*args, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -139,10 +109,10 @@ class CotuneCLI(PlainCLI):
         args = with_files(sys.argv[1:] if args is None else args) if isinstance(args, list | None) else args
         words = args if isinstance(args, list) else []
         first = words[0] if words else ""
-        if (group := wanted(words)) is not None and first in _LIGHTNINGS:
+        if (group := wanted(words)) is not None and first in LIGHTNINGS:
             args, Parser.help_group = [first, "--help"], group
         check_config_files(words)
-        self._asked = first if first in _LIGHTNINGS else ""
+        self._asked = first if first in LIGHTNINGS else ""
         try:
             with self.signals, own_modules():
                 self._run(args)
@@ -177,7 +147,7 @@ class CotuneCLI(PlainCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         # Lightning's predict would run over the test set; `cotune predict` answers new rows from an export. Each one's
         # parser takes a quarter of a second to build, so only that of the one asked for is.
-        names = [name for name in _LIGHTNINGS if self._asked in (name, "")]
+        names = [name for name in LIGHTNINGS if self._asked in (name, "")]
         return {name: PlainCLI.subcommands()[name] for name in names}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -220,7 +190,8 @@ class CotuneCLI(PlainCLI):
                 "--ckpt_path last, or the path of a checkpoint."
             )
         if config.get("ckpt_path"):
-            config.ckpt_path, config.weights_only = str(_whole(config.ckpt_path)), True  # nothing is ever unpickled
+            config.ckpt_path = str(whole_checkpoint(config.ckpt_path))
+            config.weights_only = True  # nothing is ever unpickled
         config.trainer.default_root_dir = str(self.run_folder.path)
 
     def _check_trainer(self, config: Any) -> None:
@@ -349,7 +320,11 @@ class CotuneCLI(PlainCLI):
         if config.trainer.get("enable_progress_bar") is None:  # a bar in a log file is a page of fragments
             config.trainer["enable_progress_bar"] = sys.stdout.isatty()
         trainer = super().instantiate_trainer(**kwargs)
-        _show_steps(trainer.callbacks)  # type: ignore[attr-defined]
+        # A bar that speaks of the schedule's steps, in the place of Lightning's default one.
+        trainer.callbacks = [  # type: ignore[attr-defined]
+            TrainingBar(lambda: self._alternate.epoch_title) if type(callback) is RichProgressBar else callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+        ]
         # With what is linked to other options, the seed: an export is built again from it.
         made = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
         model = redacted(made[self.subcommand]["model"])
@@ -395,14 +370,6 @@ class CotuneCLI(PlainCLI):
         closing_table(folder)
 
 
-def check_option_groups(config: Any) -> None:
-    """Refuses single values where the module, its LM or the data take groups of options."""
-    check_groups(ProgramModule, config.model, "model")
-    for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
-        if part is not None and part.get("init_args") is not None:
-            check_groups(cast(type, locate(part.class_path)), part.init_args, name)
-
-
 def check_weights(config: Any) -> None:
     """Refuses a schedule that trains an LM that has no weights here, before the run's folder is touched.
 
@@ -413,14 +380,6 @@ def check_weights(config: Any) -> None:
     steps = set(steps_of(config.alternate.schedule))
     if isinstance(lm, type) and not issubclass(lm, LanguageModel) and steps != {"p"}:
         raise NoWeightsError(no_weights(str(config.model.lm.init_args.get("model", lm.__name__))))
-
-
-def _show_steps(callbacks: list[Callback]) -> None:
-    """Puts a bar that speaks of the schedule's steps in the place of Lightning's default one."""
-    (alternate,) = (callback for callback in callbacks if isinstance(callback, Alternate))
-    for place, callback in enumerate(callbacks):
-        if type(callback) is RichProgressBar:
-            callbacks[place] = TrainingBar(lambda: alternate.epoch_title)
 
 
 def run(words: Sequence[str]) -> int:
@@ -437,14 +396,3 @@ def run(words: Sequence[str]) -> int:
         return 0
 
     return guarded(start, first=is_first())
-
-
-def _whole(checkpoint: str) -> Path:
-    """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is."""
-    path = Path(checkpoint)
-    if not (path.parent / "SHA256SUMS").is_file() or path.name.endswith(".partial"):
-        return path
-    whole, why = find_whole(path)
-    if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
-        raise RunFolderError(f"{path} {why}.")
-    return path

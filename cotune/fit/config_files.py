@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from cotune.errors import CotuneError
+from cotune.fit.parse_errors import no_file
 
 
 class ConfigFileError(CotuneError, ValueError):
@@ -19,7 +20,7 @@ def check_config_files(words: Sequence[str]) -> None:
     """Looks at every YAML file that a command line names.
 
     Raises:
-        ConfigFileError: the first that is wrong. A file that is not there is left to the parser.
+        ConfigFileError: the first that is wrong, or is not there.
     """
     for path in _named(words):
         check_config_file(path)
@@ -58,6 +59,8 @@ def _named(words: Sequence[str]) -> Iterator[Path]:
                 yield path
             elif path.is_dir():
                 raise ConfigFileError(f'config "{path}" is a folder; name a file of it.')
+            elif is_config and ":" not in given:  # else it is options, and no name
+                raise ConfigFileError(no_file(path))
 
 
 def _text(path: Path) -> str:

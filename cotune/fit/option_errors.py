@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -10,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from pydoc import locate
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cotune.errors import CotuneError
-from cotune.fit.parse_errors import no_group
+from cotune.fit.parse_errors import no_group, reasons
+from cotune.lightning_modules import ProgramModule
 
 
 class OptionError(CotuneError, ValueError):
@@ -35,6 +36,14 @@ def refused_options() -> Iterator[None]:
         if isinstance(error, CotuneError):
             raise
         raise OptionError(said(error)) from error
+
+
+def check_option_groups(config: Any) -> None:
+    """Refuses single values where the module, its LM or the data take groups of options."""
+    check_groups(ProgramModule, config.model, "model")
+    for name, part in (("model.lm", config.model.get("lm")), ("data", config.get("data"))):
+        if part is not None and part.get("init_args") is not None:
+            check_groups(cast(type, locate(part.class_path)), part.init_args, name)
 
 
 def check_groups(cls: type, given: Mapping[str, Any], prefix: str) -> None:
@@ -114,9 +123,7 @@ def said(error: Exception) -> str:
     text = str(error)
     if missing := _missing_package(error):
         return missing
-    if "Union subtypes" in text:  # of the types that were tried, the one that was meant said something else
-        reasons = [reason for reason in re.findall(r"(?m)^\s*- (.*)$", text) if not reason.startswith("Expected a")]
-        text = reasons[0] if reasons else text
+    text = next(iter(reasons(text)), text)
     if isinstance(error, TypeError):
         text = f"TypeError: {text} (COTUNE_DEBUG=1 shows where)"
     return " ".join(text.split())

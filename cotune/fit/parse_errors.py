@@ -1,4 +1,8 @@
-"""Parse errors: what the argument parser says at length, as the one line that names the value and the fix."""
+"""Parse errors: what the argument parser says at length, as the one line that names the value and the fix.
+
+jsonargparse tells what is wrong in its text alone, with no error classes and no fields. All that reads such texts is
+here, and `tests/test_internals.py` has it say each of them. What none of the rules knows is shown as it is.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,13 @@ from typing import Any, Union, get_args, get_origin
 
 from cotune.shipped import shipped
 
-OWN_COMMANDS = ("ask", "compare", "configs", "doctor", "export", "new", "predict", "preview", "report", "table")
-"""The commands that have a module and a parser of their own; fit, validate and test are Lightning's."""
+LIGHTNINGS = ("fit", "validate", "test")
+"""The commands whose parser is Lightning's."""
+
+OWN_COMMANDS = (
+    *("ask", "compare", "configs", "doctor", "export", "new", "predict", "preview", "report", "serve", "table"),
+)
+"""The commands that have a module and a parser of their own."""
 
 Options = Mapping[str, Any]
 """Option name, with dots and without dashes -> its type; None where it has none."""
@@ -47,6 +56,26 @@ def no_group(key: str, value: object, options: Iterable[str]) -> str:
     return f"{key} {value}: it is a group of options ({', '.join(names)}){first}.{rate}"
 
 
+def no_file(path: Path) -> str:
+    """What to say of a config file that is not there."""
+    if path.is_absolute():
+        return f'--config "{path}": there is no such file.'
+    near = did_you_mean(path.name, [file.name for file in Path().glob("*.y*ml")], "")
+    near = near or did_you_mean(str(path).removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
+    return f'--config "{path}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
+
+
+def unknown_command(word: str) -> str:
+    """What to say of a command that there is none of."""
+    known = (*LIGHTNINGS, *OWN_COMMANDS)
+    return f'unknown command "{word}"; commands are {", ".join(known)}.' + did_you_mean(word, known, "")
+
+
+def reasons(message: str) -> list[str]:
+    """What was said of the types that were tried, less that a value is of another kind."""
+    return [reason for reason in re.findall(r"(?m)^\s*- (.*)$", message) if not reason.startswith("Expected a")]
+
+
 def _one_for_a_group(message: str, options: Options) -> str:
     found = re.search(r"Unable to load config [\"'](.*?)[\"']", message)
     key = _key(message)
@@ -56,20 +85,6 @@ def _one_for_a_group(message: str, options: Options) -> str:
     last = key.rpartition(".")[2]
     inner = [name for name in option_names(options) if f".{last}." in f".{name}"]
     return no_group(key, found[1], inner)
-
-
-def _no_config(message: str, options: Options) -> str:
-    found = re.search(r'Parser key "config":\s+File does not exist: \'?(.+?)\'?$', message)
-    if not found:
-        return ""
-    # The parser says the whole path; the user wrote it from the folder they are in.
-    path = Path(found[1])
-    if not path.is_relative_to(Path.cwd()):
-        return f'--config "{path}": there is no such file.'
-    name = str(path.relative_to(Path.cwd()))
-    near = did_you_mean(name, [file.name for file in Path().glob("*.y*ml")], "")
-    near = near or did_you_mean(name.removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
-    return f'--config "{name}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
 
 
 def _unknown_argument(message: str, options: Options) -> str:
@@ -134,9 +149,8 @@ def _wrong_value(message: str, options: Options) -> str:
     if not key:
         return ""
     nested = re.search(r"Given value: NestedArg\(key='([^']+)', val='?(.*?)'?\)", message)
-    reasons = [reason for reason in re.findall(r"(?m)^\s*- (.*)$", message) if not reason.startswith("Expected a")]
-    if nested and reasons:  # what the module raised when it was imported
-        return f'{key}.{nested[1]} "{nested[2]}": {reasons[0]}.'
+    if nested and (raised := reasons(message)):  # by the module, when it was imported
+        return f'{key}.{nested[1]} "{nested[2]}": {raised[0]}.'
     if function := re.search(r"expects a function or a callable class: (.*)\. Got value: (.*)", message):
         return f'{key} "{function[2]}": {function[1]}. A function is written module.function; its file stands here.'
     if protocol := re.search(r"does not implement protocol (\w+)", message):
@@ -161,24 +175,12 @@ def _missing(message: str, options: Options) -> str:
     return f"missing: {names}. Give them in a file, --config FILE, or as options."
 
 
-def _unknown_command(message: str, options: Options) -> str:
-    found = re.search(r"argument subcommand: invalid choice: '([^']+)' \(choose from (.*)\)", message)
-    if not found:
-        return ""
-    known = [*re.findall(r"'(\w+)'", found[2]), *OWN_COMMANDS]
-    return f'unknown command "{found[1]}"; commands are {", ".join(known)}.' + did_you_mean(found[1], known, "")
-
-
-_RULES = (
-    *(_no_config, _unknown_argument, _unknown_key, _one_for_a_group, _no_class, _wrong_value, _missing),
-    _unknown_command,
-)
+_RULES = (_unknown_argument, _unknown_key, _one_for_a_group, _no_class, _wrong_value, _missing)
 
 _OWNERS = {"sizes": "data", "bootstrapping": "data", "lora": "model.lm", "skip_limits": "model"}
 """Groups whose parser does not know what it is part of -> that part."""
 
 _ELSEWHERE = {
-    "template": "model.form",
     **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
     **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "alternate.epochs"),
     **dict.fromkeys(("batch", "bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
@@ -188,7 +190,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("seed", "random_seed"), "seed_everything"),
     **dict.fromkeys(("threshold", "attempts"), "data.bootstrapping."),
 }
-"""What options are called elsewhere, or were once -> here; a name that ends in a dot has the word behind it."""
+"""What options are called elsewhere -> here; a name that ends in a dot has the word behind it."""
 
 
 def option_names(options: Options) -> list[str]:

@@ -11,7 +11,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from cotune.callbacks import Alternate
 from cotune.datamodules import TraceDataModule
 from cotune.experiments.parts import Parts
-from cotune.fit.cli import CotuneCLI, check_option_groups
+from cotune.fit.cli import CotuneCLI
+from cotune.fit.option_errors import check_option_groups
 from cotune.lightning_modules import ProgramModule
 from cotune.lightning_modules.lightning_internals import PlainCLI
 from cotune.storage.run_identity import counted_options

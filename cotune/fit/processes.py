@@ -17,6 +17,8 @@ from lightning.pytorch import Trainer
 from cotune.fit.option_errors import OptionError
 
 _PR_SET_PDEATHSIG = 1  # as Linux's prctl.h has it
+_FIRST = "_COTUNE_FIRST_PROCESS"
+"""Variable by which the first process tells those that it starts its number."""
 
 
 def environment() -> ClusterEnvironment:
@@ -55,6 +57,7 @@ def is_first() -> bool:
 def start_all(trainer: Trainer) -> None:
     """Starts the other processes, where they are still to be started, and joins them."""
     if trainer.world_size > 1:
+        os.environ[_FIRST] = str(os.getpid())
         trainer.strategy.launcher.launch(trainer.strategy.setup_environment)  # type: ignore[union-attr]
 
 
@@ -73,9 +76,9 @@ def end_others(trainer: Trainer, *, seconds: float) -> None:
 def end_with_first() -> None:
     """Has the system end this process when the one that started it is gone: it may be waiting for it just then."""
     if sys.platform == "linux" and isinstance(environment(), LightningEnvironment) and _number("LOCAL_RANK"):
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:
+        # It may have gone before: this process has spent seconds on its imports.
+        if os.getppid() != _number(_FIRST, os.getppid()):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

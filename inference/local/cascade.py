@@ -128,18 +128,18 @@ class Packed:
 
     def _own(self, layer: int, queries_NHD: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
         count, width, length = len(self.lengths), max(self.lengths), self._reach
-        keys, values = self.own.part(layer, self.rows, length)
+        keys, values = self.own.part(layer, self.rows, length)  # (R, Hkv, T, D)
         bias = self._own_bias(options.window)
         if width == 1:  # decoding: heads that read the same keys become rows of one product
-            queries = queries_NHD.reshape(count, keys.shape[1], -1, queries_NHD.shape[-1])
+            queries = queries_NHD.reshape(count, keys.shape[1], -1, queries_NHD.shape[-1])  # (R, Hkv, G, D)
             read, lse = _attention(queries, keys, values, bias, options)
-            return read.flatten(1, 2), lse.flatten(1, 2)
-        even = len(queries_NHD) == count * width
+            return read.flatten(1, 2), lse.flatten(1, 2)  # (R, H, D), (R, H)
+        even = len(queries_NHD) == count * width  # no row is shorter than another: nothing to scatter
         if even:
             queries = queries_NHD.reshape(count, width, *queries_NHD.shape[1:])
         else:
             queries = queries_NHD.new_zeros(count, width, *queries_NHD.shape[1:])
-            queries[self._grid] = queries_NHD
+            queries[self._grid] = queries_NHD  # (R, S, H, D), zeros behind the shorter rows
         read, lse = _attention(queries.transpose(1, 2), keys, values, bias, options, causal=bias is None)
         read, lse = read.transpose(1, 2), lse.transpose(1, 2)
         return (read.flatten(0, 1), lse.flatten(0, 1)) if even else (read[self._grid], lse[self._grid])
@@ -264,7 +264,7 @@ def _shared(
     grouped = queries_NHD.reshape(
         count, heads, -1, queries_NHD.shape[-1]
     )  # (N, Hkv, G, D): G query heads read the same keys
-    per_head = grouped.shape[2]
+    per_head = grouped.shape[2]  # G
     queries = grouped.transpose(0, 1).reshape(1, heads, count * per_head, -1)
     bias = None if bias_NP is None else bias_NP.repeat_interleave(per_head, 0)[None, None]
     read, lse = _attention(queries, keys_1HPD, values_1HPD, bias, options)
@@ -291,7 +291,7 @@ def _attention(
         if causal and queries.shape[2] == keys.shape[2] and _BLOCK < queries.shape[2] <= _KEYS_AT_ONCE:
             return _causal_blocks(queries, keys, values, options)
         return flash(queries, keys, values, scale=options.scale, causal=causal, bias=bias)
-    keys, values = (_of_heads(states, queries.shape[1]) for states in (keys, values))
+    keys, values = (_of_heads(states, queries.shape[1]) for states in (keys, values))  # (B, Hkv, T, D) -> (B, H, T, D)
     if fused and device == "cuda" and keys.shape[-1] % 8 == 0:
         return efficient(queries, keys, values, scale=options.scale, causal=causal, bias=bias)
     if causal:

@@ -17,7 +17,7 @@ from cotune.inference.local.cascade import KeyValues, Packed, Shared, attending,
 from cotune.inference.local.finite import check_finite
 from cotune.inference.local.out_of_memory import is_out_of_memory
 from cotune.inference.local.plain import complete
-from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_prefix, waves_by_prefix
+from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_shared_prefix, waves_by_prefix
 from cotune.inference.local.row import Row, chosen
 from cotune.programs.layout import Layout
 from cotune.programs.lm import Sampling
@@ -87,7 +87,7 @@ class Decoder:
             GenerationMemoryError: there is no memory for a single one.
         """
         self._forget_if_written()
-        results = [Generated([], "", "too_long")] * len(prompts)
+        results = [Generated([], "", "too_long")] * len(prompts)  # what no row overwrites did not fit
         rows = self._rows(prompts, sampling)
         together = [  # some are fixed from end to end
             row for row in rows if not row.ended and self.together(len(row.prompt.ids) + row.filling.most)
@@ -121,7 +121,7 @@ class Decoder:
             i for i, prompt in enumerate(prompts) if len(prompt.ids) + self.plan(prompt.layout).least <= self.window
         ]
         rows = []
-        for group in group_by_prefix([prompts[i].ids for i in fitting]):
+        for group in group_by_shared_prefix([prompts[i].ids for i in fitting]):
             members = [fitting[g] for g in group]
             shared = shared_prefix([prompts[i].ids for i in members]) if len(members) > 1 else 0
             prefix = tuple(prompts[members[0]].ids[:shared])
@@ -177,7 +177,7 @@ class Decoder:
         states = self._prefixes.get(ids)
         if states is None:
             states = KeyValues(1, len(ids))
-            longest, done = self._prefixes.longest(ids) or (None, 0)
+            longest, done = self._prefixes.longest(ids) or (None, 0)  # of a shorter one, kept, its part is taken
             if longest is not None:
                 states.copy(0, longest, 0, done)
             for start in range(done, len(ids), BLOCK):
@@ -194,7 +194,7 @@ class Decoder:
             logits: Tensor = self.model(
                 input_ids=torch.tensor([list(ids)], device=device),
                 position_ids=packed.positions[None],
-                use_cache=False,
+                use_cache=False,  # keys and values go into `packed.own`
                 logits_to_keep=torch.tensor(list(keep), device=device),
             ).logits[0]
         if len(packed.own.layers) != self.model.config.get_text_config().num_hidden_layers:
@@ -228,7 +228,7 @@ class _Batch:
         limit = _PREFILL.get(self.decoder.model.device.type, _PREFILL["cuda"])
         joining, tokens = list[Row](), 0
         for row in [self.waiting.popleft() for _ in range(count)]:
-            new = len(row.unread) - self._kept(row)
+            new = len(row.unread) - self._kept(row)  # tokens that the pass computes
             if joining and tokens + new > limit:
                 self._prefill(joining)
                 joining, tokens = [], 0
@@ -239,7 +239,7 @@ class _Batch:
     def _prefill(self, rows: list[Row]) -> None:
         first = len(self.running)
         for i, row in enumerate(rows):
-            row.held = self._recall(first + i, row)
+            row.held = self._recall(first + i, row)  # kept keys and values are not computed again
         logits_RV = self._forward(rows, first)
         for i, row in enumerate(rows):
             self._remember(first + i, row)
@@ -252,7 +252,7 @@ class _Batch:
     def _forward(self, rows: Sequence[Row], first: int) -> Tensor:
         """(R, V) logits behind all that these rows, from slot `first` on, have not read yet. Now they have."""
         device = self.decoder.model.device
-        new = [row.unread for row in rows]
+        new = [row.unread for row in rows]  # the prompt's rest first, later a token or a fixed text
         lengths, starts = [len(ids) for ids in new], [row.held for row in rows]
         positions = [
             len(row.prefix) + start + i
@@ -267,7 +267,7 @@ class _Batch:
             shared=self._shared(rows, lengths),
             positions=torch.tensor(positions, device=device),
         )
-        ends = [end - 1 for end in accumulate(lengths)]
+        ends = [end - 1 for end in accumulate(lengths)]  # (R,) each row's last new token
         logits_RV = self.decoder.forward([i for ids in new for i in ids], packed, ends)
         for row in rows:
             row.read()
@@ -299,7 +299,7 @@ class _Batch:
         # From the back, so that the row that moves up is one that goes on.
         for slot in reversed(range(len(self.running))):
             if self.running[slot].ended:
-                last = self.running.pop()
+                last = self.running.pop()  # of all slots in use
                 if slot < len(self.running):
                     self.running[slot] = last
                     self.own.copy(slot, self.own, len(self.running), last.held)
@@ -319,7 +319,7 @@ class _Batch:
 
     def _remember(self, slot: int, row: Row) -> None:
         if self.decoder.keep_rows and len(row.own) > 1 and self.decoder.asked.get(row.key) is None:
-            states = KeyValues(1, len(row.own) - 1)
+            states = KeyValues(1, len(row.own) - 1)  # not the last: it is read again, for its logits
             states.copy(0, self.own, slot, states.capacity)
             self.decoder.asked.put(row.key, states)
 

@@ -26,17 +26,17 @@ slowly than a large one. So a prefix counts as longer by one in so many tokens."
 
 def waves_by_prefix(prompts: Sequence[Prompted]) -> list[list[int]]:
     """Indices of the prompts in waves, those with much in common together. It depends on the prompts alone."""
-    order = [i for group in group_by_prefix([prompt.ids for prompt in prompts]) for i in group]
+    order = [i for group in group_by_shared_prefix([prompt.ids for prompt in prompts]) for i in group]
     return [order[start : start + engine.WAVE] for start in range(0, len(order), engine.WAVE)]
 
 
-def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def group_by_shared_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Indices of the prompts, grouped so that computing each group's shared prefix once costs least.
 
     A group of n prompts costs its shared prefix once, the rest of each prompt, and `group_cost` for being a group. No
     grouping whatever has a lower sum. It depends on the prompts alone.
 
-    >>> group_by_prefix([[1] * 100 + [2], [5] * 100 + [6], [1] * 100 + [3]])
+    >>> group_by_shared_prefix([[1] * 100 + [2], [5] * 100 + [6], [1] * 100 + [3]])
     [[0, 2], [1]]
     """
     nodes = _radix_tree(prompts)

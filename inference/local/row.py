@@ -48,7 +48,7 @@ class Row:
     @property
     def unread(self) -> Sequence[int]:
         """Ids that the model has not read: the last token, a fixed text, before the first pass the prompt's own too."""
-        start = self.held - len(self.own)
+        start = self.held - len(self.own)  # below 0 while the prompt is unread
         return self.filling.written[start:] if start >= 0 else self.own[self.held :] + self.filling.written
 
     @property
@@ -81,7 +81,7 @@ def chosen(rows: Sequence[Row], logits_RV: Tensor) -> tuple[list[int], list[floa
     for place, row in enumerate(rows):
         forbidden_V = row.filling.forbidden(logits_RV.shape[1], logits_RV.device)
         if forbidden_V is not None:
-            logits_RV[place].masked_fill_(forbidden_V, float("-inf"))
+            logits_RV[place].masked_fill_(forbidden_V, float("-inf"))  # in place: the log-probabilities below see it
     tokens, sampling = _choose(rows, logits_RV), rows[0].sampling
     if not sampling.log_probs:
         return tokens, [0.0] * len(tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -20,15 +20,28 @@ _LOOKS = 2.0
 
 
 class Pool:
-    """Servers, and the thread whose event loop asks them."""
+    """Servers, and the thread whose event loop asks them.
 
-    def __init__(self, urls: Sequence[str], key: str, *, timeout: float, concurrency: int) -> None:
+    Args:
+        revive: address -> what starts that server again, of those that this process has started.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        key: str,
+        *,
+        timeout: float,
+        concurrency: int,
+        sleeps: bool = False,
+        revive: Mapping[str, Callable[[], None]] = {},
+    ) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         patience = httpx2.Timeout(timeout, connect=min(timeout, 10.0))
         encrypted = any(url.startswith("https:") for url in urls)  # else there are no certificates to read
         self.http = httpx2.AsyncClient(headers=headers, timeout=patience, limits=limits, verify=encrypted)
-        self.servers = [Server(url, self.http) for url in urls]
+        self.servers = [Server(url, self.http, sleeps, revive.get(url, lambda: None)) for url in urls]
         self.concurrency = concurrency
         self._thread = LoopThread("vllm")
         self.loop = self._thread.loop
@@ -97,6 +110,10 @@ class Pool:
                 if any(server.lost for server in row.servers):
                     row.begin()
 
+    async def sleep(self) -> None:
+        """Has the servers give their memory back until they are next asked."""
+        await _all(server.sleep() for server in self.servers)
+
     async def _meet(self, server: Server) -> None:
         with suppress(ServerLostError):
             await server.meet(self.model)
@@ -104,6 +121,7 @@ class Pool:
     async def _prepare(self, server: Server, serving: Serving, log_probs: bool) -> None:
         with suppress(ServerLostError):
             if server.lost or server.about is None:
+                server.revive()
                 await server.meet(self.model)
             await server.bring(serving)
             if log_probs:

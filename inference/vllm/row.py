@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 _FEW = 256
 """Tokens that may come next, up to which the server is told them at once instead of tried without."""
+_MOST_STOPS = 4
+"""In one request; a server refuses more, unless its VLLM_MAX_STOP_STRINGS says otherwise."""
 _FIRST_PIECE, _LONGEST_PIECE = 4, 64
 """Tokens of a guided field that are asked for at once: more each time while they are as they have to be."""
 
@@ -74,7 +77,7 @@ class Row:
         if self._masked and forbidden_V is not None:
             body |= _among(forbidden_V)
         elif filling.stops and not filling.guided:
-            body["stop"] = list(filling.stops)  # it may stop early or late: what ends the field is decided here
+            body["stop"] = _fewest(filling.stops)  # it may stop early or late: what ends the field is decided here
         return body
 
     def take(self, written: Written) -> None:
@@ -106,6 +109,17 @@ class Row:
         """Of the next draws: they follow from the prompt's seed and their place alone."""
         name = f"{self.prompt.seed}|{self._filling.free}|{self._masked}"
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+
+
+def _fewest(stops: Sequence[str]) -> list[str]:
+    """Texts at one of which each of the stops is noticed, perhaps with others: as many as vLLM takes.
+
+    >>> _fewest(["\\n\\na:", "\\na:", "b"])
+    ['\\na:', 'b']
+    """
+    least = [stop for stop in stops if not any(other != stop and other in stop for other in stops)]
+    common = os.path.commonprefix(least)  # noqa: RUF071 (of any strings)
+    return least if len(least) <= _MOST_STOPS else [common] if common else least[:_MOST_STOPS]
 
 
 def _among(forbidden_V: Tensor) -> dict[str, Any]:

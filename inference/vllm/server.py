@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 from cotune.inference.vllm.probe import Probe, disagreement, reading_of, request
 from cotune.programs.lm import LMUnavailableError
+from cotune.storage.served_adapter import left_behind
 
 _TRIES = 4
 """Of one request, before the server counts as gone for now."""
@@ -95,17 +96,23 @@ class Server:
         lost: why it does not answer at present; "" while it does.
         proven: names of weights that it has proven to answer by since it was last met, those used last at the end.
         about: what it says of itself, once it has been met.
+        sleeps: it is to sleep while weights are trained.
+        revive: starts it again where it has ended, if this process is to.
     """
 
     url: str
     http: httpx2.AsyncClient
+    sleeps: bool = False
+    revive: Callable[[], None] = lambda: None
     lost: str = ""
     proven: list[str] = field(default_factory=list)
     about: About | None = None
     _normalises: bool = False
+    _asleep: bool = False
 
     async def meet(self, model: str) -> About:
-        """Asks what it is. Whatever it had proven, it has to prove again.
+        """Asks what it is, and wakes it. Whatever it had proven, it has to prove again. Adapters that processes left
+        there which have ended are unloaded.
 
         Args:
             model: name of the base there; "" for the only one.
@@ -132,7 +139,39 @@ class Server:
         if self.about not in (None, found):
             raise VLLMError(f"{self.url} has become another server: {self.about} before, {found} now.")
         self.about = found
+        await self._wake()
+        for old in filter(left_behind, (one["id"] for one in listed)):
+            await self._unload(old)
         return found
+
+    async def sleep(self) -> None:
+        """Has it give its memory back until it is next asked for something."""
+        if self.sleeps and not (self._asleep or self.lost):
+            with contextlib.suppress(ServerLostError):
+                await self._of_sleep("/sleep?level=1", {})
+                self._asleep = True
+
+    async def _wake(self) -> None:
+        """Wakes it, whoever had put it to sleep. It has to prove anew what it answers by."""
+        if not self.sleeps:
+            return
+        if (await self._of_sleep("/is_sleeping")).get("is_sleeping"):
+            await self._of_sleep("/wake_up", {})
+        self._asleep, self.proven = False, []
+
+    async def _of_sleep(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What it answers in matters of sleep.
+
+        Raises:
+            VLLMError: it knows none.
+        """
+        try:
+            return dict(await self.ask(path, body))
+        except (RefusedError, TypeError, ValueError) as error:
+            raise VLLMError(
+                f"{self.url} cannot sleep ({error}). Start it with --enable-sleep-mode and the variable "
+                "VLLM_SERVER_DEV_MODE=1, or leave model.engine.init_args.sleep out."
+            ) from None
 
     async def bring(self, serving: Serving) -> None:
         """Has it load the weights unless it holds them, and proves that it answers by them.
@@ -141,6 +180,8 @@ class Server:
             VLLMError: it does not take them, or answers by others.
             ServerLostError: it has gone.
         """
+        if self._asleep:
+            await self._wake()
         if serving.name in self.proven:
             return
         if serving.folder is not None:
@@ -150,8 +191,7 @@ class Server:
         adapters = [name for name in self.proven if self.about is None or name != self.about.model]
         for old in adapters[:-_KEPT]:
             self.proven.remove(old)
-            with contextlib.suppress(RefusedError):  # it has forgotten it by itself
-                await self.ask(_UNLOADS, {"lora_name": old})
+            await self._unload(old)
 
     async def prove(self, serving: Serving) -> None:
         """Asks the probe.
@@ -244,6 +284,10 @@ class Server:
             await asyncio.sleep(_FIRST_WAIT * 2**tries)
         self.lost, self.proven = fault, []
         raise ServerLostError(fault)
+
+    async def _unload(self, name: str) -> None:
+        with contextlib.suppress(RefusedError):  # it has forgotten it by itself
+            await self.ask(_UNLOADS, {"lora_name": name})
 
     async def _load(self, name: str, folder: Path) -> None:
         try:

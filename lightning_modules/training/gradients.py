@@ -107,7 +107,7 @@ class BatchGradients:
 
     def not_finite(self, model: Any, parameters: Sequence[Tensor], batch: Batch, computed: Computed) -> list[str]:
         """Names of the rows that make loss or gradients what is no number."""
-        good = torch.isfinite(computed.rows).tolist()
+        good = torch.isfinite(computed.rows).tolist()  # (R,)
         if not all(good):
             return [name for name, is_good in zip(batch.names, good, strict=True) if not is_good]
         alone = _gradients_of(model, parameters, computed.tokens.ids, computed.coefficients, 1 / computed.size)
@@ -125,9 +125,9 @@ class BatchGradients:
         if "policy" in reads:
             log_probs_nK = self._log_probs(model, batch, tokens.ids)
         else:
-            log_probs_nK = tokens.ce.new_zeros(tokens.ids.shape)
+            log_probs_nK = tokens.ce.new_zeros(tokens.ids.shape)  # nobody reads them: no pass is spent on it
         coefficients = objective.coefficients(log_probs_nK, tokens).to(log_probs_nK.dtype)
-        return tokens, coefficients.masked_fill(tokens.ids < 0, 0.0)
+        return tokens, coefficients.masked_fill(tokens.ids < 0, 0.0)  # -1: a token with fewer than K candidates
 
     def _log_probs(self, model: Any, batch: Batch, ids_nK: Tensor, *, adapter: bool = True) -> Tensor:
         like_nK = torch.empty(ids_nK.shape, dtype=exact_dtype(model), device=ids_nK.device)
@@ -159,7 +159,7 @@ class BatchGradients:
         waiting = batch.parts(self.rows_at_once or batch.rows)
         while waiting:
             part = waiting.pop(0)
-            place = slice(start, start + part.tokens)
+            place = slice(start, start + part.tokens)  # of its tokens among the n of the batch
             computed = _tried(compute, part, place)
             if computed is None:  # parts before this one have been computed and count; only this one is cut
                 waiting = [smaller for left in (part, *waiting) for smaller in left.parts(self._halved(part))]
@@ -168,7 +168,7 @@ class BatchGradients:
             yield computed
 
     def _halved(self, part: Batch) -> int:
-        self.rows_at_once = part.rows // 2
+        self.rows_at_once = part.rows // 2  # and so for all parts to come
         print(
             f"memory ran out on {part.rows} rows at once: from here on {self.rows_at_once} are computed at once, with "
             f"the same loss and gradients. Set model.micro_batch_size to {self.rows_at_once} to begin with it."
@@ -212,7 +212,7 @@ def _tried(compute: Callable[[Batch, slice], _T], part: Batch, place: slice) -> 
 
 def _places(parts: Sequence[Batch]) -> Iterator[tuple[Batch, slice]]:
     """Parts with the place of their tokens among all of them."""
-    start = 0
+    start = 0  # the parts are of the batch in order
     for part in parts:
         yield part, slice(start, start + part.tokens)
         start += part.tokens
@@ -237,12 +237,12 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients
-        return loss.clone()
+        return loss.clone()  # a tensor of its own, for autograd to hang `backward` on
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         given = (None if gradient is None else gradient * factor for gradient in ctx.gradients)
-        return (None, None, *given)
+        return (None, None, *given)  # the loss and the list have none
 
 
 def _one_row(part: Batch) -> str:

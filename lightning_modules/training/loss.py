@@ -30,7 +30,7 @@ def log_probs(model: Any, batch: Batch, ids_nK: Tensor, coefficients_nK: Tensor 
     can = abilities(model, batch.longest)
     if can.packed and can.plain_head and has_plain_head(model):
         packed = pack(batch, model.device)
-        hidden_ND = forward(backbone(model), packed).last_hidden_state[0]
+        hidden_ND = forward(backbone(model), packed).last_hidden_state[0]  # without the head: V is large
         return head_log_probs(hidden_ND[packed.places], model.get_output_embeddings(), ids_nK, coefficients_nK)
     compute = packed_logits if can.packed else padded_logits if can.padded else plain.logits
     found_nK = _exact(compute(model, batch)).log_softmax(dim=-1)
@@ -52,7 +52,7 @@ def likeliest(model: Any, batch: Batch, ids_nK: Tensor, count: int) -> tuple[Ten
         packed = pack(batch, model.device)
         hidden_nD = forward(backbone(model), packed).last_hidden_state[0][packed.places]
         head = model.get_output_embeddings()
-        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])  # rows of V logits that are there at once
         logits = map(head, torch.split(hidden_nD, size))
     else:
         compute = packed_logits if can.packed else padded_logits if can.padded else plain.logits
@@ -91,13 +91,13 @@ def padded_logits(model: Any, batch: Batch) -> Tensor:
 
 def _padded_segment(model: Any, segment: Segment) -> Tensor:
     device, rows, prefix = model.device, [segment.own(pair) for pair in segment.pairs], segment.prefix
-    wide = max(map(len, rows))
+    wide = max(map(len, rows))  # tokens of the longest
     cache = None
     if prefix:
         shared = torch.tensor([segment.shared], device=device)
         cache = model(input_ids=shared, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
         cache = cache.past_key_values
-        cache.batch_repeat_interleave(len(rows))
+        cache.batch_repeat_interleave(len(rows))  # the prefix, once a row
     # Padding goes to the right: between prefix and own tokens it would count as distance where windows slide.
     mask = [[1] * (prefix + len(row)) + [0] * (wide - len(row)) for row in rows]
     bearing = [

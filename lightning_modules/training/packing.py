@@ -57,15 +57,15 @@ def pack(batch: Batch, device: torch.device) -> Packed:
     for segment in batch.segments:
         rows = [segment.own(pair) for pair in segment.pairs]
         families.append(Family(len(ids), segment.prefix, tuple(map(len, rows))))
-        ids += segment.shared
+        ids += segment.shared  # (P,) once, however many rows share them
         positions += range(segment.prefix)
         for pair, row in zip(segment.pairs, rows, strict=True):
             ids += row
-            positions += range(segment.prefix, segment.prefix + len(row))
+            positions += range(segment.prefix, segment.prefix + len(row))  # as if nothing stood between
             # A token is predicted at the place before it.
             places += [len(ids) - len(pair.completion_ids) + place - 1 for place in pair.bearing]
     tensors = (torch.tensor(values, device=device) for values in (ids, positions, places))
-    packed_ids, packed_positions, packed_places = tensors
+    packed_ids, packed_positions, packed_places = tensors  # (N,), (N,), (n,)
     return Packed(packed_ids[None], packed_positions[None], tuple(families), packed_places)
 
 
@@ -79,7 +79,7 @@ def forward(model: Any, packed: Packed, **options: Any) -> Any:
             attention_mask=torch.empty(1, 1, 0, 0, device=packed.ids.device),
             position_ids=packed.positions,
             use_cache=False,
-            families=packed.families,
+            families=packed.families,  # for the attention: which tokens may see which
             **options,
         )
 
@@ -144,11 +144,11 @@ def backbone(model: Any) -> Any:
 def _tried(model: Any) -> Abilities:
     """Packed against plain on two short rows."""
     ids = torch.arange(3, 15, device=model.device) % model.config.get_text_config().vocab_size
-    positions = torch.tensor([[*range(6), *range(6, 8), *range(6, 10)]], device=ids.device)
-    last = torch.tensor([7, 11], device=ids.device)
+    positions = torch.tensor([[*range(6), *range(6, 8), *range(6, 10)]], device=ids.device)  # 6 shared, then 2 and 4
+    last = torch.tensor([7, 11], device=ids.device)  # each row's last token
     packed = Packed(ids[None], positions, (Family(0, 6, (2, 4)),), last)
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    model.eval()  # dropout would make two passes differ
     try:
         with torch.no_grad():
             rows = (ids[:8], torch.cat([ids[:6], ids[8:]]))

@@ -32,5 +32,5 @@ def last_logits(model: Any, ids: Sequence[int], count: int) -> Tensor:
     with alone(bare(model)):
         whole: Tensor = model(
             input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False, **options
-        ).logits[0, -count - 1 : -1]
+        ).logits[0, -count - 1 : -1]  # a token is predicted at the place before it
     return whole

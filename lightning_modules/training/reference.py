@@ -26,14 +26,14 @@ def with_reference(
     rows = sorted((row for row in rows if maker.fits(row[2])), key=lambda row: row[1].stage)
     found: dict[int, Trace] = {}
     for _, same in groupby(rows, key=lambda row: row[1].stage):
-        of_stage = list(same)
+        of_stage = list(same)  # their prompts begin alike
         for start in range(0, len(of_stage), _ROWS):
             some = of_stage[start : start + _ROWS]
             ids, values = score(collate([[pair for _, _, pair in some]]))
             scored = zip(ids.tolist(), values.tolist(), strict=True)
             for place, trace, pair in some:
                 found[place] = _filled(trace, pair, scored)
-    return [found[place] for place in sorted(found)]
+    return [found[place] for place in sorted(found)]  # in the traces' order
 
 
 def _filled(trace: Trace, pair: Pair, scored: Iterator[tuple[list[int], list[float]]]) -> Trace:

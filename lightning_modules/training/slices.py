@@ -39,9 +39,9 @@ def add_up(
     Raises:
         Exception: what `compute` raises in one process is raised in all.
     """
-    starts = list(accumulate((part.tokens for part in slices), initial=0))
+    starts = list(accumulate((part.tokens for part in slices), initial=0))  # each slice's first token; n at the end
     nodes = [_nodes((0, len(slices)), ranks.share(len(slices), rank)) for rank in range(ranks.count)]
-    found_nK = torch.zeros_like(like_nK)
+    found_nK = torch.zeros_like(like_nK)  # what others compute comes in at the end
     seed = torch.initial_seed()
 
     def of_slice(node: _Node) -> Gradients | None:
@@ -49,7 +49,7 @@ def add_up(
         if end - first > 1:
             return None
         if not slices[first].rows:
-            return [None] * len(parameters)
+            return [None] * len(parameters)  # more slices than rows
         if len(slices) > 1:  # what dropout draws must not depend on who draws it
             torch.manual_seed((seed + 1 + first) % 2**63)
         found_nK[starts[first] : starts[end]], gradients = compute(slices[first], starts[first])
@@ -65,7 +65,7 @@ def add_up(
     if len(slices) > 1:
         torch.manual_seed(seed)
     if ranks.count == 1:
-        return found_nK, mine[0]
+        return found_nK, mine[0]  # one node: the whole tree
     for rank, theirs_nK in enumerate(ranks.gather_tensors(found_nK)):
         for first, end in nodes[rank]:
             found_nK[starts[first] : starts[end]] = theirs_nK[starts[first] : starts[end]]

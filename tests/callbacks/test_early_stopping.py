@@ -33,33 +33,35 @@ def test_every_weight_step_is_stopped_and_the_schedule_goes_on(
     assert fit.trainer.current_epoch == 4, "two epochs in each step; old counters would end the second after one"
 
 
-@pytest.mark.parametrize(
-    "breaks",
-    [
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    return stopping_fit(tiny_model, tmp_path_factory.mktemp("whole")).run()
+
+
+def test_kills_in_between_change_nothing(tiny_model: Path, tmp_path: Path, whole: Fit) -> None:
+    checkpoint = None
+    for breaks in (
         BreakInTraining(1),
         BreakInValidation(1),  # the epoch that ends the first step
         BreakInValidation(2),  # the first of the second step
         BreakInValidation(3),
-    ],
-)
-def test_a_kill_in_between_changes_nothing(breaks: Callback, tiny_model: Path, tmp_path: Path) -> None:
-    whole = stopping_fit(tiny_model, tmp_path / "whole").run()
-    part = stopping_fit(tiny_model, tmp_path, breaks)
-    with pytest.raises(BrokenOffError):
-        part.run()
-    rest = stopping_fit(tiny_model, tmp_path).run(part.last)
+    ):
+        part = stopping_fit(tiny_model, tmp_path, breaks)
+        with pytest.raises(BrokenOffError):
+            part.run(checkpoint)
+        checkpoint = part.last
+    rest = stopping_fit(tiny_model, tmp_path).run(checkpoint)
     assert rest.outcome == whole.outcome
     assert rest.trainer.current_epoch == whole.trainer.current_epoch
     assert rest.trainer.global_step == whole.trainer.global_step
 
 
-def test_a_kill_while_the_stopped_step_is_scored_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    whole = stopping_fit(tiny_model, tmp_path / "whole").run()
-    seen = len(whole.lm.seen)
+def test_kills_while_a_stopped_step_is_scored_change_nothing(tiny_model: Path, tmp_path: Path, whole: Fit) -> None:
+    checkpoint, before = None, 0
     for share in (0.45, 0.6, 0.97):
-        part = stopping_fit(tiny_model, tmp_path / str(share))
-        part.lm.breaks_at = int(share * seen)
+        part = stopping_fit(tiny_model, tmp_path)
+        part.lm.breaks_at = int(share * len(whole.lm.seen)) - before
         with pytest.raises(BrokenOffError):
-            part.run()
-        rest = stopping_fit(tiny_model, tmp_path / str(share)).run(part.last)
-        assert rest.outcome == whole.outcome, share
+            part.run(checkpoint)
+        checkpoint, before = part.last, before + len(part.lm.seen)
+    assert stopping_fit(tiny_model, tmp_path).run(checkpoint).outcome == whole.outcome

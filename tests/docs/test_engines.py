@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from commands import cotune, served, tiny
 from cotune.inference.openai import OpenAILM
 from endpoint_server import Body, serving
-from pages import DOCS, blocks
+from pages import DOCS, ROOT, blocks, commands
+from vllm_server import vllm_servers
 
 PAGE = DOCS / "engines.md"
 
@@ -30,7 +33,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     names: dict[str, Any] = {"__name__": "__page__"}
     with serving(answer) as server:
         for block in blocks(PAGE):
-            if block.language == "python":
+            if block.language == "python" and "cotune.load" not in block.text:
                 text = block.text.replace("http://127.0.0.1:8000/v1", server.url)
                 exec(compile(text, PAGE.name, "exec"), names)
         names["lm"].close()
@@ -41,6 +44,60 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert said[2] == "It holds."
     assert said[3].startswith("the judge contradicted itself on 0 of ")
     assert Path("calls.sqlite").is_file()
+
+
+def written(file: str, url: str) -> str:
+    """A file that the page has one save, with this server's address."""
+    (block,) = [block for block in blocks(PAGE) if block.file == file]
+    Path(file).write_text(re.sub(r"http://127.0.0.1:8000(/v1)?", url, block.text), encoding="utf-8")
+    return file
+
+
+def command(start: str) -> list[str]:
+    """The words of the page's command that begins so, on few flowers."""
+    (words,) = [words for words in commands(PAGE) if " ".join(words).startswith(start)]
+    sizes = [word for part in ("train", "dev", "val", "test") for word in (f"--data.sizes.{part}", "3")]
+    small = ["--alternate.search.num_candidates", "1", "--trainer.enable_progress_bar", "false"]
+    return [*words, *sizes, *small] if words[0] == "fit" else words
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+
+@pytest.mark.usefixtures("here")
+def test_an_endpoints_prompts_are_tuned(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda body: "setosa") as server:
+        said = cotune(["doctor", "--engine", server.url], capsys)
+        assert "a request" in said.out
+        written("hosted.yaml", server.url)
+        assert cotune(command("fit --config configs/iris.yaml --config hosted.yaml"), capsys).code == 0
+
+
+@pytest.mark.usefixtures("here")
+def test_vllm_servers_write_rollouts_and_serve_what_was_tuned(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with vllm_servers(tiny_model, max_rank=32) as (server,):
+        words = command(f"fit --config configs/iris.yaml --config {written('vllm.yaml', server.url)}")
+        quick = ["--alternate.epochs", "1", "--data.bootstrapping.attempts", "2", "--alternate.schedule", "w"]
+        said = cotune([*words, *tiny(tiny_model), *quick], capsys)
+        assert said.code == 0, said.err
+        assert len(server.loads()) > 1
+        for form in ("--url", "--engine local"):
+            serve = [server.url if word.startswith("http") else word for word in command(f"serve runs/iris {form}")]
+            code, said_there = served(
+                serve[1:], lambda at: httpx2.get(f"{at}/v1/models", timeout=30).raise_for_status() and None
+            )
+            assert (code, "answers at" in said_there) == (0, True)
+        (block,) = [block for block in blocks(PAGE) if "cotune.load" in block.text]
+        loading = block.text.replace("http://127.0.0.1:8000", server.url).replace(
+            "print(flowers", "print(bool(flowers)"
+        )
+        exec(compile(loading.partition("(petal_length")[0] + ")", PAGE.name, "exec"), {"__name__": "__page__"})
 
 
 def test_its_table_shows_the_options_and_their_defaults() -> None:

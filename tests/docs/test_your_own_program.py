@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from commands import cotune
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "your-own-program.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -28,21 +31,14 @@ def steps() -> list[tuple[str, str]]:
     return done
 
 
-def follow(folder: Path, more: dict[str, list[str]]) -> dict[str, str]:
-    """Does all the steps. Returns what each command printed; `more` are further words for a command."""
+def follow(folder: Path, run: Callable[[list[str]], str], more: Sequence[str] = ()) -> dict[str, str]:
+    """Does all the steps. Returns what each command printed; `more` are further words for `cotune fit`."""
     printed = {}
-    # As in an activated environment, and with nothing of this repository's tests on the path.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     for name, content in steps():
-        if name != "$":
+        if name == "$":
+            printed[content] = run([*shlex.split(content), *(more if content.startswith("cotune fit") else ())])
+        else:
             (folder / name).write_text(content, encoding="utf-8")
-            continue
-        words = shlex.split(content)
-        words += more.get(" ".join(words[:2]), [])
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
-        printed[content] = done.stdout
     return printed
 
 
@@ -80,16 +76,41 @@ def metric(example, prediction):
 """
 
 
-def test_the_page_works_on_a_tiny_model(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_page_works_on_a_tiny_model(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where `cotune` has been imported."""
     (tmp_path / "lenient.py").write_text(LENIENT)
     options = ["--model.lm", "lenient.Brief", "--model.lm.model", str(tiny_model), "--data.metric", "lenient.metric"]
     options += ["--model.form", "lenient.Forgiving"]
-    check(tmp_path, follow(tmp_path, {"cotune fit": [*options, "--model.sampling.max_new_tokens", "40"]}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run(words: list[str]) -> str:
+        if words[0] == "python":
+            runpy.run_path(words[1], run_name="__main__")
+            return capsys.readouterr().out
+        done = cotune(words[1:], capsys)
+        assert done.code == 0, done.err
+        return done.out
+
+    check(tmp_path, follow(tmp_path, run, [*options, "--model.sampling.max_new_tokens", "40"]))
+    for name in ("lenient", "ticket_desk"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
 def test_the_page_works_as_it_stands(tmp_path: Path) -> None:
-    printed = follow(tmp_path, {})
+    # As in an activated environment, and with nothing of this repository's tests on the path.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+
+    def run(words: list[str]) -> str:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    printed = follow(tmp_path, run)
     check(tmp_path, printed)
     scores = json.loads((tmp_path / "runs/tickets/summary.json").read_text())["scores"]
     assert scores["vanilla"] < max(scores.values()), "tuning helps"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -140,20 +141,18 @@ def test_a_run_without_traces_is_a_dash_for_good_and_so_is_what_should_equal_it(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with the one that started it")
-def test_runs_end_with_the_table_even_if_that_is_killed(fakes: Fakes, tmp_path: Path) -> None:
+def test_runs_end_with_the_table_even_if_that_is_killed(fakes: Fakes) -> None:
     fakes.plan(fakes.runs[0], "sleep")
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom cotune.experiments.runner import Runner\n"
-        "from cotune.experiments.runs import runs_of\nfrom cotune.experiments.table_config import read_table\n"
-        f"config = read_table(Path({str(tmp_path / 'table.yaml')!r}))\n"
-        f"command = (sys.executable, {str(tmp_path / 'fake.py')!r})\n"
-        f"Runner(config, Path({str(tmp_path / 'runs')!r}), command=command).run(runs_of(config))\n"
-    )
-    table = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    table = os.fork()
+    if table == 0:
+        try:
+            fakes.run()
+        finally:
+            os._exit(1)
     until(lambda: bool(fakes.starts))
-    (child,) = children(table.pid)
-    table.kill()
-    table.wait()
+    (child,) = children(table)
+    os.kill(table, signal.SIGKILL)
+    os.waitpid(table, 0)
     until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import xml.etree.ElementTree
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from written_table import config, flat, write_run
 
-from cotune.fit.parts import parts_of
+from cotune.fit import parts
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = Cell("iris", "tiny", "default")
 PWP, PP = parse_strategy("p -> w -> p"), parse_strategy("p -> p")
+
+
+@cache
+def _parsed(*words: str) -> parts.Parts:
+    return parts.parts_of(list(words))
+
+
+def parts_of(words: Sequence[str]) -> parts.Parts:
+    """What a command line makes; half a second each, so each is made once."""
+    return _parsed(*words)
 
 
 # Strategies and runs

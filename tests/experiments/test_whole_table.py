@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT
+from commands import ROOT, cotune
 from waiting import until
 
 
@@ -38,35 +37,32 @@ def write_table(folder: Path, model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_table_that_is_killed_goes_on_and_ends_with_its_page(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_table_that_is_killed_goes_on_and_ends_with_its_page(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))  # for the runs, which are processes of their own
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     write_table(tmp_path, tiny_model)
-    words = [sys.executable, "-m", "cotune", "table", "--config", "table.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    words = ["table", "--config", "table.yaml"]
 
-    def start(*more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*words, *more], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    dry = start("--dry-run")
-    said, _ = dry.communicate(timeout=300)
-    assert dry.returncode == 0, said
-    assert "3 runs, at most" in said
-    assert "time: about" in said
+    dry = cotune([*words, "--dry-run"], capsys)
+    assert dry.code == 0, dry.err
+    assert "3 runs, at most" in dry.out
+    assert "time: about" in dry.out
     assert not (tmp_path / "tables" / "tiny" / "runs").exists()
 
     runs = tmp_path / "tables" / "tiny" / "runs"
     first = runs / "iris_tiny_default_p-w-p_0"
-    killed = start("--no-warm-up")
+    killed = subprocess.Popen([sys.executable, "-m", "cotune", *words, "--no-warm-up"], stdout=subprocess.DEVNULL)
     until(lambda: (runs / "iris_tiny_default_p-p_0" / "run.json").exists(), seconds=300)
     killed.kill()
-    killed.communicate()
+    killed.wait()
     before = (first / "summary.json").stat().st_mtime_ns
 
-    again = start("--no-warm-up")
-    said, _ = again.communicate(timeout=400)
-    assert again.returncode == 0, said
-    assert "3 runs, 1 of them finished" in said
+    again = cotune([*words, "--no-warm-up"], capsys)
+    assert again.code == 0, again.err
+    assert "3 runs, 1 of them finished" in again.out
     assert (first / "summary.json").stat().st_mtime_ns == before
     record = json.loads((tmp_path / "tables" / "tiny" / "table.json").read_text())
     rows = {row["strategy"]: row for row in record["cells"][0]["rows"]}
@@ -76,7 +72,6 @@ def test_a_table_that_is_killed_goes_on_and_ends_with_its_page(tiny_model: Path,
     assert 0 <= equal - alternation < 6
     assert not (first / "checkpoints").exists()
 
-    other = start("--set", "alternate.epochs=3")
-    said, _ = other.communicate(timeout=300)
-    assert other.returncode == 2
-    assert "was made with other options (then -> now): alternate.epochs: 2 -> 3" in said
+    other = cotune([*words, "--set", "alternate.epochs=3"], capsys)
+    assert other.code == 2
+    assert "was made with other options (then -> now): alternate.epochs: 2 -> 3" in other.err

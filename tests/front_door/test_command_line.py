@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,19 @@ def one_error(said: Said, code: int = 2) -> str:
 # Help and configs
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], [], ["--version"], ["fit", "--help"], *([name, "--help"] for name in OWN_COMMANDS)]
-)
-def test_help_comes_without_the_heavy_libraries(words: list[str]) -> None:
+def test_help_comes_without_the_heavy_libraries() -> None:
     script = (
         "import sys\nfrom cotune.__main__ import main\n"
-        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code\n"
-        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)"
+        "for words in map(str.split, sys.argv[1:]):\n    print('\\f')\n"
+        "    try:\n        main(words)\n    except SystemExit as stop:\n        assert not stop.code\n"
+        "    assert not {'torch', 'lightning', 'transformers'} & set(sys.modules), words"
     )
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    lines = ["", "--version", *(f"{name} --help" for name in ("", "fit", *OWN_COMMANDS))]
+    done = subprocess.run([sys.executable, "-c", script, *lines], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "cotune" in done.stdout
-    assert time.perf_counter() - began < 10, "about half a second on an idle machine"
+    pages = done.stdout.split("\f")[1:]
+    assert len(pages) == len(lines)
+    assert all("cotune" in page for page in pages)
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
@@ -91,12 +89,11 @@ def test_a_group_of_options_has_a_help_of_its_own(run: Run) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
 @pytest.mark.parametrize(("user_set", "new_pages"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
-def test_a_tensor_is_made_in_memory_that_was_freed(user_set: dict[str, str], new_pages: bool) -> None:
+def test_a_large_array_is_made_in_memory_that_was_freed(user_set: dict[str, str], new_pages: bool) -> None:
     script = (
-        "import resource, torch\nfrom cotune.__main__ import _keep_freed_memory\n_keep_freed_memory()\n"
+        "import resource\nfrom cotune.__main__ import _keep_freed_memory\n_keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "gate, up = torch.ones(1024, 1536), torch.ones(1024, 1536)\n"
-        "make = lambda: torch.sigmoid(gate) * up\nfor _ in range(5): make()\n"
+        "make = lambda: bytes(1) * (1536 * 4096)\nfor _ in range(5): make()\n"
         "before = faults()\nfor _ in range(20): make()\nprint(faults() - before)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | user_set
@@ -166,12 +163,11 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--model.lm.quantization", "nf5"], "'nf5' is not allowed; allowed is nf4 or fp4 or int8 or null."),
         (
             ["--alternate.search", "RandomDemoSerch"],
-            'alternate.search: there is no class "RandomDemoSerch"; known are JointSearch, RandomDemoSearch',
+            'alternate.search: there is no class "RandomDemoSerch"; known are FormSearch, JointSearch, RandomDemo',
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
         (["--model.form", "tiny_fit.Fit"], "model.form"),
-        (["--model.template", "Lines"], "unknown option --model.template. Did you mean --model.form?"),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )

@@ -20,9 +20,12 @@ def said(folder: Path, content: str | bytes) -> str:
     return str(error.value).replace(str(path), "t.yaml")
 
 
-def test_a_good_file_passes_and_one_that_is_not_there_is_left_to_the_parser(tmp_path: Path) -> None:
+def test_a_good_file_passes_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(GOOD + "data: {labels: [a], path: null, sizes: {train: 1}}\n")
-    check_config_files(["fit", "--config", str(tmp_path / "t.yaml"), "-c", str(tmp_path / "none.yaml"), "--fresh"])
+    words = ["fit", "--config", str(tmp_path / "t.yaml"), "-c"]
+    check_config_files([*words, "name: options", "--fresh"])
+    with pytest.raises(ConfigFileError, match=r"none.yaml\": there is no such file\.$"):
+        check_config_files([*words, str(tmp_path / "none.yaml"), "--fresh"])
 
 
 @pytest.mark.parametrize(

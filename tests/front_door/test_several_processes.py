@@ -14,7 +14,7 @@ import torch
 from commands import ROOT, cotune, fit
 
 from cotune.fit.option_errors import OptionError
-from cotune.fit.processes import environment, is_first
+from cotune.fit.processes import end_with_first, environment, is_first
 
 SAME_BITS = ("--model.gradient_slices", "8", "--model.lm.lora.dropout", "0.1")
 
@@ -88,3 +88,14 @@ def test_tasks_that_are_not_counted_by_node_are_refused_in_one_line(monkeypatch:
         monkeypatch.setenv(name, value)
     with pytest.raises(OptionError, match="Use `--ntasks-per-node=4` instead"):
         environment()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_process_whose_first_has_gone_while_it_imported_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for first, ends in ((os.getpid(), False), (2**22 + 1, True)):  # no process has so high a number
+        monkeypatch.setenv("_COTUNE_FIRST_PROCESS", str(first))
+        if not (child := os.fork()):
+            end_with_first()
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) == ends

@@ -13,7 +13,7 @@ import torch
 from cotune.inference import Codec
 from cotune.inference.engine import Generated, Prompted
 from cotune.inference.local.decoder import Decoder, GenerationMemoryError
-from cotune.inference.local.prefixes import group_by_prefix, group_cost
+from cotune.inference.local.prefixes import group_by_shared_prefix, group_cost
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.programs import Request, Sampling
@@ -403,7 +403,7 @@ def test_sampling_leaves_the_global_generator_alone(model: Any) -> None:
 
 
 def cost(groups: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> int:
-    """The cost that `group_by_prefix` says it minimises."""
+    """The cost that `group_by_shared_prefix` says it minimises."""
     total = 0
     for group in groups:
         shared = shared_prefix([prompts[i] for i in group]) if len(group) > 1 else 0
@@ -441,7 +441,7 @@ def random_tree(rng: random.Random) -> list[list[int]]:
 @pytest.mark.parametrize("seed", range(60))
 def test_no_grouping_costs_less(seed: int) -> None:
     prompts = random_tree(random.Random(seed))
-    groups = group_by_prefix(prompts)
+    groups = group_by_shared_prefix(prompts)
     assert sorted(i for group in groups for i in group) == list(range(len(prompts)))
     assert cost(groups, prompts) == min(cost(p, prompts) for p in partitions(range(len(prompts))))
 
@@ -449,19 +449,19 @@ def test_no_grouping_costs_less(seed: int) -> None:
 @pytest.mark.parametrize("apart", [1, 40, 200])
 def test_no_grouping_of_sibling_branches_costs_less(apart: int) -> None:
     prompts = [[1] * 300 + [10 + branch] * apart + [leaf] for branch in range(3) for leaf in range(2)]
-    groups = group_by_prefix(prompts)
+    groups = group_by_shared_prefix(prompts)
     assert cost(groups, prompts) == min(cost(p, prompts) for p in partitions(range(6)))
 
 
 def test_a_short_prompt_does_not_keep_the_others_from_sharing() -> None:
     prompts = [[1] * 10, [1] * 10 + [2] * 200 + [3], [1] * 10 + [2] * 200 + [4]]
-    assert group_by_prefix(prompts) == [[0], [1, 2]]
+    assert group_by_shared_prefix(prompts) == [[0], [1, 2]]
 
 
 def test_strays_stand_together_beside_a_deep_group() -> None:
     deep = [[1] * 60 + [2] * 200 + [i] for i in range(5)]
     strays = [[1] * 60 + [10 + i] * 5 for i in range(4)]
-    assert group_by_prefix(deep + strays) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
+    assert group_by_shared_prefix(deep + strays) == [[0, 1, 2, 3, 4], [5, 6, 7, 8]]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -469,20 +469,20 @@ def test_the_order_of_the_prompts_changes_no_group(seed: int) -> None:
     rng = random.Random(seed)
     prompts = random_tree(rng)
     order = rng.sample(range(len(prompts)), len(prompts))
-    shuffled = group_by_prefix([prompts[i] for i in order])
+    shuffled = group_by_shared_prefix([prompts[i] for i in order])
     as_sets = {frozenset(order[i] for i in group) for group in shuffled}
-    assert as_sets == {frozenset(group) for group in group_by_prefix(prompts)}
+    assert as_sets == {frozenset(group) for group in group_by_shared_prefix(prompts)}
 
 
 def test_a_chain_of_three_thousand_extensions_is_grouped() -> None:
     prompts = [[1] * n for n in range(1, 3001)]
-    groups = group_by_prefix(prompts)
+    groups = group_by_shared_prefix(prompts)
     assert sorted(i for group in groups for i in group) == list(range(3000))
     assert cost(groups, prompts) < cost([[i] for i in range(3000)], prompts) / 10
 
 
 def test_no_prompts_no_groups() -> None:
-    assert group_by_prefix([]) == []
+    assert group_by_shared_prefix([]) == []
 
 
 @pytest.mark.slow
@@ -492,10 +492,10 @@ def test_the_embedded_model_writes_what_hugging_face_writes() -> None:
     passage = " ".join(f"Fact {i}: the number {i} is followed by {i + 1}." for i in range(22))
     requests = [
         Request([{"role": "system", "content": passage}, {"role": "user", "content": f"What follows {i} times {i}?"}])
-        for i in range(32)
+        for i in range(8)
     ]
-    found = lm.complete(requests, Sampling(max_new_tokens=16))
+    found = lm.complete(requests, Sampling(max_new_tokens=12))
     prompts = [c.prompt_ids for c in found]
     assert 330 < shared_prefix(prompts) < 420
-    expected = one_by_one(lm.model.eval(), prompts, 16, end_ids=lm.end_ids, window=lm.window)
+    expected = one_by_one(lm.model.eval(), prompts, 12, end_ids=lm.end_ids, window=lm.window)
     assert [list(c.completion_ids) for c in found] == expected

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +21,7 @@ from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import lora_layers
 from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number
+from cotune.storage.served_adapter import served_name
 from tiny_fit import BrokenOffError, Fit, tiny_fit
 from vllm_server import BASE, Fault, VLLMServerProcess, vllm_servers
 
@@ -75,7 +78,18 @@ def engine(*servers: VLLMServerProcess, folder: Path, **options: Any) -> VLLMSer
 
 
 FEW = asked(3, layout=FORM)
-MIXED = [*FEW, *asked(2, layout=NUMBERS), *asked(1, layout=FREE), *asked(1, layout=(Field("a", stops=("e",)),))]
+MANY = (
+    Field("a", stops=("\n\ne", "e", "a", "i", "o", "u")),
+    Fixed("b:"),
+    Field("b", stops=tuple("\n" + c for c in "aeiou")),
+)
+MIXED = [
+    *FEW,
+    *asked(1, layout=MANY),
+    *asked(2, layout=NUMBERS),
+    *asked(1, layout=FREE),
+    *asked(1, layout=(Field("a", stops=("e",)),)),
+]
 
 
 def test_servers_write_what_the_local_engine_writes(
@@ -304,6 +318,41 @@ def test_it_waits_for_the_only_server(tiny_model: Path, tmp_path: Path, server: 
     timer.join()
 
 
+def test_servers_sleep_while_weights_are_trained_and_prove_themselves_when_they_wake(
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    lm = loaded(tiny_model)
+    server.asleep = True  # a run that was killed left it so
+    lm.use(engine(server, folder=tmp_path, sleep=True))
+    for _ in range(2):
+        lm.completing.rest()
+        assert server.asleep
+        assert lm.complete(FEW, GREEDY) == here(lm, FEW)
+        assert not server.asleep
+    (name,) = server.adapters
+    server.fault = lambda path, body: server.answers_as.update({name: BASE}) if path == "/wake_up" else None
+    lm.completing.rest()
+    with pytest.raises(VLLMError, match=f'"{BASE}" is what it answers like'):
+        lm.complete(FEW, GREEDY)
+    server.fault = lambda path, body: Fault(status=404) if path.startswith("/sleep") else None
+    with pytest.raises(VLLMError, match=r"cannot sleep .* Start it with --enable-sleep-mode"):
+        lm.completing.rest()
+
+
+def test_what_an_ended_process_left_is_unloaded_and_removed(
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {pid: served_name("0123456789abcdef").replace(f"-{os.getpid()}-", f"-{pid}-") for pid in (ended.pid, 1)}
+    for name in names.values():
+        server.adapters[name] = str(tmp_path / name)
+        (tmp_path / name).mkdir()
+    loaded(tiny_model).use(engine(server, folder=tmp_path))
+    for pid, name in names.items():
+        assert ((name in server.adapters), (tmp_path / name).is_dir()) == ((pid == 1), (pid == 1))
+
+
 # What is refused before a run
 
 
@@ -358,11 +407,12 @@ def test_a_run_that_is_killed_while_its_server_restarts_ends_as_one_that_is_not(
     def fit(folder: str) -> Fit:
         sizes = Sizes(train=4, dev=2, val=2, test=2)
         made = tiny_fit(tiny_model, tmp_path / folder, "w -> p", epochs=1, sizes=sizes)
-        made.lm.use(engine(server, folder=tmp_path / "adapters"))
+        made.lm.use(engine(server, folder=tmp_path / "adapters", sleep=True))
         return made
 
     whole = fit("whole").run()
     assert len(set(server.loads())) == 2  # untrained, and trained
+    assert "/sleep?level=1" in [path for path, _ in server.asked]
     part = fit("part")
     part.lm.breaks_at = len(whole.lm.seen) // 2
     with pytest.raises(BrokenOffError):

@@ -63,7 +63,7 @@ def tables(draw: st.DrawFn) -> tuple[dict[str, list[float | str]], list[str], in
     return rows, order, draw(st.integers(1, 5))
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(tables())
 def test_pruning_never_changes_the_winner(case: tuple[dict[str, list[float | str]], list[str], int]) -> None:
     table, order, chunk = case

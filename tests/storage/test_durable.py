@@ -15,8 +15,8 @@ from cotune.storage.durable import (
     SUMS,
     DamagedFileError,
     NotWrittenError,
+    as_not_written,
     damaged_file,
-    explained,
     new_folder,
     read_durably,
     read_sums,
@@ -101,7 +101,7 @@ def test_the_systems_word_is_not_lost_in_torchs_zip_writer(tmp_path: Path, monke
         write = full
 
     monkeypatch.setattr(Path, "open", lambda self, mode: Full(str(self), mode))
-    with pytest.raises(NotWrittenError, match="No space left"), explained(tmp_path / "last.ckpt"):
+    with pytest.raises(NotWrittenError, match="No space left"), as_not_written(tmp_path / "last.ckpt"):
         write_beside(tmp_path / "last.ckpt", lambda file: torch.save({"weights": torch.zeros(1000)}, file))
 
 

@@ -1,0 +1,66 @@
+"""Form search: in which form the stages do best, before another search improves their prompts in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cotune.errors import BadValueError
+from cotune.programs.faults import merged
+from cotune.programs.forms import STRAIGHT, form_named, in_form
+from cotune.prompting.demos import RandomDemoSearch
+from cotune.prompting.evaluate import Proposal, choose
+from cotune.prompting.search import Found, PromptSearch, SearchTask
+
+
+class FormSearch(PromptSearch):
+    """Tries the program's prompts in several forms, and then another search on the best of them.
+
+    The form that is found goes with the prompts: rollouts, traces and training rows of later weight steps are in it,
+    and so is what the run exports. All stages have the same.
+
+    Args:
+        forms: names of the forms to try beside the one in force: "lines", "tags", "markers", "json" (needs llguidance),
+            "reason then fill". With ", straight" behind it, e.g. "tags, straight", stages that reason answer straight
+            away.
+        then: searches on, on what is left of `lm_calls`.
+    """
+
+    def __init__(
+        self, forms: Sequence[str] = (f"reason then fill{STRAIGHT}", "lines", "tags"), then: PromptSearch | None = None
+    ) -> None:
+        if not forms:
+            raise BadValueError("forms is empty: name the forms to try, or take the search behind it alone.")
+        for name in forms:
+            form_named(name)
+        self.forms, self.then = tuple(forms), then or RandomDemoSearch()
+
+    @property
+    def proposer(self) -> Any:
+        """Of the search behind it, which has an LM of its own where that one writes instructions."""
+        return getattr(self.then, "proposer", None)
+
+    @proposer.setter
+    def proposer(self, proposer: Any) -> None:
+        self.then.proposer = proposer  # type: ignore[attr-defined]
+
+    def most_runs(self, train: int, dev: int) -> int | None:
+        most = self.then.most_runs(train, dev)
+        return None if most is None else most + len(self.forms) * dev
+
+    def about_proposals(self, stages: int, dev: int) -> int:
+        return self.then.about_proposals(stages, dev)
+
+    def search(self, task: SearchTask) -> Found:
+        tried = choose(task, [Proposal(in_form(task.initial, name), f"form: {name}") for name in self.forms])
+        initial = in_form(task.initial, tried.prompts)
+        found = self.then.search(replace(task, initial=initial, incumbent=tried.prompts))
+        # The search behind it begins with the best form, which stands among the candidates already.
+        known = {candidate.id for candidate in tried.candidates}
+        return replace(
+            found,
+            candidates=(*tried.candidates, *(one for one in found.candidates if one.id not in known)),
+            notes=(*tried.notes, *found.notes),
+            faults=merged(tried.faults, found.faults),
+        )

@@ -1,0 +1,129 @@
+"""Claims about `cotune serve`: programs' inputs over HTTP, what is no question, and an end in order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from commands import cotune, served
+from cotune.datamodules.tasks.iris import iris_examples
+from cotune.inference.vllm import VLLMServer
+from vllm_server import VLLMServerProcess, vllm_servers
+
+from cotune import Predict, ProgramModule, load
+from cotune.front import Front
+from cotune.tuned import Tuned
+
+FLOWERS = [dict(example.inputs) for example in iris_examples()[:6]]
+
+
+def ask(url: str, text: Any, *, model: str = "tiny", key: str = "", **more: Any) -> httpx2.Response:
+    content = text if isinstance(text, str) else json.dumps(text)
+    body = {"model": model, "messages": [{"role": "user", "content": content}], **more}
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
+@contextmanager
+def front(tuned: Tuned, **options: Any) -> Iterator[str]:
+    serving = Front("127.0.0.1", 0, name="tiny", **options)
+    serving.give(tuned)
+    yield f"http://127.0.0.1:{serving.server_port}"
+    serving.end()
+
+
+@pytest.fixture(scope="module")
+def tuned(finished: Any) -> Tuned:
+    return load(finished.folder)
+
+
+@pytest.fixture(scope="module")
+def url(tuned: Tuned) -> Iterator[str]:
+    with front(tuned, key="secret") as at:
+        yield at
+
+
+def test_many_questions_at_once_get_the_programs_answers(tuned: Tuned, url: str) -> None:
+    with ThreadPoolExecutor(6) as together:
+        got = list(together.map(lambda inputs: ask(url, inputs, key="secret"), FLOWERS))
+    for inputs, response in zip(FLOWERS, got, strict=True):
+        (rollout,) = tuned.rollouts([next(e for e in iris_examples() if dict(e.inputs) == inputs)])
+        body = response.json()
+        if rollout.error:
+            assert response.status_code == 422
+            assert rollout.error.message in body["error"]["message"]
+        else:
+            assert json.loads(body["choices"][0]["message"]["content"]) == rollout.prediction
+            assert body["usage"]["completion_tokens"] == sum(len(s.completion.completion_ids) for s in rollout.steps)
+    assert {response.status_code for response in got} >= {200}
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "status", "said"),
+    [
+        ("setosa", {}, 400, "no JSON object: it holds the program's inputs as JSON, petal_length, petal_width, sepal"),
+        ({"petal_length": "1"}, {}, 400, "petal_width"),
+        ({**FLOWERS[0], "colour": "red"}, {}, 400, "colour: no input"),
+        (FLOWERS[0], {"model": "gpt"}, 404, 'there is no model "gpt", but "tiny"'),
+        (FLOWERS[0], {"stream": True}, 400, "stream"),
+        (FLOWERS[0], {"messages": []}, 400, "one message of the user"),
+        (FLOWERS[0], {"key": "guessed"}, 401, "key"),
+    ],
+)
+def test_what_is_no_question_says_why(url: str, text: Any, more: dict[str, Any], status: int, said: str) -> None:
+    response = ask(url, text, **{"key": "secret", **more})
+    assert response.status_code == status
+    assert said in response.json()["error"]["message"]
+
+
+def test_a_program_with_one_input_takes_plain_text(tuned: Tuned) -> None:
+    module = ProgramModule(Predict("question -> answer"), tuned.module.lm, sampling=tuned.module.sampling)
+    with front(Tuned(module.eval())) as at:
+        plain = ask(at, "What is red?")
+        assert plain.status_code == ask(at, {"question": "What is red?"}).status_code
+        assert httpx2.get(f"{at}/v1/models").json()["data"][0]["id"] == "tiny"
+        assert httpx2.get(f"{at}/v2").status_code == 404
+
+
+def test_the_command_serves_on_vllm_servers_until_sigterm(
+    finished: Any, tiny_model: Path, tmp_path: Path, tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    got: list[dict[str, Any]] = []
+    server: VLLMServerProcess
+    with vllm_servers(tiny_model, max_rank=32) as (server,):
+
+        def asking(at: str) -> None:
+            got.extend(ask(at, inputs).json() for inputs in FLOWERS)
+
+        code, said = served([str(finished.folder), "--url", server.url], asking)
+        assert server.completions()
+        assert (tmp_path / ".cache" / "cotune" / "adapters").is_dir()
+        over = load(finished.folder, engine=VLLMServer([server.url], adapters=str(tmp_path / "adapters")), device="cpu")
+        assert [r.prediction for r in over.rollouts(iris_examples()[:6])] == [
+            r.prediction for r in tuned.rollouts(iris_examples()[:6])
+        ]
+    assert code == 0
+    assert f"by vLLM at {server.url}" in said
+    assert [json.loads(one["choices"][0]["message"]["content"]) for one in got if "choices" in one] == [
+        r.prediction for r in tuned.rollouts(iris_examples()[:6]) if not r.error
+    ]
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(finished: Any, capsys: Any, tmp_path: Path) -> None:
+    taken = Front("127.0.0.1", 0, name="x")
+    for words, message in (
+        (["--port", str(taken.server_port)], "cannot be listened on"),
+        (["--engine", "local", "--url", "http://127.0.0.1:1"], "takes neither"),
+        (["--python", str(tmp_path / "python"), "--port", "0"], "no Python"),
+        (["--key_variable", "NO_SUCH"], "no such variable is set"),
+    ):
+        said = cotune(["serve", str(finished.folder), *words], capsys)
+        assert (said.code, message in said.err) == (2, True), said.err
+    taken.server_close()

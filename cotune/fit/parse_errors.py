@@ -60,7 +60,7 @@ def no_file(path: Path) -> str:
     """What to say of a config file that is not there."""
     if path.is_absolute():
         return f'--config "{path}": there is no such file.'
-    near = did_you_mean(path.name, [file.name for file in Path().glob("*.y*ml")], "")
+    near = did_you_mean(str(path), [file.name for file in Path().glob("*.y*ml")], "")
     near = near or did_you_mean(str(path).removeprefix("configs/").removesuffix(".yaml"), list(shipped()), "")
     return f'--config "{path}": there is no such file in {Path.cwd()}, and none that cotune configs lists.{near}'
 

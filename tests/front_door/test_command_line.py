@@ -168,6 +168,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
         (["--model.form", "tiny_fit.Fit"], "model.form"),
+        (["--model.template", "Lines"], "unknown option --model.template. Did you mean --model.form?"),
         (["--data.metric", "no_module.metric"], "No module named 'no_module'"),
     ],
 )

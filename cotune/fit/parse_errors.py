@@ -181,6 +181,7 @@ _OWNERS = {"sizes": "data", "bootstrapping": "data", "lora": "model.lm", "skip_l
 """Groups whose parser does not know what it is part of -> that part."""
 
 _ELSEWHERE = {
+    "template": "model.form",
     **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
     **dict.fromkeys(("num_epochs", "num_train_epochs", "max_epochs"), "alternate.epochs"),
     **dict.fromkeys(("batch", "bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
@@ -190,7 +191,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("seed", "random_seed"), "seed_everything"),
     **dict.fromkeys(("threshold", "attempts"), "data.bootstrapping."),
 }
-"""What options are called elsewhere -> here; a name that ends in a dot has the word behind it."""
+"""What options are called elsewhere, or were once -> here; a name that ends in a dot has the word behind it."""
 
 
 def option_names(options: Options) -> list[str]:

@@ -163,7 +163,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--model.lm.quantization", "nf5"], "'nf5' is not allowed; allowed is nf4 or fp4 or int8 or null."),
         (
             ["--alternate.search", "RandomDemoSerch"],
-            'alternate.search: there is no class "RandomDemoSerch"; known are JointSearch, RandomDemoSearch',
+            'alternate.search: there is no class "RandomDemoSerch"; known are FormSearch, JointSearch, RandomDemo',
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),

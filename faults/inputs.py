@@ -285,7 +285,7 @@ _OPTIONS = (
     "model.lm.lora.dropout", "model.lm.lora.targets", "model.lm.cache_tokens", "model.lm.trust_remote_code",
     "model.sampling.temperature", "model.sampling.top_p", "model.sampling.max_new_tokens", "model.sampling",
     "model.learning_rate.warmup", "model.learning_rate.decay", "model.optimizer", "model.optimizer.lr",
-    "model.max_error_rate", "model.template", "data", "data.metric", "data.sizes.train", "data.sizes.dev",
+    "model.max_error_rate", "model.form", "data", "data.metric", "data.sizes.train", "data.sizes.dev",
     "data.sizes", "data.batch_size", "data.bootstrapping.attempts", "data.bootstrapping.threshold",
     "data.bootstrapping.temperature", "data.bootstrapping.pairs", "data.bootstrapping.demo_share", "data.traces",
     "alternate.schedule", "alternate.search", "alternate.search.num_candidates", "alternate.search.max_demos",

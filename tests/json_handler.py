@@ -31,7 +31,7 @@ class JSONHandler(BaseHTTPRequestHandler):
         """
         content = said if isinstance(said, bytes) else json.dumps(said).encode()
         self.send_response(status)
-        given = {"content-type": "application/json", "content-length": str(len(content)), **headers}
+        given = {"content-type": "application/json", "content-length": str(len(content)), **(headers or {})}
         for name, value in given.items():
             self.send_header(name, value)
         self.end_headers()

@@ -17,7 +17,7 @@ from cotune.experiments.parts import Parts
 from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
 from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
-from cotune.experiments.slurm import merge_stores, own_store, submit
+from cotune.experiments.slurm import merge_stores, own_store, submit, under_way
 from cotune.experiments.table_config import TableConfig, TableError
 from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
@@ -60,7 +60,8 @@ class TableCommand:
             if self.options.retry:
                 for run in self.runs:
                     (self.runs_folder / run.name / OUTCOME).unlink(missing_ok=True)
-            merge_stores([self.runs_folder / run.name for run in self.runs], own_store(self.runs_folder))
+            ended = [self.runs_folder / result.run.name for result in results if result.finished]
+            merge_stores(ended, own_store(self.runs_folder))
             if self.options.submit:
                 return self._submit(results)
             runner = Runner(
@@ -92,6 +93,11 @@ class TableCommand:
         """Writes the page of what there is, and submits what is left."""
         self._write()
         left = [r.run for r in results if not r.finished and not read_outcome(self.runs_folder / r.run.name)]
+        if waiting := under_way(self.folder):
+            say(
+                f"under way: {', '.join(waiting)}; {len(left)} runs are not finished. Nothing is submitted beside them."
+            )
+            return 0
         if not left:
             say(f"nothing is left to submit; {self.folder / 'table.md'}")
             return 0

@@ -14,6 +14,7 @@ from cotune.experiments.table_config import TableError
 from cotune.storage.durable import write_whole
 from cotune.storage.row_store import RowStore
 
+_JOBS = "submitted.txt"
 _SCRIPT = """\
 #!/bin/bash
 #SBATCH --job-name={name} --array=1-{count} --output={logs}/slurm-%A_%a.txt --open-mode=append
@@ -69,7 +70,18 @@ def submit(
         if made.returncode:
             raise TableError(f"sbatch refuses {base}.sbatch: {made.stderr.strip() or made.stdout.strip()}")
         jobs.append(made.stdout.strip().split(";")[0])
+        write_whole(folder / _JOBS, "".join(f"{job}\n" for job in jobs))
     return jobs
+
+
+def under_way(folder: Path) -> list[str]:
+    """The tasks of the jobs submitted last that wait or run."""
+    file = folder / _JOBS
+    if not file.is_file():
+        return []
+    jobs = ",".join(file.read_text(encoding="utf-8").split())
+    asked = subprocess.run(["squeue", "--noheader", "--format=%i", "--jobs", jobs], capture_output=True, text=True)
+    return asked.stdout.split() if asked.returncode == 0 else []  # it knows nothing of jobs that have long ended
 
 
 def own_store(folder: Path) -> Path:
@@ -78,7 +90,10 @@ def own_store(folder: Path) -> Path:
 
 
 def merge_stores(runs: Sequence[Path], into: Path) -> int:
-    """Moves what these runs' own stores hold into the one that all runs share; returns how many were there."""
+    """Moves what these runs' own stores hold into the one that all runs share; returns how many were there.
+
+    The runs must have ended: nobody writes there any more.
+    """
     stores = [own_store(run) for run in runs if own_store(run).is_file()]
     store = RowStore(into)
     try:

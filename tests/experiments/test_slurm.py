@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cotune.experiments.runner import Runner
 from cotune.experiments.runs import runs_of
-from cotune.experiments.slurm import merge_stores, own_store, submit
+from cotune.experiments.slurm import merge_stores, own_store, submit, under_way
 from cotune.experiments.table_config import TableConfig, TableError, read_table
 from cotune.storage.row_store import RowStore
 
@@ -57,6 +57,18 @@ def test_controls_are_submitted_behind_the_runs_they_equal(
     assert f"--array=1-{len(names[0])} " in script
     assert "#SBATCH --gres=gpu:1\n" in script
     assert 'cotune table --run "$run"' in script
+
+
+def test_what_is_under_way_is_known(config: TableConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(tmp_path, monkeypatch)
+    assert under_way(tmp_path / "t") == []
+    submit(runs_of(config), tmp_path / "t", ["table"], name="small")
+    queue = tmp_path / "bin" / "squeue"
+    queue.write_text('#!/bin/sh\n[ "$4" = 1,2 ] && echo "1_[3-4]\n2_1"\n', encoding="utf-8")
+    queue.chmod(0o755)
+    assert under_way(tmp_path / "t") == ["1_[3-4]", "2_1"]
+    queue.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    assert under_way(tmp_path / "t") == []
 
 
 def test_an_sbatch_that_is_not_there_or_refuses_is_an_error(

@@ -11,6 +11,7 @@ from faults.trials import Trial, Trials
 
 _HOW = {
     "SIGKILL": "at random times in every phase, tiny model; one run in five is killed three times",
+    "SIGKILL, other shapes": "of runs that accumulate, have one batch an epoch, prompt steps alone, or no store",
     "SIGKILL, SmolLM2": "at random times in every phase, SmolLM2-135M-Instruct",
     "crash points": "around every flush, move, transaction and optimiser step",
     "SIGTERM": "at random times",
@@ -102,7 +103,7 @@ def _row(name: str, found: Sequence[Trial]) -> tuple[Any, ...]:
 
 
 def _kills(parts: Mapping[str, Sequence[Trial]]) -> list[str]:
-    names = [name for name in ("SIGKILL", "SIGKILL, SmolLM2") if name in parts]
+    names = [name for name in ("SIGKILL", "SIGKILL, other shapes", "SIGKILL, SmolLM2") if name in parts]
     if not names:
         return []
     rows = []

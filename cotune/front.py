@@ -17,6 +17,7 @@ from cotune.datamodules.files import DataError
 from cotune.datamodules.rows import example_from_json
 from cotune.errors import CotuneError
 from cotune.programs import Example, Rollout
+from cotune.programs.types import plain
 from cotune.tuned import Tuned, program_inputs
 
 _MOST_AT_ONCE = 256
@@ -141,7 +142,7 @@ class Front(ThreadingHTTPServer):
             raise RefusedError(503, str(error), "unavailable") from error
         if rollout.error is not None:
             raise RefusedError(422, f"the program gave no answer: {rollout.error.message}", rollout.error.kind)
-        said = json.dumps(dict(rollout.prediction or {}), ensure_ascii=False, default=str)
+        said = json.dumps(dict(rollout.prediction or {}), ensure_ascii=False, default=plain)
         read = sum(len(step.completion.prompt_ids) for step in rollout.steps)
         written = sum(len(step.completion.completion_ids) for step in rollout.steps)
         message = {"role": "assistant", "content": said, "refusal": None}

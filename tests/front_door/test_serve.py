@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
 from commands import cotune, served
 from cotune.datamodules.tasks.iris import iris_examples
 from cotune.inference.vllm import VLLMServer
+from cotune.programs import Example, Rollout
 from vllm_server import VLLMServerProcess, vllm_servers
 
 from cotune import Predict, ProgramModule, load
 from cotune.front import Front
+from cotune.testing import FakeLM
 from cotune.tuned import Tuned
 
 FLOWERS = [dict(example.inputs) for example in iris_examples()[:6]]
@@ -89,6 +93,23 @@ def test_a_program_with_one_input_takes_plain_text(tuned: Tuned) -> None:
         assert plain.status_code == ask(at, {"question": "What is red?"}).status_code
         assert httpx2.get(f"{at}/v1/models").json()["data"][0]["id"] == "tiny"
         assert httpx2.get(f"{at}/v2").status_code == 404
+
+
+def test_records_in_an_answer_are_json() -> None:
+    @dataclass
+    class Order:
+        pieces: int
+
+    class Dated:
+        module = ProgramModule(Predict("question -> answer"), FakeLM(lambda request: ""))
+
+        def rollouts(self, examples: Sequence[Example]) -> list[Rollout]:
+            made = {"order": Order(2), "day": date(2024, 7, 26)}
+            return [Rollout(example, (), made, 0.0) for example in examples]
+
+    with front(cast(Tuned, Dated())) as at:
+        content = ask(at, "When?").json()["choices"][0]["message"]["content"]
+    assert json.loads(content) == {"order": {"pieces": 2}, "day": "2024-07-26"}
 
 
 def test_the_command_serves_on_vllm_servers_until_sigterm(

@@ -19,6 +19,7 @@ from cotune.experiments.runner import NO_TRACES, Runner
 from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
 from cotune.experiments.slurm import merge_stores, own_store, submit, under_way
 from cotune.experiments.table_config import TableConfig, TableError
+from cotune.lightning_modules import LanguageModel
 from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
@@ -87,7 +88,8 @@ class TableCommand:
         run = next((run for run in self.runs if run.name == name), None)
         if run is None:
             raise TableError(f'--run "{name}" is no run of this table; its first is {self.runs[0].name}.')
-        return runner.run_here(run, fit=self._fit)
+        cell = self._parts_of(self.config.words(run.cell.task, run.cell.lm, run.cell.preset))
+        return runner.run_here(run, fit=self._fit, stored=isinstance(cell.module.lm, LanguageModel))
 
     def _submit(self, results: list[RunResult]) -> int:
         """Writes the page of what there is, and submits what is left."""

@@ -97,14 +97,19 @@ class Runner:
             _end(under_way)
         return failed
 
-    def run_here(self, run: Run, *, fit: Callable[[Sequence[str]], int]) -> int:
-        """One run in this process and its peers, its completions in a store of its own. Returns the exit code."""
+    def run_here(self, run: Run, *, fit: Callable[[Sequence[str]], int], stored: bool = True) -> int:
+        """One run in this process and its peers; returns the exit code.
+
+        Args:
+            fit: runs the words of a command line.
+            stored: its LM keeps completions where it is told to: in a store of the run's own.
+        """
         if why := self._cannot_start(run):
             self._put_outcome(run, "failed", why)
             say(f"{run.name}: {why}")
             return 1
-        words = [*self._words(run), "--model.lm.completions", str(own_store(self.folder / run.name))]
-        code = fit(words)
+        own = ["--model.lm.completions", str(own_store(self.folder / run.name))] if stored else []
+        code = fit([*self._words(run), *own])
         if code == NoTracesError.exit_code:
             self._put_outcome(run, NO_TRACES, "there was nothing to train on")
         return code

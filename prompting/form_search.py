@@ -10,7 +10,7 @@ from cotune.errors import BadValueError
 from cotune.programs.faults import merged
 from cotune.programs.forms import STRAIGHT, form_named, in_form
 from cotune.prompting.demos import RandomDemoSearch
-from cotune.prompting.evaluate import Proposal, choose
+from cotune.prompting.evaluate import CountingLM, Proposal, choose
 from cotune.prompting.search import Found, PromptSearch, SearchTask
 
 
@@ -53,9 +53,12 @@ class FormSearch(PromptSearch):
         return self.then.about_proposals(stages, dev)
 
     def search(self, task: SearchTask) -> Found:
-        tried = choose(task, [Proposal(in_form(task.initial, name), f"form: {name}") for name in self.forms])
+        calls = CountingLM(task.runner.lm)
+        counted = replace(task, runner=replace(task.runner, lm=calls))
+        tried = choose(counted, [Proposal(in_form(task.initial, name), f"form: {name}") for name in self.forms])
         initial = in_form(task.initial, tried.prompts)
-        found = self.then.search(replace(task, initial=initial, incumbent=tried.prompts))
+        left = max(0, task.lm_calls - calls.calls)
+        found = self.then.search(replace(task, initial=initial, incumbent=tried.prompts, lm_calls=left))
         # The search behind it begins with the best form, which stands among the candidates already.
         known = {candidate.id for candidate in tried.candidates}
         return replace(

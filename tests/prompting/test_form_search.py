@@ -11,7 +11,7 @@ from cotune.programs import Completion, Example, Predict, Request, Runner, Sampl
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.forms import form_named, form_of, in_form, names
 from cotune.programs.prompt import prompts_from_dict, prompts_id, prompts_to_dict
-from cotune.prompting import FormSearch, RandomDemoSearch, SearchTask
+from cotune.prompting import FormSearch, Found, RandomDemoSearch, SearchTask
 from cotune.reporting.prompt_changes import prompt_changes
 
 from cotune.testing import FakeLM
@@ -45,6 +45,22 @@ def test_the_form_that_does_best_is_found_and_searched_on_in() -> None:
     assert prompts_from_dict(prompts_to_dict(found.prompts)) == found.prompts
     (change,) = prompt_changes(prompts_to_dict(initial), prompts_to_dict(in_form(initial, "tags")))
     assert change.changed
+
+
+def test_what_the_forms_have_cost_is_not_spent_again_behind_them() -> None:
+    initial = PROGRAM.initial_prompts()
+    seen: list[int] = []
+
+    class Seen(RandomDemoSearch):
+        def search(self, task: SearchTask) -> Found:
+            seen.append(task.lm_calls)
+            return super().search(task)
+
+    for asked in (0, 20, 100):
+        task = SearchTask(runner(), initial, initial, SUMS[:6], SUMS[6:], lm_calls=asked)
+        FormSearch(["lines", "tags"], Seen(num_candidates=0)).search(task)
+    assert seen[:2] == [0, 2]  # three forms on six examples
+    assert seen[2] == 82
 
 
 def test_traces_are_in_the_prompts_form() -> None:

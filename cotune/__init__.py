@@ -31,7 +31,14 @@ if TYPE_CHECKING:
         Unreadable,
         exact_match,
     )
-    from cotune.prompting import FormSearch, JointSearch, PromptSearch, RandomDemoSearch, ReflectiveSearch
+    from cotune.prompting import (
+        CalibratedSearch,
+        FormSearch,
+        JointSearch,
+        PromptSearch,
+        RandomDemoSearch,
+        ReflectiveSearch,
+    )
     from cotune.tuned import Tuned, load
 
 __version__ = "0.1.0"
@@ -39,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alternate",
     "Bootstrapping",
+    "CalibratedSearch",
     "Call",
     "CotuneError",
     "Demo",
@@ -79,7 +87,9 @@ _HOMES = {
         *("Call", "Demo", "Example", "Form", "In", "Line", "Out", "Predict", "Program", "Prompt"),
         *("Rollout", "Runner", "Sampling", "Score", "Signature", "Stage", "Unreadable", "exact_match"),
     ),
-    "cotune.prompting": ("FormSearch", "JointSearch", "PromptSearch", "RandomDemoSearch", "ReflectiveSearch"),
+    "cotune.prompting": (
+        *("CalibratedSearch", "FormSearch", "JointSearch", "PromptSearch", "RandomDemoSearch", "ReflectiveSearch"),
+    ),
     "cotune.datamodules": ("Bootstrapping", "Sizes", "Table", "TraceDataModule"),
     "cotune.lightning_modules": ("LanguageModel", "LoRA", "ProgramModule"),
     "cotune.callbacks": ("Alternate",),

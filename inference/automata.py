@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import torch
@@ -26,6 +29,10 @@ class Guide(ABC):
     def forbidden(self, width: int, device: torch.device) -> Tensor | None:
         """(width,) True for tokens that may not come next. None where any may: one that is no part of the value
         ends it."""
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(n,) tokens and (n,) nats to add to their logits before one is chosen; None where nothing is added."""
+        return None
 
     @abstractmethod
     def only(self) -> int | None:
@@ -105,6 +112,10 @@ class Automaton(ABC, Generic[State]):
             self._masks[key] = mask_of(self.moves(state), width, device, but=True)
         return self._masks[key]
 
+    def offsets(self, state: State, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """What is added to logits in this state; see `Guide.offsets`."""
+        return None
+
     def begin(self) -> Guide:
         return _Walk(self)
 
@@ -125,6 +136,9 @@ class _Walk(Guide):
         if self._automaton.may_end(self._state):
             return None
         return self._automaton.forbidden(self._state, width, device)
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        return self._automaton.offsets(self._state, device)
 
     def only(self) -> int | None:
         moves = self._automaton.moves(self._state)
@@ -161,6 +175,7 @@ class ChoicesAutomaton(Automaton[bytes]):
         super().__init__(codec)
         if not texts or "" in texts or len(set(texts)) < len(texts):
             raise BadValueError(f"the choices {list(texts)} are to be one or more texts, none empty and none twice.")
+        self.texts = tuple(texts)
         self._shown = {(lead + text).encode(): lead + text for text in texts}
         if spaced:  # decoding drops a space here, so it may be written or not
             self._shown |= {b" " + written: text for written, text in self._shown.items()}
@@ -202,6 +217,85 @@ class ChoicesAutomaton(Automaton[bytes]):
             if any(end in live and text[start:end] in vocabulary.ids for end in ends):
                 live.add(start)
         return frozenset(live)
+
+
+class CalibratedChoices(ChoicesAutomaton):
+    """One of a few texts, each with an offset, and each by the tokenizer's own ids alone.
+
+    With offsets o the probability p of a choice becomes one in proportion to p exp(o), token by token: what is written
+    so far has the offset -log(mean of exp(-o)) over the choices that begin with it, and a token adds the difference.
+    With o = -log(p on average) each token, too, is then as likely on average as the number of choices behind it.
+
+    Args:
+        offsets: nats for each text.
+    """
+
+    def __init__(
+        self, codec: Codec, texts: Sequence[str], lead: str, offsets: Sequence[float], *, spaced: bool = False
+    ) -> None:
+        super().__init__(codec, texts, lead, spaced=spaced)
+        by_text = dict(zip((lead + text for text in texts), offsets, strict=True))
+        self._offsets = {written: by_text[text] for written, text in self._shown.items()}
+        # By another way of cutting a choice into tokens, which the LM seldom takes, it would have another probability.
+        self._tokens = {written: self._own_tokens(written) for written in self._shown}
+        self._tensors: dict[tuple[bytes, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def find(self, state: bytes) -> Mapping[int, bytes]:
+        return {
+            token: written[: len(state) + len(self.codec.vocabulary.tokens[token] or b"")]
+            for written, tokens in self._tokens.items()
+            if written.startswith(state) and (token := tokens.get(len(state))) is not None
+        }
+
+    _lives = Automaton._lives
+
+    def offsets(self, state: bytes, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if (key := (state, device)) not in self._tensors:
+            added = self.added(state)
+            nats = torch.tensor([*added.values()], dtype=torch.float32, device=device)
+            self._tensors[key] = torch.tensor([*added], dtype=torch.long, device=device), nats
+        return self._tensors[key]
+
+    def added(self, state: bytes) -> dict[int, float]:
+        """Token that may come next -> nats that are added to its logit."""
+        # Where the value may end, what ends it is any other token, and those are left as they are.
+        here = self._offsets[state] if self.may_end(state) else self._offset(state)
+        return {token: self._offset(to) - here for token, to in self.moves(state).items()}
+
+    @cached_property
+    def forks(self) -> dict[bytes, list[int]]:
+        """Each state in which there is more than one way to go on -> the ids that lead to it."""
+        ways = [self.way(text) for written, text in self._shown.items() if text.encode() == written]
+        found = {state: ids[:at] for ids, states in ways for at, state in enumerate(states)}
+        return {s: ids for s, ids in found.items() if len(self.moves(s)) + self.may_end(s) > 1}
+
+    def way(self, text: str) -> tuple[list[int], list[bytes]]:
+        """The ids that write a text, lead included, and the states on their way, `start` first."""
+        ids, states = list(self._tokens[text.encode()].values()), [self.start]
+        for token in ids:
+            states.append(self.moves(states[-1])[token])
+        return ids, states
+
+    def _offset(self, state: bytes) -> float:
+        """Of what is written so far; the offset itself where one choice alone begins with it."""
+        behind = [offset for written, offset in self._offsets.items() if written.startswith(state)]
+        least = min(behind)
+        return least - math.log(math.fsum(math.exp(least - offset) for offset in behind) / len(behind))
+
+    def _own_tokens(self, written: bytes) -> dict[int, int]:
+        """The tokenizer's own way to write it: place in bytes -> the token that begins there."""
+        vocabulary = self.codec.vocabulary
+        for ids in self.codec.continues("a", written.decode()):
+            pieces = [vocabulary.tokens[token] or b"" for token in ids]
+            if b"".join(pieces) == written and all(pieces):
+                places = accumulate(map(len, pieces[:-1]), initial=0)
+                return dict(zip(places, ids, strict=True))
+        live, at, found = self._live_places(written), 0, dict[int, int]()
+        while at < len(written):  # the longest first
+            ends = range(min(len(written), at + vocabulary.longest), at, -1)
+            end = next(end for end in ends if end in live and written[at:end] in vocabulary.ids)
+            found[at], at = vocabulary.ids[written[at:end]][0], end
+        return found
 
 
 _Number = tuple[int, str]

@@ -87,12 +87,16 @@ def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping
     keys = []
     for request in requests:
         own = shared.copy()
-        layout = [[type(part).__name__, asdict(part)] for part in request.layout]
+        layout = [[type(part).__name__, asdict(part, dict_factory=_without_offsets)] for part in request.layout]
         adapter = [] if request.adapter == "default" else [request.adapter]  # older keys name none
         asked = [[dict(message) for message in request.messages], layout, request.seed, *adapter]
         own.update(json.dumps(asked, sort_keys=True).encode())
         keys.append(own.digest())
     return keys
+
+
+def _without_offsets(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in fields if (name, value) != ("offsets", ())}  # older keys have none
 
 
 def _pack(one: Completion) -> bytes:

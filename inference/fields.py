@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from cotune.errors import BadValueError
-from cotune.inference.automata import Automaton, ChoicesAutomaton, Guide, NumberAutomaton
+from cotune.inference.automata import Automaton, CalibratedChoices, ChoicesAutomaton, Guide, NumberAutomaton
 from cotune.inference.codec import Codec
 from cotune.inference.engine import Generated
 from cotune.inference.grammars import Grammar
@@ -83,7 +83,10 @@ class Plan:
         first = place == 0  # nothing is before it, and so nothing between that and it
         lead, spaced = "" if first else part.lead, first and self.codec.vocabulary.strips_start
         if isinstance(part.syntax, Choices):
-            return ChoicesAutomaton(self.codec, part.syntax.texts, lead, spaced=spaced)
+            texts, offsets = part.syntax.texts, part.syntax.offsets
+            if offsets:
+                return CalibratedChoices(self.codec, texts, lead, offsets, spaced=spaced)
+            return ChoicesAutomaton(self.codec, texts, lead, spaced=spaced)
         if isinstance(part.syntax, Number):
             return NumberAutomaton(self.codec, lead, integer=part.syntax.integer, spaced=spaced)
         return Grammar(self.codec, part.syntax, lead, spaced=spaced)
@@ -166,6 +169,10 @@ class Filling:
         if self._guide is not None:
             return self._guide.forbidden(width, device)
         return self._codec.empties(self._field.stops, width, device) if self._blank else None
+
+    def offsets(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """(n,) tokens and (n,) nats to add to their logits before one is chosen; None where nothing is added."""
+        return None if self._guide is None else self._guide.offsets(device)
 
     def result(self, *, log_probs: bool) -> Generated:
         """The completion, once it is finished; with its log-probabilities where they were asked for."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from cotune.errors import BadValueError
 from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
 from cotune.inference.response_format import read_reply, response_format
+from cotune.programs.calibration import is_calibrated
 from cotune.programs.layout import Field
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.usage import Usage
@@ -139,6 +140,12 @@ class OpenAILM(LM):
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         """What is sent. A response format needs no stops: JSON says where it ends."""
+        if is_calibrated(request.layout):
+            raise BadValueError(
+                "the prompts are calibrated, and an endpoint takes no offsets for choices: it would answer others than "
+                "those that were tuned. Run them on a LanguageModel (its rollouts may be on vLLM), or take "
+                '"calibration" out of the prompts.'
+            )
         form = response_format(request.layout) if self.response_format == "auto" else None
         stops = [] if form else _stops(request)[:_MOST_STOPS]
         return {

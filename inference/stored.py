@@ -156,7 +156,9 @@ def _plain(layout: Layout) -> list[Any]:
 
 
 def _plain_value(value: Any) -> Any:
-    return [type(value).__name__, *vars(value).values()] if hasattr(value, "__dataclass_fields__") else value
+    if not hasattr(value, "__dataclass_fields__"):
+        return value
+    return [type(value).__name__, *(part for part in vars(value).values() if part != ())]  # older keys have no offsets
 
 
 def _pack(generated: Generated) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +12,17 @@ from cotune.inference.codec import Codec
 from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules.training.loss import exact_dtype, log_probs
 from cotune.programs.layout import Choices, Field, Layout
-from cotune.programs.lm import Completion
+from cotune.programs.lm import Completion, Request
+
+
+def with_scores(
+    model: Any, codec: Codec, requests: Sequence[Request], completions: Sequence[Completion]
+) -> list[Completion]:
+    """The completions, with their `Completion.scores` where the request asks for them."""
+    return [
+        replace(done, scores=choice_scores(model, codec, request.layout, done)) if request.scores else done
+        for request, done in zip(requests, completions, strict=True)
+    ]
 
 
 @torch.no_grad()

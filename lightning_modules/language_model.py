@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,8 @@ from cotune.inference.engine import Engine, Generated, Prompted
 from cotune.inference.local import LocalEngine
 from cotune.inference.local.merged_copy import base_alone
 from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
-from cotune.lightning_modules.choice_scores import choice_scores
+from cotune.lightning_modules.choice_chances import with_chances
+from cotune.lightning_modules.choice_scores import with_scores
 from cotune.lightning_modules.findings import findings, remember
 from cotune.lightning_modules.foreign import (
     check_adapter,
@@ -241,8 +241,9 @@ class LanguageModel(nn.Module, LM):
                 raise BadValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
-            for i, generated in zip(places, made, strict=True):
-                results[i] = self._scored(requests[i], self._completion(prompts[i], generated))
+            done = [self._completion(prompts[i], generated) for i, generated in zip(places, made, strict=True)]
+            for i, completion in zip(places, self._judged([requests[i] for i in places], done, adapter), strict=True):
+                results[i] = completion
         self.usage.calls += len(prompts)
         self.usage.prompt_tokens += sum(len(p.ids) for p in prompts)
         self.usage.completion_tokens += sum(len(r.completion_ids) for r in results)
@@ -263,11 +264,10 @@ class LanguageModel(nn.Module, LM):
         """What was written, its thinking apart from the fields' texts; the ids hold both."""
         return told_apart(completion_of(prompt.ids, generated), prompt.layout, self.encode.thinking)
 
-    def _scored(self, request: Request, done: Completion) -> Completion:
-        if not request.scores:
-            return done
-        with nullcontext() if request.adapter else base_alone(self.model):
-            return replace(done, scores=choice_scores(self.model, self.codec, request.layout, done))
+    def _judged(self, requests: Sequence[Request], done: Sequence[Completion], adapter: str) -> list[Completion]:
+        """With scores and chances of choices, where they are asked for."""
+        with nullcontext() if adapter else base_alone(self.model):
+            return with_chances(self.model, self.codec, requests, with_scores(self.model, self.codec, requests, done))
 
     def use(self, engine: Engine) -> None:
         """Generates with this engine from now on, in place of a `LocalEngine`."""

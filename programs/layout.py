@@ -8,9 +8,15 @@ from typing import Union
 
 @dataclass(frozen=True)
 class Choices:
-    """A field that holds one of these texts. They differ from each other and none is empty."""
+    """A field that holds one of these texts. They differ from each other and none is empty.
+
+    Attributes:
+        texts: what may stand there.
+        offsets: for each, nats that are added to its log-probability before one is chosen; none adds nothing.
+    """
 
     texts: tuple[str, ...]
+    offsets: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

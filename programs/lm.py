@@ -50,6 +50,7 @@ class Request:
         layout: the completion's fixed texts and fields.
         adapter: name of the adapter that is to answer; "" for the base alone.
         scores: the completion is to say how likely each choice of its fields was.
+        chances: and with what probability each would have been decoded.
     """
 
     messages: Sequence[Message]
@@ -57,6 +58,7 @@ class Request:
     layout: Layout = FREE
     adapter: str = "default"
     scores: bool = False
+    chances: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Completion:
         scores: where the request asks for them, for each field with choices that was filled in: choice -> the
             log-probability, in nats, of all its tokens together behind what stands before it, among all texts. That of
             a choice which begins another is no smaller than the other's.
+        chances: where the request asks for them, for each such field: choice -> the log-probability, in nats, with
+            which it is decoded at temperature 1: token by token among those that the choices allow, offsets included.
     """
 
     text: str
@@ -113,6 +117,7 @@ class Completion:
     repaired: bool = False
     thinking: str = ""
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    chances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def put_there(self) -> tuple[tuple[int, int], ...]:

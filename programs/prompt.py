@@ -33,21 +33,27 @@ class Demo:
 class Prompt:
     """What a stage's LM call is told: an instruction and few-shot demos.
 
-    `form` names the form in which it is said and answered, one of `cotune.programs.forms.names()`; "" is the run's.
+    Attributes:
+        form: names the form in which it is said and answered, one of `cotune.programs.forms.names()`; "" is the run's.
+        calibration: output field -> choice -> nats that are added to the choice's log-probability before one is
+            chosen; see `cotune.programs.calibration`. Fields that are not named are left as the LM has them.
     """
 
     instruction: str
     demos: tuple[Demo, ...] = field(default=())
     form: str = ""
+    calibration: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"form": self.form} if self.form else {}
+        own: dict[str, Any] = {"form": self.form} if self.form else {}
+        if self.calibration:
+            own["calibration"] = {name: dict(nats) for name, nats in self.calibration.items()}
         return {"instruction": self.instruction, "demos": [demo.to_dict() for demo in self.demos], **own}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prompt:
         demos = tuple(Demo.from_dict(demo) for demo in data["demos"])
-        return cls(data["instruction"], demos, data.get("form", ""))
+        return cls(data["instruction"], demos, data.get("form", ""), data.get("calibration", {}))
 
 
 Prompts = Mapping[str, Prompt]

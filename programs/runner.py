@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cotune.errors import BadValueError
+from cotune.programs.calibration import calibrated
 from cotune.programs.example import Example
 from cotune.programs.faults import check_errors, raised, shown
 from cotune.programs.form import Form, ParseError, Unreadable
@@ -230,8 +231,11 @@ class _Run:
         return False
 
     def request(self, form: Form, signature: Signature, prompts: Prompts, seed: int) -> Request:
-        messages = form.render(signature, prompts[self.call.stage], self.call.inputs)
-        return Request(messages, seed=seed, layout=form.layout(signature), scores=self.call.scores)
+        prompt = prompts[self.call.stage]
+        layout = calibrated(form.layout(signature), prompt.calibration)
+        return Request(
+            form.render(signature, prompt, self.call.inputs), seed=seed, layout=layout, scores=self.call.scores
+        )
 
     def take(self, form: Form, signature: Signature, request: Request, completion: Completion) -> bool:
         """Records the completion as a step and resumes the program with its outputs. False when the run has ended."""

@@ -1,6 +1,7 @@
 """Prompting: how prompts improve. Searches, bootstrapping and scoring; knows programs and an LM, never weights."""
 
 from cotune.prompting.bootstrap import Bootstrapped, Solved, bootstrap, demos_of
+from cotune.prompting.calibrate import CalibratedSearch
 from cotune.prompting.demos import RandomDemoSearch
 from cotune.prompting.evaluate import Proposal, choose, score_candidate
 from cotune.prompting.form_search import FormSearch
@@ -11,6 +12,7 @@ from cotune.prompting.search import Candidate, Found, Progress, PromptSearch, Re
 
 __all__ = [
     "Bootstrapped",
+    "CalibratedSearch",
     "Candidate",
     "FormSearch",
     "Found",

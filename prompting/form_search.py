@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from cotune.errors import BadValueError
-from cotune.programs.faults import merged
 from cotune.programs.forms import STRAIGHT, form_named, in_form
-from cotune.prompting.demos import RandomDemoSearch
+from cotune.prompting.around import SearchAround, joined
 from cotune.prompting.evaluate import CountingLM, Proposal, choose
 from cotune.prompting.search import Found, PromptSearch, SearchTask
 
 
-class FormSearch(PromptSearch):
+class FormSearch(SearchAround):
     """Tries the program's prompts in several forms, and then another search on the best of them.
 
     The form that is found goes with the prompts: rollouts, traces and training rows of later weight steps are in it,
@@ -34,23 +32,12 @@ class FormSearch(PromptSearch):
             raise BadValueError("forms is empty: name the forms to try, or take the search behind it alone.")
         for name in forms:
             form_named(name)
-        self.forms, self.then = tuple(forms), then or RandomDemoSearch()
-
-    @property
-    def proposer(self) -> Any:
-        """Of the search behind it, which has an LM of its own where that one writes instructions."""
-        return getattr(self.then, "proposer", None)
-
-    @proposer.setter
-    def proposer(self, proposer: Any) -> None:
-        self.then.proposer = proposer  # type: ignore[attr-defined]
+        super().__init__(then)
+        self.forms = tuple(forms)
 
     def most_runs(self, train: int, dev: int) -> int | None:
         most = self.then.most_runs(train, dev)
         return None if most is None else most + len(self.forms) * dev
-
-    def about_proposals(self, stages: int, dev: int) -> int:
-        return self.then.about_proposals(stages, dev)
 
     def search(self, task: SearchTask) -> Found:
         calls = CountingLM(task.runner.lm)
@@ -58,12 +45,4 @@ class FormSearch(PromptSearch):
         tried = choose(counted, [Proposal(in_form(task.initial, name), f"form: {name}") for name in self.forms])
         initial = in_form(task.initial, tried.prompts)
         left = max(0, task.lm_calls - calls.calls)
-        found = self.then.search(replace(task, initial=initial, incumbent=tried.prompts, lm_calls=left))
-        # The search behind it begins with the best form, which stands among the candidates already.
-        known = {candidate.id for candidate in tried.candidates}
-        return replace(
-            found,
-            candidates=(*tried.candidates, *(one for one in found.candidates if one.id not in known)),
-            notes=(*tried.notes, *found.notes),
-            faults=merged(tried.faults, found.faults),
-        )
+        return joined([tried, self.then.search(replace(task, initial=initial, incumbent=tried.prompts, lm_calls=left))])

@@ -79,6 +79,9 @@ class Row:
 def chosen(rows: Sequence[Row], logits_RV: Tensor) -> tuple[list[int], list[float]]:
     """The next token of each row, and its log-probability where that is asked for."""
     for place, row in enumerate(rows):
+        if (added := row.filling.offsets(logits_RV.device)) is not None:
+            ids_n, nats_n = added
+            logits_RV[place, ids_n] += nats_n.to(logits_RV.dtype)
         forbidden_V = row.filling.forbidden(logits_RV.shape[1], logits_RV.device)
         if forbidden_V is not None:
             logits_RV[place].masked_fill_(forbidden_V, float("-inf"))  # in place: the log-probabilities below see it

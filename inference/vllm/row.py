@@ -29,7 +29,8 @@ class Row:
     Where any token may come, the server writes until the field ends. Where a field's syntax rules tokens out, it first
     writes as it likes: a token that is allowed is what it would have written with the others ruled out (drawn ones have
     the same probabilities, as those that are rejected are drawn again among the allowed). Where one is not allowed, the
-    server is asked for that token alone, among those that are. Fixed texts are put there here, as ids.
+    server is asked for that token alone, among those that are; so it is where choices have offsets. Fixed texts are
+    put there here, as ids.
 
     Attributes:
         servers: which have written in it.
@@ -59,13 +60,17 @@ class Row:
         """What is to be written next."""
         filling, sampling = self._filling, self._sampling
         forbidden_V = filling.forbidden(self._width, _CPU)
+        added = filling.offsets(_CPU)
         self._masked = forbidden_V is not None and (
-            sampling.log_probs or self._rejected or (not self._masked and int((~forbidden_V).sum()) <= _FEW)
+            added is not None
+            or sampling.log_probs
+            or self._rejected
+            or (not self._masked and int((~forbidden_V).sum()) <= _FEW)
         )
         most = min(filling.left, self._piece) if filling.guided else filling.left
         body: dict[str, Any] = {
             "prompt": [*self.prompt.ids, *filling.written],
-            "max_tokens": 1 if self._masked else most,
+            "max_tokens": 1 if self._masked or added is not None else most,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "stop_token_ids": sorted(self._plan.codec.ends),
@@ -78,6 +83,9 @@ class Row:
             body |= _among(forbidden_V)
         elif filling.stops and not filling.guided:
             body["stop"] = _fewest(filling.stops)  # it may stop early or late: what ends the field is decided here
+        if added is not None:
+            tokens, nats = (of.tolist() for of in added)
+            body["logit_bias"] = body.get("logit_bias", {}) | dict(zip(map(str, tokens), nats, strict=True))
         return body
 
     def take(self, written: Written) -> None:

@@ -1,0 +1,107 @@
+"""With what probability each choice of a field would have been decoded: what calibration is computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from cotune.datamodules.collate import Pair, collate
+from cotune.inference.automata import CalibratedChoices
+from cotune.inference.codec import Codec
+from cotune.inference.local.engine import evaluating
+from cotune.lightning_modules.training.loss import log_probs
+from cotune.programs.layout import Choices, Field
+from cotune.programs.lm import Completion, Request
+
+_AT_ONCE = 32
+"""Completions whose prompts stand in one batch, what they share computed once."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A field with choices that was filled in: which completion's, and the ids before it."""
+
+    place: int
+    field: str
+    lead: str
+    language: CalibratedChoices
+    before: tuple[int, ...]
+
+
+@torch.no_grad()
+def with_chances(
+    model: Any, codec: Codec, requests: Sequence[Request], completions: Sequence[Completion]
+) -> list[Completion]:
+    """The completions, with their `Completion.chances` where the request asks for them."""
+    found: list[dict[str, dict[str, float]]] = [{} for _ in completions]
+    asked = [
+        one
+        for place, (request, done) in enumerate(zip(requests, completions, strict=True))
+        if request.chances
+        for one in _asked(place, codec, request, done)
+    ]
+    for start in range(0, len(asked), _AT_ONCE):
+        part = asked[start : start + _AT_ONCE]
+        for one, told in zip(part, _told(model, part), strict=True):
+            texts = one.language.texts
+            found[one.place][one.field] = {text: _chance(one.language, one.lead + text, told) for text in texts}
+    return [replace(done, chances=chances) for done, chances in zip(completions, found, strict=True)]
+
+
+def _asked(place: int, codec: Codec, request: Request, done: Completion) -> list[_Asked]:
+    parts = {part.name: part for part in request.layout if isinstance(part, Field)}
+    found = []
+    for filled in done.fields:
+        part = parts[filled.name]
+        if isinstance(part.syntax, Choices):
+            lead = part.lead if filled.start else ""
+            texts = part.syntax.texts
+            key = f"choices {(texts, part.syntax.offsets, lead)}"
+            if key not in codec.kept:
+                codec.kept[key] = CalibratedChoices(codec, texts, lead, part.syntax.offsets or (0.0,) * len(texts))
+            before = (*done.prompt_ids, *done.completion_ids[: filled.start])
+            found.append(_Asked(place, filled.name, lead, codec.kept[key], before))
+    return found
+
+
+def _told(model: Any, asked: Sequence[_Asked]) -> list[dict[bytes, dict[int, float]]]:
+    """For each field: state in which there is a choice -> token -> its log-probability over the whole vocabulary."""
+    rows = [(at, state, ids) for at, one in enumerate(asked) for state, ids in one.language.forks.items()]
+    found: list[dict[bytes, dict[int, float]]] = [{} for _ in asked]
+    if not rows:  # fields of one choice
+        return found
+    # One id is to be predicted behind each; which one does not matter, as all that may come are asked for.
+    moves = [list(asked[at].language.moves(state)) for at, state, _ in rows]
+    pairs = [Pair((*asked[at].before, *ids), tokens[:1]) for (at, _, ids), tokens in zip(rows, moves, strict=True)]
+    wide = max(map(len, moves))
+    ids_nK = torch.tensor([tokens + [-1] * (wide - len(tokens)) for tokens in moves], device=model.device)
+    with evaluating(model):
+        told_nK, _ = log_probs(model, collate([pairs]), ids_nK)
+    for (at, state, _), tokens, told_K in zip(rows, moves, told_nK.tolist(), strict=True):
+        found[at][state] = dict(zip(tokens, told_K, strict=False))
+    return found
+
+
+def _chance(language: CalibratedChoices, text: str, told: Mapping[bytes, Mapping[int, float]]) -> float:
+    """The log-probability that decoding writes this text: of its choices at all forks on the way."""
+    ids, states = language.way(text)
+    return math.fsum(
+        _taken(language, state, told[state], token)
+        for state, token in zip(states, [*ids, None], strict=True)
+        if state in told
+    )
+
+
+def _taken(language: CalibratedChoices, state: bytes, told: Mapping[int, float], token: int | None) -> float:
+    """The log-probability that decoding takes this token in this state; None for the end of the value."""
+    lifted = {move: told[move] + nats for move, nats in language.added(state).items()}
+    # What is no part of the value ends it, where it may end: all the rest of the vocabulary.
+    rest = max(1.0 - math.fsum(map(math.exp, told.values())), 1e-30) if language.may_end(state) else 0.0
+    highest = max(*lifted.values(), math.log(rest)) if rest else max(lifted.values())
+    whole = highest + math.log(
+        rest * math.exp(-highest) + math.fsum(math.exp(nats - highest) for nats in lifted.values())
+    )
+    return (math.log(rest) if token is None else lifted[token]) - whole

@@ -1,0 +1,138 @@
+"""Calibrated search: what the LM says whatever it is asked is taken off its choices, and another search goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cotune.programs import LM, Completion, Prompts, Request, Rollout, Sampling, prompts_id
+from cotune.programs.calibration import offsets_of
+from cotune.programs.layout import Choices, Field
+from cotune.programs.program import Program
+from cotune.programs.types import syntax_of
+from cotune.prompting.around import SearchAround, joined
+from cotune.prompting.evaluate import CountingLM, Proposal, choose
+from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least
+
+_ROUNDS = 2
+"""How often the program runs to calibrate several stages: later ones see what earlier ones answer once calibrated."""
+
+_NOTHING = "nothing was calibrated: it takes a form with a place for each field, two inputs, and an LM in this process"
+
+
+class CalibratedSearch(SearchAround):
+    """Calibrates the choices of every stage, lets another search improve the prompts, and calibrates its best anew.
+
+    Small LMs favour some choices whatever the input. The program runs over train inputs, no label is looked at, and the
+    mean log-probability of each choice is taken off it (batch calibration, Zhou et al., 2024). Such prompts are
+    candidates like any others: they are kept only where they score better on dev. The calibration goes with the
+    prompts: into rollouts, later steps and the export. A program without choices is searched as if this were not there.
+
+    Args:
+        then: the search that improves the prompts; `RandomDemoSearch` without one.
+        inputs: train examples at most from which a calibration is computed.
+        anew: how many of the best that the search inside finds are calibrated anew, with their demos.
+    """
+
+    def __init__(self, then: PromptSearch | None = None, inputs: int = 50, anew: int = 2) -> None:
+        super().__init__(then)
+        at_least(2, "inputs", inputs, "it takes several inputs to see what the LM says whatever it is asked")
+        at_least(0, "anew", anew, "0 keeps the calibration that the search inside began with")
+        self.inputs, self.anew = inputs, anew
+
+    def most_runs(self, train: int, dev: int) -> int | None:
+        most = self.then.most_runs(train, dev)
+        return None if most is None else most + (2 + self.anew) * (self._runs(train) + dev) + 2 * dev
+
+    def _runs(self, train: int) -> int:
+        """Most runs of the program for one calibration."""
+        return _ROUNDS * min(train, self.inputs)
+
+    def search(self, task: SearchTask) -> Found:
+        if not _has_choices(task.runner.program):
+            return self.then.search(task)
+        calls = CountingLM(task.runner.lm)
+        counted = replace(task, runner=replace(task.runner, lm=calls))
+        initial = self._calibrated(counted, task.initial)
+        if not initial.changed:
+            found = self.then.search(replace(task, lm_calls=max(0, task.lm_calls - calls.calls)))
+            return replace(found, notes=(*initial.notes, *found.notes))
+        proposals = [Proposal(initial.prompts, "calibrated zero-shot", prompts_id(task.initial))]
+        if prompts_id(task.incumbent) != prompts_id(task.initial):
+            incumbent = self._calibrated(counted, task.incumbent)
+            proposals.append(Proposal(incumbent.prompts, "calibrated incumbent", prompts_id(task.incumbent)))
+        tried = choose(counted, proposals, notes=initial.notes)
+        # Demo sets are built upon the initial prompts: the calibrated ones, where calibration pays.
+        begin = initial.prompts if any(one.calibration for one in tried.prompts.values()) else task.initial
+        left = max(0, task.lm_calls - calls.calls - self.anew * (self._runs(len(task.train)) + len(task.dev)))
+        found = self.then.search(replace(task, initial=begin, incumbent=tried.prompts, lm_calls=left))
+        return joined([tried, found, self._anew(counted, tried, found)])
+
+    def _anew(self, task: SearchTask, tried: Found, found: Found) -> Found:
+        """The best of what was found, calibrated with the demos that they have, against the best so far."""
+        known = {candidate.id for candidate in tried.candidates}
+        fresh = [c for c in found.candidates if c.id not in known and not c.pruned]
+        best = sorted(fresh, key=lambda candidate: candidate.rank, reverse=True)[: self.anew]
+        proposals = [
+            Proposal(self._calibrated(task, one.prompts).prompts, f"{one.why}, calibrated", one.id) for one in best
+        ]
+        return choose(replace(task, incumbent=found.prompts), proposals)
+
+    def _calibrated(self, task: SearchTask, prompts: Prompts) -> _Calibrated:
+        """The prompts with offsets for all choices of all stages."""
+        shown = {demo.source for prompt in prompts.values() for demo in prompt.demos}
+        examples = [example for example in task.train if example.id not in shown][: self.inputs]
+        runner = replace(task.runner, lm=_Asking(task.runner.lm), metric=None, max_error_rate=1.0)
+        now, stages = dict(prompts), 0
+        for _ in range(_ROUNDS):
+            if task.progress is not None:
+                task.progress.start(len(examples), "calibration")
+            advance = None if task.progress is None else task.progress.advance
+            done = runner.run(examples, now, seed=task.seed, progress=advance)
+            told = _chances(done)
+            for (stage, field), chances in told.items():
+                nats = offsets_of(chances, now[stage].calibration.get(field, {}))
+                now[stage] = replace(now[stage], calibration={**now[stage].calibration, field: nats})
+            stages = len(told)
+            if stages < 2:
+                break
+        notes = () if stages else (_NOTHING,)
+        return _Calibrated(now, bool(stages), notes)
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """Prompts with calibrations; whether any choice has one; what to say."""
+
+    prompts: Prompts
+    changed: bool
+    notes: tuple[str, ...]
+
+
+class _Asking:
+    """An LM that is asked for the chances of choices as well."""
+
+    def __init__(self, lm: LM) -> None:
+        self._lm = lm
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return self._lm.complete([replace(one, chances=_has_field(one)) for one in requests], sampling)
+
+
+def _has_field(request: Request) -> bool:
+    return any(isinstance(part, Field) and isinstance(part.syntax, Choices) for part in request.layout)
+
+
+def _has_choices(program: Program) -> bool:
+    signatures = [stage.signature for stage in program.stages.values()]
+    types = (signature.type_of(name) for signature in signatures for name in signature.outputs)
+    return any(isinstance(syntax_of(kind), Choices) for kind in types)
+
+
+def _chances(done: Sequence[Rollout]) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """(stage, field) -> the chances of its choices, call by call, where there are two calls or more."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for step in (step for rollout in done for step in rollout.steps):
+        for field, chances in step.completion.chances.items():
+            found.setdefault((step.stage, field), []).append(dict(chances))
+    return {key: calls for key, calls in found.items() if len(calls) > 1}

@@ -259,8 +259,8 @@ class CalibratedChoices(ChoicesAutomaton):
     def added(self, state: bytes) -> dict[int, float]:
         """Token that may come next -> nats that are added to its logit."""
         # Where the value may end, what ends it is any other token, and those are left as they are.
-        here = self._offsets[state] if self.may_end(state) else self._offset(state)
-        return {token: self._offset(to) - here for token, to in self.moves(state).items()}
+        here = self._offsets[state] if self.may_end(state) else self.offset(state)
+        return {token: self.offset(to) - here for token, to in self.moves(state).items()}
 
     @cached_property
     def forks(self) -> dict[bytes, list[int]]:
@@ -276,7 +276,7 @@ class CalibratedChoices(ChoicesAutomaton):
             states.append(self.moves(states[-1])[token])
         return ids, states
 
-    def _offset(self, state: bytes) -> float:
+    def offset(self, state: bytes) -> float:
         """Of what is written so far; the offset itself where one choice alone begins with it."""
         behind = [offset for written, offset in self._offsets.items() if written.startswith(state)]
         least = min(behind)

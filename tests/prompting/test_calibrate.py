@@ -1,0 +1,100 @@
+"""Claims about calibrated search: an LM with a favourite answer is heard out, and nothing is claimed where none is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cotune.programs import Completion, Example, Filled, Predict, Program, Request, Runner, Sampling, Stage, exact_match
+from cotune.programs.form import ReasonThenFill
+from cotune.programs.layout import Choices, Field
+from cotune.prompting import CalibratedSearch, Found, RandomDemoSearch, SearchTask
+from cotune.testing import FakeLM
+
+MOODS = {"good": ["sunny", "warm"], "bad": ["rainy", "cold"]}
+ROWS = [
+    Example.of({"text": f"{word} {n}"}, {"answer": mood})
+    for n in range(4)
+    for mood, words in MOODS.items()
+    for word in words
+]
+PROGRAM = Predict("text -> answer", types={"answer": list(MOODS)})
+
+
+def log_probs(request: Request) -> dict[str, float]:
+    """Twice as likely where the text says so, and a favourite that drowns it."""
+    text = request.messages[-1]["content"]
+    return {mood: any(word in text for word in MOODS[mood]) * 0.7 + 5.0 * (mood == "good") for mood in MOODS}
+
+
+def favouring(request: Request) -> Completion:
+    """Answers as it would decode: with the request's offsets, and with chances where they are asked for."""
+    (field,) = (part for part in request.layout if isinstance(part, Field))
+    assert isinstance(field.syntax, Choices)
+    offsets = field.syntax.offsets or (0.0, 0.0)
+    nats = {mood: nat + more for (mood, nat), more in zip(log_probs(request).items(), offsets, strict=True)}
+    said = max(nats, key=nats.__getitem__)
+    chances: Mapping[str, Mapping[str, float]] = {"answer": nats} if request.chances else {}
+    return Completion(said, (1,), (2,), fields=(Filled("answer", said, 0, 1, "complete"),), chances=chances)
+
+
+def task(program: Program = PROGRAM, lm: FakeLM | None = None, lm_calls: int = 0) -> SearchTask:
+    runner = Runner(program, lm or FakeLM(favouring), ReasonThenFill(), exact_match, Sampling(), 1.0)
+    prompts = program.initial_prompts()
+    return SearchTask(runner, prompts, prompts, ROWS[:8], ROWS[8:], lm_calls=lm_calls)
+
+
+def test_without_a_label_the_favourite_is_taken_off() -> None:
+    found = CalibratedSearch(RandomDemoSearch(num_candidates=1)).search(task())
+    assert found.score == 1
+    assert [one.score for one in found.candidates[:2]] == [0.5, 1]
+    assert found.candidates[1].why == "calibrated zero-shot"
+    nats = found.prompts["predict"].calibration["answer"]
+    assert nats["bad"] - nats["good"] > 4
+    # What the search inside tries is built upon them.
+    assert all(one.prompts["predict"].calibration for one in found.candidates[1:])
+
+
+def test_calls_for_calibration_are_counted() -> None:
+    seen: list[int] = []
+
+    class Seen(RandomDemoSearch):
+        def search(self, task: SearchTask) -> Found:
+            seen.append(task.lm_calls)
+            return super().search(task)
+
+    CalibratedSearch(Seen(num_candidates=0), anew=1).search(task(lm_calls=100))
+    # 8 of train, twice 8 of dev before it, and behind it at most two rounds of train and one of dev.
+    assert seen == [100 - 24 - 24]
+    assert CalibratedSearch(anew=1).most_runs(8, 8) is not None
+
+
+def test_an_lm_that_tells_no_chances_is_searched_as_it_is_and_that_is_said() -> None:
+    lm = FakeLM(lambda _: "good")
+    found = CalibratedSearch(RandomDemoSearch(num_candidates=1)).search(task(lm=lm))
+    plain = RandomDemoSearch(num_candidates=1).search(task(lm=FakeLM(lambda _: "good")))
+    assert found.prompts == plain.prompts
+    assert any("nothing was calibrated" in note for note in found.notes)
+
+
+def test_a_program_without_choices_costs_nothing_more() -> None:
+    program, lms = Predict("text -> answer"), (FakeLM(lambda _: "good"), FakeLM(lambda _: "good"))
+    found = CalibratedSearch(RandomDemoSearch(num_candidates=1)).search(task(program, lms[0]))
+    assert found == RandomDemoSearch(num_candidates=1).search(task(program, lms[1]))
+    assert lms[0].calls == lms[1].calls
+
+
+class Twice(Program):
+    """Two stages with choices; the second sees what the first says."""
+
+    first = Stage(PROGRAM.predict.signature)
+    second = Stage(PROGRAM.predict.signature)
+
+    def run(self, text: str):  # type: ignore[no-untyped-def]  # a generator of calls
+        mood = yield self.first(text=text)
+        return (yield self.second(text=f"{text} {mood['answer']}"))
+
+
+def test_all_stages_are_calibrated() -> None:
+    found = CalibratedSearch(RandomDemoSearch(num_candidates=0)).search(task(Twice()))
+    assert found.score == 1
+    assert all(prompt.calibration["answer"]["bad"] > 0 for prompt in found.prompts.values())

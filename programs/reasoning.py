@@ -9,7 +9,7 @@ from typing import Any
 from cotune.errors import BadValueError
 from cotune.programs.program import Call, Outputs, Program, Stage
 from cotune.programs.signature import Signature
-from cotune.programs.types import Reasoning
+from cotune.programs.types import Reasoning, parse_type
 
 
 class Predict(Program):
@@ -51,14 +51,23 @@ class DescribeThenDecide(Program):
         describe: instruction of the first stage.
         decide: instruction of the second.
         descriptions: a sentence for any field of either stage (`description` is the one between them).
+        choices: what a description may be; any text without them.
     """
 
-    def __init__(self, signature: str, describe: str, decide: str, descriptions: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        signature: str,
+        describe: str,
+        decide: str,
+        descriptions: dict[str, str] | None = None,
+        choices: list[str] | None = None,
+    ) -> None:
         whole, about = Signature.parse(signature), descriptions or {}
         between = ("description",)
         inputs = (*whole.inputs, *between)
+        types = {**whole.types, **({"description": parse_type(choices)} if choices else {})}
         first, second = (
-            Signature(taken, given, how, _only(about, (*taken, *given)), _only(whole.types, (*taken, *given)))
+            Signature(taken, given, how, _only(about, (*taken, *given)), _only(types, (*taken, *given)))
             for taken, given, how in ((whole.inputs, between, describe), (inputs, whole.outputs, decide))
         )
         unknown = sorted(set(about) - set(second.inputs) - set(second.outputs))

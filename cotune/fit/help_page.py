@@ -92,7 +92,8 @@ usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
 
   --alternate.schedule STEPS    p searches prompts, w trains weights (default: "p -> w -> p")
   --alternate.epochs N          of each weight step (default: 5)
-  --alternate.search CLASS      RandomDemoSearch, ReflectiveSearch, JointSearch, FormSearch (default: the first)
+  --alternate.search CLASS      RandomDemoSearch (default), CalibratedSearch (labels), ReflectiveSearch, JointSearch,
+                                FormSearch
 
   --trainer.accelerator NAME    cpu, gpu, mps or auto (default: auto)
   --trainer.logger CLASS        beside metrics.csv, e.g. WandbLogger

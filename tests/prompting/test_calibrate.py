@@ -8,6 +8,7 @@ from cotune.programs import Completion, Example, Filled, Predict, Program, Reque
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.layout import Choices, Field
 from cotune.prompting import CalibratedSearch, Found, RandomDemoSearch, SearchTask
+
 from cotune.testing import FakeLM
 
 MOODS = {"good": ["sunny", "warm"], "bad": ["rainy", "cold"]}

@@ -217,6 +217,7 @@ def test_a_key_holds_all_that_a_completion_follows_from() -> None:
         (*whole, Fixed("a")),
         (Field("a", syntax=Choices(("x", "y"))),),
         (Field("a", syntax=Choices(("y", "x"))),),
+        (Field("a", syntax=Choices(("y", "x"), (0.0, 1.0))),),
         (Field("a", syntax=Number()),),
         (Field("a", syntax=Number(integer=True)),),
         (Field("a", syntax=Pattern("x")),),

@@ -20,6 +20,7 @@ from cotune.inference import StoredLM
 from cotune.inference.endpoint import EndpointError
 from cotune.inference.openai import OpenAILM
 from cotune.programs import Completion, Field, LMUnavailableError, Request, Sampling
+from cotune.programs.layout import Choices
 from endpoint_server import Body, EndpointServer, Reply, serving
 
 KEY = "sk-canary-0123456789"
@@ -245,6 +246,13 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_everything(server: End
     with pytest.raises(EndpointError, match="refuses every request, status 400, no such option"):
         lm_at(server, concurrency=2).complete(asking(*map(str, range(50))), Sampling())
     assert len(server.bodies) < 12
+
+
+def test_calibrated_prompts_are_refused_before_anything_is_asked(server: EndpointServer, lm_at: Any) -> None:
+    lifted = asking("a", layout=(Field("mood", syntax=Choices(("good", "bad"), (0.0, 2.0))),))
+    with pytest.raises(ValueError, match="the prompts are calibrated, and an endpoint takes no offsets"):
+        lm_at(server).complete(lifted, Sampling())
+    assert not server.bodies
 
 
 def test_a_wait_for_hours_ends_the_run(server: EndpointServer, lm_at: Any) -> None:

@@ -83,8 +83,10 @@ MANY = (
     Fixed("b:"),
     Field("b", stops=tuple("\n" + c for c in "aeiou")),
 )
+LIFTED: Layout = (Fixed("a:"), Field("a", " ", syntax=Choices(("yes", "no", "nor"), (2.5, -1.0, 1.5))))
 MIXED = [
     *FEW,
+    *asked(3, layout=LIFTED),
     *asked(1, layout=MANY),
     *asked(2, layout=NUMBERS),
     *asked(1, layout=FREE),

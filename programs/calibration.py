@@ -38,6 +38,16 @@ def calibrated(layout: Layout, calibration: Calibration) -> Layout:
     )
 
 
+def shown(calibration: Calibration) -> str:
+    """In words, for reports.
+
+    >>> shown({"answer": {"good": -1.25, "bad": 1.25}})
+    'nats on answer: good -1.25, bad +1.25'
+    """
+    fields = (f"{name}: {', '.join(f'{c} {n:+.2f}' for c, n in nats.items())}" for name, nats in calibration.items())
+    return f"nats on {'; '.join(fields)}"
+
+
 def is_calibrated(layout: Layout) -> bool:
     """Whether any choice of the layout has an offset."""
     return any(isinstance(p, Field) and isinstance(p.syntax, Choices) and bool(p.syntax.offsets) for p in layout)

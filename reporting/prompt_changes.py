@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from cotune.programs.calibration import shown
 from cotune.reporting.run_record import Json
 
 Mark = Literal["same", "add", "remove"]
@@ -102,8 +103,10 @@ def _change(stage: str, before: Json, after: Json) -> PromptChange:
 
 
 def _told(prompt: Json) -> str:
-    """The instruction, behind the form where the prompt has one of its own."""
-    return f"(form: {prompt['form']}) {prompt['instruction']}" if prompt.get("form") else str(prompt["instruction"])
+    """The instruction, behind the form and the calibration where the prompt has its own."""
+    own = [f"(form: {prompt['form']})"] if prompt.get("form") else []
+    own += [f"({shown(prompt['calibration'])})"] if prompt.get("calibration") else []
+    return " ".join([*own, prompt["instruction"]])
 
 
 def demo_fields(demo: Mapping[str, Any]) -> list[tuple[str, str]]:

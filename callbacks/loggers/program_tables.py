@@ -9,6 +9,7 @@ from typing import Any
 
 from cotune.callbacks.boundary import Boundary
 from cotune.programs import Prompt, Prompts, Rollout, prompts_id
+from cotune.programs.calibration import shown
 from cotune.prompting import Found
 from cotune.prompting.search import mean
 
@@ -124,7 +125,9 @@ def rollout_rows(done: Sequence[Rollout], *, max_rows: int, max_characters: int)
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as a reader would write it down: the instruction, then the demos field by field."""
-    lines = [*([f"Form: {prompt.form}", ""] if prompt.form else []), prompt.instruction]
+    lines = [f"Form: {prompt.form}", ""] if prompt.form else []
+    lines += [f"Calibration: {shown(prompt.calibration)}", ""] if prompt.calibration else []
+    lines.append(prompt.instruction)
     for number, demo in enumerate(prompt.demos, start=1):
         lines += ["", f"Demo {number}" + (f" ({demo.source})" if demo.source else "")]
         lines += [f"{name}: {value}" for name, value in {**demo.inputs, **demo.outputs}.items()]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cotune.callbacks.loggers.program_tables import prompt_text
 from cotune.programs import Completion, Example, Filled, Predict, Program, Request, Runner, Sampling, Stage, exact_match
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.layout import Choices, Field
+from cotune.programs.prompt import prompts_to_dict
 from cotune.prompting import CalibratedSearch, Found, RandomDemoSearch, SearchTask
+from cotune.reporting.prompt_changes import prompt_changes
 
 from cotune.testing import FakeLM
 
@@ -51,6 +54,9 @@ def test_without_a_label_the_favourite_is_taken_off() -> None:
     assert found.candidates[1].why == "calibrated zero-shot"
     nats = found.prompts["predict"].calibration["answer"]
     assert nats["bad"] - nats["good"] > 4
+    (change,) = prompt_changes(*(prompts_to_dict(one.prompts) for one in found.candidates[:2]))
+    assert change.changed  # as a report shows it
+    assert "Calibration: nats on answer: good -" in prompt_text(found.prompts["predict"])
     # What the search inside tries is built upon them.
     assert all(one.prompts["predict"].calibration for one in found.candidates[1:])
 

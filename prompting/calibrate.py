@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cotune.programs import LM, Completion, Prompts, Request, Rollout, Sampling, prompts_id
+from cotune.programs import Completion, Prompts, Request, Rollout, Sampling, prompts_id
 from cotune.programs.calibration import offsets_of
 from cotune.programs.layout import Choices, Field
 from cotune.programs.program import Program
@@ -53,36 +53,37 @@ class CalibratedSearch(SearchAround):
             return self.then.search(task)
         calls = CountingLM(task.runner.lm)
         counted = replace(task, runner=replace(task.runner, lm=calls))
-        initial = self._calibrated(counted, task.initial)
+        initial = self._calibrated(counted, calls, task.initial)
         if not initial.changed:
             found = self.then.search(replace(task, lm_calls=max(0, task.lm_calls - calls.calls)))
             return replace(found, notes=(*initial.notes, *found.notes))
         proposals = [Proposal(initial.prompts, "calibrated zero-shot", prompts_id(task.initial))]
         if prompts_id(task.incumbent) != prompts_id(task.initial):
-            incumbent = self._calibrated(counted, task.incumbent)
+            incumbent = self._calibrated(counted, calls, task.incumbent)
             proposals.append(Proposal(incumbent.prompts, "calibrated incumbent", prompts_id(task.incumbent)))
         tried = choose(counted, proposals, notes=initial.notes)
         # Demo sets are built upon the initial prompts: the calibrated ones, where calibration pays.
         begin = initial.prompts if any(one.calibration for one in tried.prompts.values()) else task.initial
         left = max(0, task.lm_calls - calls.calls - self.anew * (self._runs(len(task.train)) + len(task.dev)))
         found = self.then.search(replace(task, initial=begin, incumbent=tried.prompts, lm_calls=left))
-        return joined([tried, found, self._anew(counted, tried, found)])
+        return joined([tried, found, self._anew(counted, calls, tried, found)])
 
-    def _anew(self, task: SearchTask, tried: Found, found: Found) -> Found:
+    def _anew(self, task: SearchTask, calls: CountingLM, tried: Found, found: Found) -> Found:
         """The best of what was found, calibrated with the demos that they have, against the best so far."""
         known = {candidate.id for candidate in tried.candidates}
         fresh = [c for c in found.candidates if c.id not in known and not c.pruned]
         best = sorted(fresh, key=lambda candidate: candidate.rank, reverse=True)[: self.anew]
         proposals = [
-            Proposal(self._calibrated(task, one.prompts).prompts, f"{one.why}, calibrated", one.id) for one in best
+            Proposal(self._calibrated(task, calls, one.prompts).prompts, f"{one.why}, calibrated", one.id)
+            for one in best
         ]
         return choose(replace(task, incumbent=found.prompts), proposals)
 
-    def _calibrated(self, task: SearchTask, prompts: Prompts) -> _Calibrated:
+    def _calibrated(self, task: SearchTask, calls: CountingLM, prompts: Prompts) -> _Calibrated:
         """The prompts with offsets for all choices of all stages."""
         shown = {demo.source for prompt in prompts.values() for demo in prompt.demos}
         examples = [example for example in task.train if example.id not in shown][: self.inputs]
-        runner = replace(task.runner, lm=_Asking(task.runner.lm), metric=None, max_error_rate=1.0)
+        runner = replace(task.runner, lm=_Asking(calls), metric=None, max_error_rate=1.0)
         now, stages = dict(prompts), 0
         for _ in range(_ROUNDS):
             if task.progress is not None:
@@ -110,10 +111,10 @@ class _Calibrated:
 
 
 class _Asking:
-    """An LM that is asked for the chances of choices as well."""
+    """An LM that is asked for the chances of choices as well; what is counted is counted by the one inside."""
 
-    def __init__(self, lm: LM) -> None:
-        self._lm = lm
+    def __init__(self, lm: CountingLM) -> None:
+        self._lm, self.counted, self.count = lm, lm.counted, lm.count
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         return self._lm.complete([replace(one, chances=_has_field(one)) for one in requests], sampling)

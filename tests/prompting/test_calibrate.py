@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from cotune.callbacks.loggers.program_tables import prompt_text
 from cotune.programs import Completion, Example, Filled, Predict, Program, Request, Runner, Sampling, Stage, exact_match
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.layout import Choices, Field
 from cotune.programs.prompt import prompts_to_dict
+from cotune.programs.ranks import Ranks
 from cotune.prompting import CalibratedSearch, Found, RandomDemoSearch, SearchTask
 from cotune.reporting.prompt_changes import prompt_changes
+from side_by_side import side_by_side
 
 from cotune.testing import FakeLM
 
@@ -105,3 +108,19 @@ def test_all_stages_are_calibrated() -> None:
     found = CalibratedSearch(RandomDemoSearch(num_candidates=0)).search(task(Twice()))
     assert found.score == 1
     assert all(prompt.calibration["answer"]["bad"] > 0 for prompt in found.prompts.values())
+
+
+def test_several_processes_calibrate_alike_and_count_alike() -> None:
+    def run(ranks: Ranks) -> tuple[object, int]:
+        seen: list[int] = []
+
+        class Seen(RandomDemoSearch):
+            def search(self, task: SearchTask) -> Found:
+                seen.append(task.lm_calls)
+                return super().search(task)
+
+        mine = task(lm_calls=100)
+        mine = replace(mine, runner=replace(mine.runner, ranks=ranks))
+        return CalibratedSearch(Seen(num_candidates=1)).search(mine), seen[0]
+
+    assert side_by_side(2, run) == [run(Ranks())] * 2

@@ -35,7 +35,6 @@ from cotune.programs import (
     prompts_id,
     prompts_to_dict,
 )
-from cotune.programs.calibration import uncalibrated
 from cotune.storage.durable import write_durably
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -73,7 +72,9 @@ class WeightWork:
         module, data = ours(trainer)
         prompts = self._pairs_prompts(module, data)
         reference = self.objective.reference
-        if reference and reference.prompts == "before" and not self._teaches(prompts):
+        if reference and reference.prompts == "before" and prompts_id(prompts) == prompts_id(self.course.incumbent):
+            title = self.course.title("weight step")
+            say(f"{title}: the prompts in force are the plain ones, so there is nothing to distil")
             self.report, self.coverage = Report(), {}
             return False
         try:
@@ -123,18 +124,6 @@ class WeightWork:
     def objective(self) -> Objective:
         """What the weight step under way learns from."""
         return self.course.settings.learns
-
-    def _teaches(self, plain: Prompts) -> bool:
-        """Whether the prompts in force say anything that the plain ones do not; says so where they do not."""
-        teacher, title = self.course.incumbent, self.course.title("weight step")
-        offsets = any(prompt.calibration for prompt in teacher.values())
-        if prompts_id(uncalibrated(teacher)) == prompts_id(uncalibrated(plain)):
-            apart = " but for their calibration, which no LM reads" if offsets else ""
-            say(f"{title}: the prompts in force are the plain ones{apart}, so there is nothing to distil")
-            return False
-        if offsets:
-            say(f"{title}: what the prompts in force say is distilled, and not their calibration, which no LM reads")
-        return True
 
     def _pairs_prompts(self, module: ProgramModule, data: TraceDataModule) -> Prompts:
         """Those that stand in the training rows of the step under way."""

@@ -20,6 +20,7 @@ from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.text_lm import NoWeightsError, TextLM, no_weights
 from cotune.lightning_modules.torch_ranks import TorchRanks
+from cotune.lightning_modules.training.calibrated_teacher import with_offsets
 from cotune.lightning_modules.training.fused import fuse_adapter
 from cotune.lightning_modules.training.gradients import BatchGradients, is_finite, known_gradients
 from cotune.lightning_modules.training.packing import checkpoint_layers
@@ -218,8 +219,9 @@ class ProgramModule(LightningModule):
         """
         model, off = self.weights.model, nullcontext() if adapter else self.weights.model.disable_adapter()
         with evaluating(model), off, self.trainer.precision_plugin.train_step_context():
-            scored = functools.partial(self._gradients.likeliest, model, count=top_k)
-            return with_reference(traces, self.pair_maker(prompts), scored)
+            maker, score = self.pair_maker(prompts), functools.partial(self._gradients.likeliest, model, count=top_k)
+            found = with_reference(traces, maker, score)
+            return with_offsets(found, maker, self.weights.codec, model) if top_k else found
 
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""

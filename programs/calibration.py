@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from cotune.errors import BadValueError
 from cotune.programs.layout import Choices, Field, Layout
-from cotune.programs.prompt import Prompt, Prompts
 
 Calibration = Mapping[str, Mapping[str, float]]
 """Output field -> choice -> nats that are added to its log-probability."""
@@ -37,11 +36,6 @@ def calibrated(layout: Layout, calibration: Calibration) -> Layout:
         else part
         for part in layout
     )
-
-
-def uncalibrated(prompts: Prompts) -> dict[str, Prompt]:
-    """The prompts without their calibrations: all that an LM reads of them."""
-    return {stage: replace(prompt, calibration={}) for stage, prompt in prompts.items()}
 
 
 def shown(calibration: Calibration) -> str:

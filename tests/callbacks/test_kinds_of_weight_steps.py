@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from cotune.callbacks.say_plan import plan, runs_left
 from cotune.callbacks.schedule import WeightStep
 from cotune.datamodules import load_traces
 from cotune.lightning_modules.objectives import GRPO, KTO, Distil
-from cotune.prompting import Found, PromptSearch, SearchTask, choose
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 
 STEPS = {
@@ -96,17 +94,3 @@ def test_plain_prompts_have_nothing_to_teach(
     assert fit.trainer.global_step == 0
     assert fit.alternate.history[2]["prompts"] == before["prompts"]
     assert "the prompts in force are the plain ones, so there is nothing to distil" in capsys.readouterr().out
-
-
-def test_a_calibration_is_no_prompt_to_distil(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Lifting(PromptSearch):
-        def search(self, task: SearchTask) -> Found:
-            lifted = {stage: replace(p, calibration={"answer": {}}) for stage, p in task.initial.items()}
-            return choose(replace(task, incumbent=lifted), [])
-
-    fit = tiny_fit(tiny_model, tmp_path, "p -> d", search=Lifting())
-    fit.run()
-    assert fit.trainer.global_step == 0
-    assert "are the plain ones but for their calibration, which no LM reads" in capsys.readouterr().out

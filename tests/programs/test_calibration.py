@@ -6,7 +6,7 @@ import math
 
 import pytest
 from cotune.programs import Predict, Prompt, Signature
-from cotune.programs.calibration import calibrated, is_calibrated, offsets_of, uncalibrated
+from cotune.programs.calibration import calibrated, is_calibrated, offsets_of
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.json_form import Json
 from cotune.programs.layout import Choices, Field
@@ -63,4 +63,3 @@ def test_it_goes_with_the_prompts_and_prompts_without_one_are_as_before() -> Non
     assert prompts_from_dict(prompts_to_dict(lifted)) == lifted
     assert prompts_id(lifted) != prompts_id(bare)
     assert "calibration" not in prompts_to_dict(bare)["predict"]
-    assert uncalibrated(lifted) == bare

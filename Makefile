@@ -13,8 +13,8 @@ help:  ## list these commands
 
 setup: .venv/.model-ready  ## make .venv with the tested versions and fetch the embedded model
 
-demo: setup  ## tune prompts and weights on Iris, from the start
-	@$(BIN)/cotune fit --config configs/iris.yaml --fresh
+demo: setup  ## tune prompts and weights of a program of two stages on Iris, from the start
+	@$(BIN)/cotune fit --config configs/iris_two_stage.yaml --name demo --fresh
 
 # A worker a core, one thread each; a file's tests stay together, for what they share.
 test: setup  ## run the tests

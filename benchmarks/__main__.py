@@ -45,6 +45,7 @@ SETS: dict[str, dict[str, list[str]]] = {
             *("--dtype", "float32", "bfloat16", "--threads", "2"),
         ],
         "training": ["training"],
+        "objectives": ["objectives"],
         "switch": ["switch", "--threads", "1", "2"],
         "memory": ["memory"],
         "scaling": ["scaling"],

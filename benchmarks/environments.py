@@ -52,7 +52,7 @@ ENVIRONMENTS = {
             "datasets==5.2.0",
         )
     ),
-    "dspy": Environment(("dspy==3.4.1",)),
+    "dspy": Environment(("dspy==3.4.1", "optuna==5.0.0")),
     "gepa": Environment(("gepa==0.1.4",)),
 }
 """The peers' environments by name. Change a version here and the environment is made anew beside the old one."""

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = job.batches(lm, options.steps)
     with tempfile.TemporaryDirectory(prefix="cotune-benchmark-") as folder, ExitStack() as running:
         sides = make_sides(options.model, dtype="float32", folder=Path(folder))
-        base = _base_folder(options.model, Path(folder))
+        base = base_folder(options.model, Path(folder))
         workers = {}
         for name in (OURS, *options.peers):
             python = interpreter(TRL) if name == TRL else None
@@ -162,7 +162,7 @@ def _tell(
         report.add(f"step, {name}: least FLOPs at the GEMM rate", shares, "of the time")
 
 
-def _base_folder(model: str, folder: Path) -> Path:
+def base_folder(model: str, folder: Path) -> Path:
     """The base model and its tokenizer as Hugging Face loads them."""
     lm = LanguageModel(model, device="cpu")
     lm.load(seed=0)

@@ -10,14 +10,26 @@ import pytest
 from cotune.callbacks.say_plan import plan, runs_left
 from cotune.callbacks.schedule import WeightStep
 from cotune.datamodules import load_traces
-from cotune.lightning_modules.objectives import GRPO, KTO, Distil
+from cotune.lightning_modules.objectives import DPO, GRPO, KTO, Distil
+from lightning.pytorch import Callback, Trainer
 from tiny_fit import BreakInTraining, BrokenOffError, Fit, tiny_fit
 
 STEPS = {
     "d": WeightStep(Distil(top_k=5, teacher="average"), rounds=2),
     "k": WeightStep(KTO(runs=2), rounds=1),
     "g": WeightStep(GRPO(runs=2, kl=0.1), rounds=2),
+    "o": WeightStep(DPO(runs=2), rounds=1),
 }
+
+
+class LastBatches(Callback):
+    """The last batch of training by each objective, counted over the run from 0."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, int] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.of[type(pl_module.objective).__name__] = trainer.global_step
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +58,25 @@ def test_a_run_broken_off_inside_a_step_goes_on_as_if_nothing_had_happened(
     assert tiny_fit(tiny_model, tmp_path, "p -> d", steps=STEPS).run(first.last).outcome == whole.outcome
 
 
-def test_so_does_one_of_preferences_and_policy_gradient(
+def test_so_does_one_of_preferences_and_policy_gradient_broken_off_in_each(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = tiny_fit(tiny_model, tmp_path / "whole", "k -> g", steps=STEPS).run()
+    last = LastBatches()
+    whole = tiny_fit(tiny_model, tmp_path / "whole", "k -> o -> g", steps=STEPS, callbacks=[last]).run()
     said = capsys.readouterr().out
     assert re.search(r"traces: .* solved in 24 runs.*; \d+ good and \d+ bad calls", said)
+    assert re.search(r"\d+ pairs of \d+ examples", said)
     assert len(re.findall(r"all runs of \d+ of 12 examples scored alike, and are left out", said)) == 2
     assert "nats on" in said
     assert "more than 1e-4" not in said
-    last_batch = whole.trainer.global_step - 1
-    first = tiny_fit(tiny_model, tmp_path, "k -> g", steps=STEPS, callbacks=[BreakInTraining(last_batch)])
-    with pytest.raises(BrokenOffError):
-        first.run()
-    assert tiny_fit(tiny_model, tmp_path, "k -> g", steps=STEPS).run(first.last).outcome == whole.outcome
+    assert list(last.of) == ["KTO", "DPO", "GRPO"]
+    checkpoint = None
+    for batch in last.of.values():
+        broken = tiny_fit(tiny_model, tmp_path, "k -> o -> g", steps=STEPS, callbacks=[BreakInTraining(batch)])
+        with pytest.raises(BrokenOffError):
+            broken.run(checkpoint)
+        checkpoint = broken.last
+    assert tiny_fit(tiny_model, tmp_path, "k -> o -> g", steps=STEPS).run(checkpoint).outcome == whole.outcome
 
 
 def test_where_all_runs_score_alike_a_policy_gradient_has_nothing_to_learn_from(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cotune.datamodules import Bootstrapping, Collected, Report, Trace, Vocabulary, collect, load_traces, save_traces
-from cotune.lightning_modules.objectives import Rejection
+from cotune.datamodules import (
+    Bootstrapping,
+    Collected,
+    Report,
+    Trace,
+    Vocabulary,
+    collect,
+    collect_runs,
+    load_traces,
+    save_traces,
+)
+from cotune.lightning_modules.objectives import DPO, GRPO, KTO, Distil, Objective, Rejection
 from cotune.programs import (
     BudgetedLM,
     Completion,
@@ -267,6 +277,29 @@ def test_stages_that_were_not_called_leave_no_trace() -> None:
     halved = FakeLM(lambda request: "2" if asked(request, "number") == "4" else "6")
     traces, _ = run(halved, rows, Branch())
     assert [(t.example, t.stage) for t in traces] == [("odd", "double"), ("even", "halve")]
+
+
+@pytest.mark.parametrize(
+    "objective", [KTO(runs=2), DPO(runs=2), GRPO(runs=2), Distil(runs=2)], ids=lambda o: type(o).__name__
+)
+def test_objectives_learn_of_stages_that_were_called_and_of_calls_with_a_choice(objective: Objective) -> None:
+    rows = [Example.of({"number": 3}, {"answer": "6"}, id="odd"), Example.of({"number": 4}, {"answer": "2"}, id="even")]
+    assert objective.runs is not None
+
+    def learnt(answer: Callable[[Request], str | Completion]) -> list[Trace]:
+        made, prompts = runner(FakeLM(answer), Branch()), Branch().initial_prompts()
+        return objective.rows(
+            collect_runs(rows, made, prompts, runs=objective.runs, options=Bootstrapping(), seed=0)  # type: ignore[arg-type]
+        )
+
+    tries: Counter[str] = Counter()
+
+    def right_at_first(request: Request) -> str:
+        tries[number := asked(request, "number")] += 1
+        return "0" if tries[number] > 1 else {"3": "6", "4": "2"}[number]
+
+    assert Counter((t.example, t.stage) for t in learnt(right_at_first)) == {("odd", "double"): 2, ("even", "halve"): 2}
+    assert learnt(lambda request: replace(filled("1", "eos"), forced=(True,) * 3)) == []
 
 
 def test_a_completion_that_ended_by_a_stop_string_is_not_complete() -> None:

@@ -105,7 +105,7 @@ def _linears(model: nn.Module) -> list[_Linear]:
     """The layers that are worth a copy: adapted ones, and on a CPU all that have a layout to gain."""
     adapted = dict(_adapted(model))
     found = [_Linear(name, layer, layer.get_base_layer()) for name, layer in adapted.items() if _can_merge(layer)]
-    inside = tuple(f"{name}." for name in adapted)
+    inside = tuple(f"{name}." for name in adapted)  # base, A and B of an adapted layer are linear layers, too
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.startswith(inside) and _can_lay_out(module.weight):
             found.append(_Linear(name, module, module))
@@ -123,6 +123,7 @@ def _can_merge(layer: Any) -> bool:
     base = layer.get_base_layer()
     biased = any(getattr(layer, "lora_bias", {}).values())  # which get_delta_weight leaves out
     variants = any(layer.use_dora.values()) or biased or bool(getattr(layer, "lora_variant", None))
+    # Its very class: quantised layers derive from it, and their weight is no matrix to add to.
     return type(base) is nn.Linear and base.weight.is_floating_point() and not variants
 
 

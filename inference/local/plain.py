@@ -51,9 +51,10 @@ class _Dictated:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         read: list[int] = input_ids[0, self.start :].tolist()
         written, place = self.filling.written, len(read)
-        if len(written) == place:
+        if len(written) == place:  # nothing is dictated here: the model's own scores decide
             self.take(scores)
             written = self.filling.written
+        # Over, too, where the filling took back what the model has read: `complete` begins anew with what is left.
         self._over = self.filling.finished is not None or len(written) <= place or written[:place] != read
         token = 0 if self._over else written[place]
         dictated = torch.full_like(scores, float("-inf"))

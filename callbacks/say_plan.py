@@ -137,10 +137,10 @@ def _budget(ledger: Ledger, calls: float) -> list[str]:
     return [f"  budget    {ledger.budget}{spent}{least}"]
 
 
-def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
+def runs_left(alternate: Alternate, data: TraceDataModule, done: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
     train, dev, val, test = (len(getattr(data.splits, name)) for name in NAMES)
-    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[behind:]]
+    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[done:]]
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
@@ -158,9 +158,9 @@ def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: in
     return collected * few + scored, collected * most + scored
 
 
-def _epochs(alternate: Alternate, behind: int) -> int:
+def _epochs(alternate: Alternate, done: int) -> int:
     """Training epochs in the steps of the schedule after so many."""
-    return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[behind:] if step != PROMPTS)
+    return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[done:] if step != PROMPTS)
 
 
 def format_duration(seconds: float) -> str:

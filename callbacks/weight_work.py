@@ -61,7 +61,7 @@ class WeightWork:
         self.choice = EpochChoice(keep_best=self.course.options.keep_best_epoch)
 
     def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
-        """Collects what the next rounds train on, with `rounds` of the weight step behind.
+        """Collects what the next rounds train on, with `rounds` of the weight step done.
 
         Returns:
             Whether the step goes on: objectives that learn from runs of their own may find nothing in them.
@@ -98,14 +98,14 @@ class WeightWork:
         return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
-        """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
+        """Takes up a weight step where its checkpoint left it, with `rounds` of it done."""
         module, data = ours(trainer)
         collected = rounds if self.course.settings.rounds else 0
         traces = self._reused(module, data) or load_traces(self._folder(run, collected), module.program)
         self._train_on(trainer, traces, rounds)
 
     def epoch_scored(self, module: ProgramModule, *, rounds: int) -> None:
-        """Lightning has run the program on val behind a training epoch."""
+        """Lightning has run the program on val after a training epoch."""
         score = mean_score(module.evaluated)
         self.choice.offer(score, module.lm.adapter_state(), epoch=rounds + 1)
         say_if_piped(f"{self.course.title('weight step')}: epoch {rounds + 1}/{self.epochs}, val score {score:.3f}")

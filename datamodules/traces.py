@@ -246,7 +246,7 @@ class TraceDataModule(LightningDataModule, ABC):
 
         Args:
             step: place in the schedule; with seed and epoch it decides the order of the rows.
-            epoch: epochs of this weight step that are already behind.
+            epoch: epochs of this weight step that are done.
             as_drawn: the rows keep the prompts that they were drawn by: none gets demos besides (`demo_share`).
 
         Returns:

@@ -144,13 +144,13 @@ def curves(run: RunRecord, *, width: int) -> list[Curve]:
 def _epoch_lines(run: RunRecord, x: _Place, y: _Place) -> list[str]:
     """The val scores of a weight step's epochs, drawn inside its band."""
     scores = [(row["epoch"], row["val/score"]) for row in run.metrics if {"epoch", "val/score"} <= row.keys()]
-    lines, behind = [], 0
+    lines, done = [], 0
     for prefix in run.prefixes:
         count = run.epochs(prefix)
-        own = [(epoch - behind, score) for epoch, score in scores if behind <= epoch < behind + count]
+        own = [(epoch - done, score) for epoch, score in scores if done <= epoch < done + count]
         points = [(prefix.index - 1 + (epoch + 1) / (count + 1), score) for epoch, score in own]
         lines.append(" ".join(f"{x(at):.1f},{y(score):.1f}" for at, score in points))
-        behind += count
+        done += count
     return list(filter(None, lines))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from cotune.inference.fields import Filling
+from cotune.inference.local.transformers_internals import alone
 from torch import Tensor
 
 
@@ -79,27 +80,3 @@ def _generation_config(base: Any, settings: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = before
-
-
-@contextmanager
-def alone(base: Any) -> Iterator[None]:
-    """Rotary embeddings that grow with the longest text so far begin anew, and leave nothing behind."""
-    growing = [module for module in base.modules() if hasattr(module, "max_seq_len_cached")]
-    for module in growing:
-        _begin_anew(module)
-    try:
-        yield
-    finally:
-        for module in growing:
-            _begin_anew(module)
-
-
-def _begin_anew(module: Any) -> None:
-    names = [*vars(module), *(name for name, _ in module.named_buffers(recurse=False))]
-    for name in [name for name in names if name.endswith("original_inv_freq")]:
-        kind = name.removesuffix("original_inv_freq")  # layers of several kinds have factors of their own
-        grown, first = f"{kind}max_seq_len_cached", module.original_max_seq_len
-        if getattr(module, grown, first) != first:
-            device = getattr(module, f"{kind}inv_freq").device
-            setattr(module, f"{kind}inv_freq", getattr(module, name).clone().to(device))
-            setattr(module, grown, first)

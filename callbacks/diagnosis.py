@@ -135,5 +135,5 @@ def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answer
     if gold_answers:
         ways.append("set data.bootstrapping.gold_answers")
     ways.append("put a prompt step first")
-    said = ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
-    return f"{said[0].upper()}{said[1:]}. `cotune report` shows what it wrote on val."
+    message = ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
+    return f"{message[0].upper()}{message[1:]}. `cotune report` shows what it wrote on val."

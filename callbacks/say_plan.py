@@ -73,8 +73,8 @@ class SayPlan(Callback, BoundaryListener):
         took = f"{boundary.cost['lm_calls']:,} LM calls, {format_duration(boundary.cost['seconds'])}"
         runs = runs_left(alternate, trainer.datamodule, boundary.index)  # type: ignore[attr-defined]
         epochs = _epochs(alternate, boundary.index)
-        said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
-        say(f"{head} ({took}){said}")
+        message = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
+        say(f"{head} ({took}){message}")
 
     def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
         """What so many runs and epochs will take, at the pace so far."""
@@ -206,8 +206,8 @@ def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
         if group["by_size"] and not step.lr:
             why = f"by the LM's size, {module.weights.size / 1e6:,.0f}M parameters"
         rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
-    said = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
-    return [f"  rate      {said}"] if said else []
+    message = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
+    return [f"  rate      {message}"] if message else []
 
 
 def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import CotuneError
-from cotune.programs.faults import shown
+from cotune.programs.faults import quoted
 
 
 class DataError(CotuneError, ValueError):
@@ -186,7 +186,9 @@ def _check_header(header: Sequence[str], where: str) -> None:
         raise DataError(f"{where} is empty; its first line names the columns.")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise DataError(f'{where} has two columns named "{shown(twice[0], by=str, limit=60)}"; give each its own name.')
+        raise DataError(
+            f'{where} has two columns named "{quoted(twice[0], by=str, limit=60)}"; give each its own name.'
+        )
 
 
 def _no_file(path: Path) -> str:

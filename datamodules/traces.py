@@ -263,8 +263,10 @@ class TraceDataModule(LightningDataModule, ABC):
             )
         fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
         if not fitting:
-            said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
-            raise NoTracesError(f"weight step: no traces to train on: {said}.")
+            message = (
+                "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
+            )
+            raise NoTracesError(f"weight step: no traces to train on: {message}.")
         self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
         self._all_trained = False
         self._options = replace(self.bootstrapping, demo_share=0.0) if as_drawn else self.bootstrapping

@@ -39,15 +39,15 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
         table.add_row(first, *(row[name] for name in shown), style="bold" if best else None)
     console.print(table)
     tested = summary["test_score"]
-    said = "not tested" if tested is None else f"test score {tested:.3f}"
+    message = "not tested" if tested is None else f"test score {tested:.3f}"
     if summary.get("ended"):
         steps = summary["schedule"].count("->") + 1
         where = "in the closing test" if len(records) > steps else f"in step {len(records)} of {steps}"
-        said += f"; ended by {summary['ended']} {where}"
+        message += f"; ended by {summary['ended']} {where}"
     if summary.get("found"):
-        said += f"; exported is the search's {summary['found']}"
+        message += f"; exported is the search's {summary['found']}"
     console.print(
-        f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
+        f"* kept: {kept}; {message}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
     for line in set_metric_lines(summary, records):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -95,7 +95,7 @@ def pieces(step: Json) -> list[tuple[bool, str]]:
     return [(put, piece) for put, piece in (*found, (False, text[place:])) if piece]
 
 
-def said(row: Json) -> str:
+def answer_text(row: Json) -> str:
     """What the program answered, in a line: the predicted values that have labels, or all of them."""
     if row["prediction"] is None:
         return row["error"]["message"] if row["error"] else "nothing"

@@ -226,8 +226,8 @@ def _tested(folder: Path, record: Json) -> list[Json] | None:
 
 
 def _schedule(summary: Json, config: Json, prefixes: Sequence[Prefix]) -> list[str]:
-    said = summary.get("schedule") or setting(config, "alternate.schedule", "")
-    steps = list(steps_of(str(said)))
+    message = summary.get("schedule") or setting(config, "alternate.schedule", "")
+    steps = list(steps_of(str(message)))
     done = [prefix.step for prefix in prefixes[1:]]
     return steps if len(steps) >= len(done) else done
 

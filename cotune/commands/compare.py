@@ -70,7 +70,7 @@ def print_comparison(compared: Comparison, console: Console) -> None:
 
 def pair_lines(pair: Pair) -> Iterator[str]:
     """What a pair says, in lines."""
-    from cotune.reporting.journeys import said
+    from cotune.reporting.journeys import answer_text
 
     gap = pair.difference
     chance = "" if gap.clear or not (pair.won or pair.lost) else ", which may be chance"
@@ -82,7 +82,7 @@ def pair_lines(pair: Pair) -> Iterator[str]:
         yield f"  {pair.unlike} more have the same id but other inputs or labels, and are left out."
     for what, gaps in (("won", pair.won), ("lost", pair.lost)):
         for gap_ in gaps[:_SHOWN]:
-            yield f"  {what} {gap_.example}: {_brief(said(gap_.first))} -> {_brief(said(gap_.second))}"
+            yield f"  {what} {gap_.example}: {_brief(answer_text(gap_.first))} -> {_brief(answer_text(gap_.second))}"
         if len(gaps) > _SHOWN:
             yield f"  … {len(gaps) - _SHOWN} more {what}"
 

@@ -357,5 +357,7 @@ def _show(found: Sequence[Finding]) -> None:
         if one.fix:
             console.print(Text(f"          → {one.fix}", "dim"))
     problems = sum(one.status == "problem" for one in found)
-    said = f"{problems} problem{'s' if problems > 1 else ''}: see →" if problems else "All that cotune needs is there."
-    console.print(Text(f"\n{said}", "bold"))
+    message = (
+        f"{problems} problem{'s' if problems > 1 else ''}: see →" if problems else "All that cotune needs is there."
+    )
+    console.print(Text(f"\n{message}", "bold"))

@@ -36,8 +36,8 @@ def explain(message: str, options: Options) -> str:
     'unknown option --alternate.shedule. Did you mean --alternate.schedule?'
     """
     for rule in _RULES:
-        if said := rule(message.strip(), options):
-            return said
+        if text := rule(message.strip(), options):
+            return text
     return " ".join(message.split())
 
 

@@ -18,7 +18,7 @@ from cotune.programs.faults import quoted, raised
 from cotune.programs.metrics import COMPARE_FIELDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_MOST_SECONDS = 5.0
+_MAX_SECONDS = 5.0
 """For asking the metric about the labels themselves. One that takes longer, as where it asks an LM, is asked less."""
 
 
@@ -128,7 +128,7 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     unasked: list[str] = []
     began, asked = time.monotonic(), 0
     for example in examples:
-        if time.monotonic() - began > _MOST_SECONDS:
+        if time.monotonic() - began > _MAX_SECONDS:
             break
         asked += 1
         try:
@@ -146,7 +146,7 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     if asked < len(examples):
         found.append(
             f"whether the metric scores labels as right was tried on {asked} of {len(examples)} examples: more would "
-            f"have taken longer than {_MOST_SECONDS:g} s"
+            f"have taken longer than {_MAX_SECONDS:g} s"
         )
     if unasked:
         first = f"whether the metric scores labels as right could not be tried on {len(unasked)} of {asked} examples"

@@ -13,7 +13,7 @@ from cotune.programs.faults import KINDS
 from cotune.programs.set_metrics import measured
 from cotune.programs.values import gold_text
 
-_MOST_LABELS = 100
+_MAX_LABELS = 100
 
 
 def diagnose(
@@ -99,7 +99,7 @@ def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict
 def by_label(examples: Sequence[Example], passed: set[str]) -> dict[str, list[int]]:
     """Label -> [examples that passed, examples], by label; {} where labels are as good as unique."""
     total = Counter(_label(example) for example in examples)
-    if len(total) > min(_MOST_LABELS, len(examples) / 2):
+    if len(total) > min(_MAX_LABELS, len(examples) / 2):
         return {}
     solved = Counter(_label(example) for example in examples if example.id in passed)
     return {label: [solved[label], count] for label, count in sorted(total.items())}

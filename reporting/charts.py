@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cotune.reporting.run_record import RunRecord
 from cotune.reporting.statistics import interval
 
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 _LETTER = 6.2
 """Mean width of a letter at the charts' font size, in pixels."""
 
@@ -207,10 +207,10 @@ def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `_MOST_POINTS` points: of each stretch its lowest and its highest, so that no spike is lost."""
-    if len(points) <= _MOST_POINTS:
+    """At most about `_MAX_POINTS` points: of each stretch its lowest and its highest, so that no spike is lost."""
+    if len(points) <= _MAX_POINTS:
         return list(points)
-    stretch = math.ceil(len(points) / (_MOST_POINTS / 2))
+    stretch = math.ceil(len(points) / (_MAX_POINTS / 2))
     kept = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]

@@ -132,7 +132,7 @@ def _prompts_for(
     """The prompts of an attempt, for each example: no run may read its own answer off a demo."""
     if number and options.fresh_demos:
         rng = random.Random(f"{seed}|{number}")
-        given = fresh_prompts(prompts, examples, pool, count=options.fresh_demos, rng=rng)
+        given = _fresh_prompts(prompts, examples, pool, count=options.fresh_demos, rng=rng)
     else:
         given = [hide_own_demos(prompts, example.id) for example in examples]
     if number < options.attempts:
@@ -140,7 +140,7 @@ def _prompts_for(
     return [hinted(shown, example) for shown, example in zip(given, examples, strict=True)]
 
 
-def fresh_prompts(
+def _fresh_prompts(
     prompts: Prompts,
     examples: Sequence[Example],
     pool: Mapping[str, Sequence[Demo]],

@@ -111,7 +111,7 @@ def _text(path: Path) -> str:
         raise DataError(f'"{path}" cannot be read: {error}.') from error
 
 
-def jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
+def _jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
     lines = [line for line in text.split("\n") if line.strip()]
     rows, faults = [], []
@@ -125,6 +125,7 @@ def jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
 
 
 def json_object(line: str) -> dict[str, Any]:
+    """The object that a line of jsonl holds. Raises DataError where it holds something else."""
     value = _json(line)
     if not isinstance(value, dict):
         raise DataError(f'it is of type {type(value).__name__}; a line of jsonl is an object, {{"field": value, …}}.')
@@ -178,7 +179,7 @@ def _tsv_rows(text: str, where: str) -> list[dict[str, Any]]:
     return _csv_rows(text, where, delimiter="\t")
 
 
-_TEXT_READERS = {".jsonl": jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
+_TEXT_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
 
 
 def _check_header(header: Sequence[str], where: str) -> None:

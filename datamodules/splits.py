@@ -142,9 +142,9 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
 
 def leak_notes(splits: Splits) -> list[str]:
     """How many examples of dev, val and test have the inputs of an example that comes before them: a line, or none."""
-    counts, seen = {}, {inputs_key(example) for example in splits.train} - {""}
+    counts, seen = {}, {_inputs_key(example) for example in splits.train} - {""}
     for name in NAMES[1:]:
-        keys = [inputs_key(example) for example in getattr(splits, name)]
+        keys = [_inputs_key(example) for example in getattr(splits, name)]
         counts[name] = sum(key in seen for key in keys)
         seen |= set(keys) - {""}
     leak = [f"{count} of {len(getattr(splits, name))} {name}" for name, count in counts.items() if count]
@@ -156,7 +156,7 @@ def leak_notes(splits: Splits) -> list[str]:
     ]
 
 
-def inputs_key(example: Example) -> str:
+def _inputs_key(example: Example) -> str:
     """What two examples share that ask the same; "" where there are no inputs."""
     return json.dumps(example.inputs, sort_keys=True, default=str) if example.inputs else ""
 
@@ -280,7 +280,7 @@ def _repeats(pools: Mapping[str, Sequence[Example]]) -> list[tuple[_Place, _Plac
     groups: dict[str, list[_Place]] = {}
     for name in reversed(list(pools)):  # the rest come first in it
         for at in sorted(range(len(pools[name])), key=lambda i: (pools[name][i].id, i)):
-            if key := inputs_key(pools[name][at]):
+            if key := _inputs_key(pools[name][at]):
                 groups.setdefault(key, []).append((name, at))
     return [(place, places[0]) for places in groups.values() for place in places[1:]]
 

@@ -43,7 +43,7 @@ class EpochBatches(Dataset[Batch]):
         self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
     ) -> None:
         self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
-        rows = rows_of_an_epoch(traces, options)
+        rows = _rows_of_an_epoch(traces, options)
         order = _together(traces, rows)
         random.Random(seed).shuffle(order)
         count = -(-len(rows) // batch_size)
@@ -79,12 +79,12 @@ class EpochBatches(Dataset[Batch]):
         return drawn
 
 
-def rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[int]:
+def _rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[int]:
     """Places of the traces that an epoch trains on, some of them more than once where stages are balanced.
 
     >>> from types import SimpleNamespace as Row
     >>> rows = [Row(stage="hop"), Row(stage="hop"), Row(stage="hop"), Row(stage="answer")]
-    >>> rows_of_an_epoch(rows, Bootstrapping(balance_stages=True))
+    >>> _rows_of_an_epoch(rows, Bootstrapping(balance_stages=True))
     [0, 1, 2, 3, 3, 3]
     """
     if not options.balance_stages:
@@ -278,7 +278,7 @@ class TraceDataModule(LightningDataModule, ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
+        return -(-len(_rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
 
     def epoch_batches(self) -> EpochBatches:
         """The batches of the current epoch.

@@ -71,6 +71,7 @@ def faults_to_dict(faults: Faults) -> dict[str, dict[str, Any]]:
 
 
 def faults_from_dict(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Fault]:
+    """Faults by kind, from plain types as JSON has them."""
     return {kind: Fault(**fault) for kind, fault in data.items()}
 
 

@@ -118,7 +118,7 @@ class Runner:
         while pending:
             forms = [form_of(self.form, given[run.call.stage]) for run, given in pending]
             requests = [
-                run.request(form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
+                run.request(form, signatures[run.call.stage], given, _call_seed(seed, run, attempt))
                 for (run, given), form in zip(pending, forms, strict=True)
             ]
             completions = self._completions(
@@ -164,7 +164,7 @@ def _described(
     return repr(([e.id for e in examples], [ids[id(one)] for one in sets], seed, attempt, sampling))
 
 
-def call_seed(seed: int, run: _Run, attempt: int) -> int:
+def _call_seed(seed: int, run: _Run, attempt: int) -> int:
     """A 63-bit seed from what the call is, not from when or beside what it runs."""
     text = f"{seed}|{run.example.id}|{run.call.stage}|{len(run.steps)}|{attempt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

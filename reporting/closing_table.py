@@ -52,7 +52,7 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     for line in set_metric_lines(summary, records):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     judged = judge_line(summary.get("judge"))
-    for line in [*([f"Metric: {judged}"] if judged else []), *cost_lines(summary), *fault_lines(summary)]:
+    for line in [*([f"Metric: {judged}"] if judged else []), *cost_lines(summary), *_fault_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if damage:
         console.print(damage, highlight=False, markup=False, soft_wrap=True)
@@ -139,7 +139,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     return {"val score": f"{record['val_score']:.3f}", **moved, **missed, **failed, **cost}
 
 
-def fault_lines(summary: Mapping[str, Any]) -> list[str]:
+def _fault_lines(summary: Mapping[str, Any]) -> list[str]:
     """A line for each kind of fault of the user's code, in the run and in its closing test."""
     return [
         f"{where}the {kind} failed {fault}"

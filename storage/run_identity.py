@@ -110,6 +110,7 @@ def data_sums(sets: Mapping[str, Iterable[Any]]) -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 

@@ -92,7 +92,7 @@ class WeightWork:
         text = json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2)
         module.ranks.once(lambda: write_durably(self._folder(run, rounds) / "prompts.json", text))
         self._train_on(trainer, traces, rounds)
-        done = module.weight_step if rounds else 0
+        done = module.optimiser_step if rounds else 0
         left = self.epochs - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
         return True

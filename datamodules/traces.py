@@ -207,7 +207,7 @@ class TraceDataModule(LightningDataModule, ABC):
             set_metric(name)  # refuses a name that there is no metric of
         self.epoch = 0
         self._splits: Splits | None = None
-        self._weight_step = 0
+        self._place = 0
         self._traces: list[Trace] = []
         self._maker: PairMaker | None = None
         self._options = bootstrapping  # of the rows at hand
@@ -267,7 +267,7 @@ class TraceDataModule(LightningDataModule, ABC):
                 "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
             )
             raise NoTracesError(f"weight step: no traces to train on: {message}.")
-        self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
+        self._traces, self._maker, self._place, self.epoch = fitting, maker, step, epoch
         self._all_trained = False
         self._options = replace(self.bootstrapping, demo_share=0.0) if as_drawn else self.bootstrapping
         return len(traces) - len(fitting)
@@ -296,7 +296,7 @@ class TraceDataModule(LightningDataModule, ABC):
             self._maker,
             self._options,
             batch_size=self.batch_size,
-            seed=f"{self.seed}|{self._weight_step}|{self.epoch}",
+            seed=f"{self.seed}|{self._place}|{self.epoch}",
         )
 
     def state_dict(self) -> dict[str, Any]:

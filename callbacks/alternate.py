@@ -85,7 +85,7 @@ class Alternate(Callback):
     Attributes:
         steps: letter -> settings of its weight step, whole.
         state: where in the schedule the run is.
-        work: what is known of the steps behind, and does those ahead.
+        work: what is known of the steps done, and does those ahead.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class Alternate(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Saved behind an epoch's last batch, a run would go on with the next epoch, past this one's validation and end.
+        # Saved after an epoch's last batch, a run would go on with the next epoch, past this one's validation and end.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.saver.step_ended(trainer)
@@ -231,7 +231,7 @@ class Alternate(Callback):
 
     @property
     def position(self) -> int:
-        """Steps of the schedule that are behind."""
+        """Steps of the schedule that are done."""
         return self.work.course.position
 
     @property

@@ -44,9 +44,9 @@ class State:
     """Where a run is.
 
     Attributes:
-        boundaries: that are behind; 0 before the program as it came has been scored.
+        boundaries: reached so far; 0 before the program as it came has been scored.
         phase: what is to be done next.
-        rounds: of the weight step under way that are behind.
+        rounds: of the weight step under way that are done.
     """
 
     boundaries: int = 0
@@ -55,7 +55,7 @@ class State:
 
     @property
     def position(self) -> int:
-        """Steps of the schedule that are behind."""
+        """Steps of the schedule that are done."""
         return max(self.boundaries - 1, 0)
 
     @property

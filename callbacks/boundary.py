@@ -19,7 +19,7 @@ class Boundary:
     """The state between two steps of a schedule.
 
     Attributes:
-        index: steps behind it; 0 is the program as it came.
+        index: steps before it; 0 is the program as it came.
         step: the step that led here, "p" or "w"; "" at index 0.
         prefix: the schedule up to here, e.g. "p -> w"; "vanilla" at index 0.
         prompts: those kept; `previous` are those before the step.

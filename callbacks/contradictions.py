@@ -14,11 +14,11 @@ from cotune.errors import CotuneError
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Example, FieldTypeError, Form, Metric, Program, Rollout, Signature
 from cotune.programs.demos import label_text
-from cotune.programs.faults import raised, shown
+from cotune.programs.faults import quoted, raised
 from cotune.programs.metrics import COMPARE_FIELDS
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_MOST_SECONDS = 5.0
+_MAX_SECONDS = 5.0
 """For asking the metric about the labels themselves. One that takes longer, as where it asks an LM, is asked less."""
 
 
@@ -88,8 +88,8 @@ def check_fields(program: Program, metric: Metric, examples: Sequence[Example]) 
             if wrong:
                 example, why = wrong[0]
                 raise ContradictionError(
-                    f"example {example.id}: the label {name} {shown(example.labels[name], limit=80)} can be no answer: "
-                    f"{why} {len(wrong)} of {len(examples)} labels are such. Mend the data, or the field's type."
+                    f"example {example.id}: the label {name} {quoted(example.labels[name], limit=80)} can be no answer:"
+                    f" {why} {len(wrong)} of {len(examples)} labels are such. Mend the data, or the field's type."
                 )
 
 
@@ -105,13 +105,13 @@ def check_texts(program: Program, form: Form, examples: Sequence[Example]) -> li
         labels = [e for e in examples if e.labels.get(name) is not None]
         wrong = [(e, why) for e in labels if (why := _unwritable(form, signature, name, e.labels[name]))]
         if wrong:
-            said = (
+            message = (
                 f"example {wrong[0][0].id}: the form {type(form).__name__} cannot write the label {name} so that "
                 f"it is read back: {wrong[0][1]}. So it is with {len(wrong)} of {len(labels)} labels"
             )
             if len(wrong) == len(labels):
-                raise ContradictionError(f"{said}. Mend the data, or take another model.form.")
-            found.append(f"{said}; they are never shown as demos")
+                raise ContradictionError(f"{message}. Mend the data, or take another model.form.")
+            found.append(f"{message}; they are never shown as demos")
     return list(dict.fromkeys(found))
 
 
@@ -128,7 +128,7 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     unasked: list[str] = []
     began, asked = time.monotonic(), 0
     for example in examples:
-        if time.monotonic() - began > _MOST_SECONDS:
+        if time.monotonic() - began > _MAX_SECONDS:
             break
         asked += 1
         try:
@@ -146,7 +146,7 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     if asked < len(examples):
         found.append(
             f"whether the metric scores labels as right was tried on {asked} of {len(examples)} examples: more would "
-            f"have taken longer than {_MOST_SECONDS:g} s"
+            f"have taken longer than {_MAX_SECONDS:g} s"
         )
     if unasked:
         first = f"whether the metric scores labels as right could not be tried on {len(unasked)} of {asked} examples"
@@ -169,10 +169,10 @@ def check_window(done: Sequence[Rollout], window: int, max_new_tokens: int) -> N
     ]
     if not done or len(long) + len(filled) < len(done) or any(rollout.score for rollout in done):
         return
-    said = [f"{len(long)} of {len(done)} prompts are longer than it"] if long else []
-    said += [f"{len(filled)} of {len(done)} prompts leave next to nothing of it for an answer"] if filled else []
+    reasons = [f"{len(long)} of {len(done)} prompts are longer than it"] if long else []
+    reasons += [f"{len(filled)} of {len(done)} prompts leave next to nothing of it for an answer"] if filled else []
     raise ContradictionError(
-        f"the model's window of {window:,} tokens is too small: {'; '.join(said)} (the prompts have "
+        f"the model's window of {window:,} tokens is too small: {'; '.join(reasons)} (the prompts have "
         f"{min(long + filled):,} to {max(long + filled):,} tokens, and up to {max_new_tokens:,} are to be written). "
         "Take a model with a longer window, or shorter inputs, passages and instructions."
     )
@@ -289,7 +289,7 @@ def _of_itself(metric: Metric, example: Example, threshold: float) -> tuple[Any,
 def _below_one(metric: Metric, wrong: Sequence[tuple[Example, Any]], asked: int, threshold: float) -> str:
     example, score = wrong[0]
     name = getattr(metric, "__name__", type(metric).__name__)
-    labels = "; ".join(f"{field} {shown(value, limit=80)}" for field, value in example.labels.items())
+    labels = "; ".join(f"{field} {quoted(value, limit=80)}" for field, value in example.labels.items())
     why = f" ({score.feedback})" if getattr(score, "feedback", "") else ""
     return (
         f"example {example.id}: the metric {name} scores the right answer itself ({labels}) {float(score):g}{why}, so "

@@ -56,7 +56,7 @@ class Course:
 
     @property
     def position(self) -> int:
-        """Steps of the schedule that are behind."""
+        """Steps of the schedule that are done."""
         return max(len(self.history) - 1, 0)
 
     @property

@@ -13,7 +13,7 @@ from cotune.programs.faults import KINDS
 from cotune.programs.set_metrics import measured
 from cotune.programs.values import gold_text
 
-_MOST_LABELS = 100
+_MAX_LABELS = 100
 
 
 def diagnose(
@@ -99,7 +99,7 @@ def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict
 def by_label(examples: Sequence[Example], passed: set[str]) -> dict[str, list[int]]:
     """Label -> [examples that passed, examples], by label; {} where labels are as good as unique."""
     total = Counter(_label(example) for example in examples)
-    if len(total) > min(_MOST_LABELS, len(examples) / 2):
+    if len(total) > min(_MAX_LABELS, len(examples) / 2):
         return {}
     solved = Counter(_label(example) for example in examples if example.id in passed)
     return {label: [solved[label], count] for label, count in sorted(total.items())}
@@ -135,5 +135,5 @@ def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answer
     if gold_answers:
         ways.append("set data.bootstrapping.gold_answers")
     ways.append("put a prompt step first")
-    said = ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
-    return f"{said[0].upper()}{said[1:]}. `cotune report` shows what it wrote on val."
+    message = ", ".join(ways[:-1]) + f", or {ways[-1]}" if len(ways) > 1 else ways[0]
+    return f"{message[0].upper()}{message[1:]}. `cotune report` shows what it wrote on val."

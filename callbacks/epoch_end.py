@@ -1,4 +1,4 @@
-"""EpochEnd: the end of a training epoch, behind all that other callbacks do there."""
+"""EpochEnd: the end of a training epoch, after all that other callbacks do there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 class EpochEnd(Checkpoint):
     """Calls a function when every other callback has had its say about an epoch, EarlyStopping included.
 
-    Lightning calls callbacks of this class behind all others, in their order; so it is to be the last of them.
+    Lightning calls callbacks of this class after all others, in their order; so it is to be the last of them.
     """
 
     def __init__(self, then: Callable[[Trainer], None]) -> None:

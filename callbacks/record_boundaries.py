@@ -45,7 +45,7 @@ class RecordBoundaries(Callback, BoundaryListener):
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
         if trainer.is_global_zero:
             name = f"boundaries/{boundary.index}.json"
-            write_whole(self._path(trainer, name), json.dumps(boundary_record(boundary), ensure_ascii=False) + "\n")
+            write_whole(self._path(trainer, name), json.dumps(_boundary_record(boundary), ensure_ascii=False) + "\n")
             self._write(trainer, f"rollouts/val-{boundary.index}.jsonl", boundary.rollouts)
             if boundary.tested is not None:
                 self._write(trainer, f"rollouts/test-{boundary.index}.jsonl", boundary.tested)
@@ -65,7 +65,7 @@ class RecordBoundaries(Callback, BoundaryListener):
         return Path(self.folder or trainer.default_root_dir) / name
 
 
-def boundary_record(boundary: Boundary) -> dict[str, Any]:
+def _boundary_record(boundary: Boundary) -> dict[str, Any]:
     """Prompts and candidates of a boundary, in plain types; its numbers stand in history.jsonl."""
     record: dict[str, Any] = {
         "index": boundary.index,

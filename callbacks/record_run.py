@@ -55,7 +55,7 @@ class RecordRun(Callback, BoundaryListener):
         # All of it, not one line more: after a resume the file must not hold a boundary that was never saved.
         lines = [json.dumps(record, ensure_ascii=False) for record in self._alternate.history]
         write_durably(self._path(trainer, "history.jsonl"), "\n".join(lines) + "\n")
-        known = history_faults(self._alternate.history[:-1])
+        known = _history_faults(self._alternate.history[:-1])
         for kind, fault in boundary.faults.items():
             if kind not in known:
                 say(f"the {kind} failed {fault}. Such runs score 0; history.jsonl counts them.")
@@ -75,7 +75,7 @@ class RecordRun(Callback, BoundaryListener):
         assert isinstance(module, ProgramModule)
         made = summary(self._alternate, seed=module.seed)
         made |= {"ended": ended, "found": found, "adapter": str(module.lm.attached)}
-        more = {**spent_and_judged(trainer, module), "durability": self._durability(module)}
+        more = {**_spent_and_judged(trainer, module), "durability": self._durability(module)}
         self._write(trainer, module, {**made, **more})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,7 +89,7 @@ class RecordRun(Callback, BoundaryListener):
             if names := trainer.datamodule.set_metrics:  # type: ignore[attr-defined]
                 pairs = [(rollout.example, rollout.prediction) for rollout in pl_module.evaluated]  # type: ignore[union-attr]
                 tested["test_set_metrics"] = measured(names, pairs)
-            self._write(trainer, pl_module, {**known, **tested, **spent_and_judged(trainer, pl_module)})
+            self._write(trainer, pl_module, {**known, **tested, **_spent_and_judged(trainer, pl_module)})
 
     def _write(self, trainer: Trainer, module: LightningModule, data: dict[str, Any]) -> None:
         write_durably(self._path(trainer, "summary.json"), json.dumps(data, indent=2, ensure_ascii=False) + "\n")
@@ -116,7 +116,7 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
         "scores": {record["prefix"]: record["val_score"] for record in history},
         "best": alternate.best["prefix"],
         "test_score": None,
-        "faults": faults_to_dict(history_faults(history)),
+        "faults": faults_to_dict(_history_faults(history)),
         "test_faults": {},
         **{name: sum(r[name] for r in history) for name in _COUNTED},
         "seconds": {**{k: round(v, 1) for k, v in seconds.items()}, "total": round(sum(seconds.values()), 1)},
@@ -126,13 +126,13 @@ def summary(alternate: Alternate, *, seed: int) -> dict[str, Any]:
     }
 
 
-def spent_and_judged(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+def _spent_and_judged(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """What was paid, by role, where LMs are charged to a ledger; and how far a judge agreed with itself."""
     roles = getattr(module, "ledger", Ledger()).roles
     metric = getattr(getattr(trainer, "datamodule", None), "metric", None)
     return {"costs": {role: asdict(usage) for role, usage in roles.items()}, "judge": judge_noise(metric)}
 
 
-def history_faults(history: Sequence[Mapping[str, Any]]) -> Faults:
+def _history_faults(history: Sequence[Mapping[str, Any]]) -> Faults:
     """The faults of several boundaries' records together."""
     return merged(*(faults_from_dict(record.get("faults", {})) for record in history))

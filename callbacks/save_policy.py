@@ -37,7 +37,7 @@ class SavePolicy:
         self._at, self._step, self._takes = self._clock(), step, seconds
 
     def due(self, step: int) -> bool:
-        """Whether to save behind this optimiser step."""
+        """Whether to save after this optimiser step."""
         if self.every == "auto":
             return self._clock() - self._at >= self._takes / _SHARE
         return step - self._step >= self.every

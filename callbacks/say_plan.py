@@ -73,8 +73,8 @@ class SayPlan(Callback, BoundaryListener):
         took = f"{boundary.cost['lm_calls']:,} LM calls, {format_duration(boundary.cost['seconds'])}"
         runs = runs_left(alternate, trainer.datamodule, boundary.index)  # type: ignore[attr-defined]
         epochs = _epochs(alternate, boundary.index)
-        said = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
-        say(f"{head} ({took}){said}")
+        message = f"; {self._time(alternate, runs, epochs)}" if boundary.index < len(alternate.schedule) else ""
+        say(f"{head} ({took}){message}")
 
     def _time(self, alternate: Alternate, runs: Runs, epochs: int) -> str:
         """What so many runs and epochs will take, at the pace so far."""
@@ -137,10 +137,10 @@ def _budget(ledger: Ledger, calls: float) -> list[str]:
     return [f"  budget    {ledger.budget}{spent}{least}"]
 
 
-def runs_left(alternate: Alternate, data: TraceDataModule, behind: int) -> Runs:
+def runs_left(alternate: Alternate, data: TraceDataModule, done: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
     train, dev, val, test = (len(getattr(data.splits, name)) for name in NAMES)
-    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[behind:]]
+    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[done:]]
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
@@ -158,9 +158,9 @@ def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: in
     return collected * few + scored, collected * most + scored
 
 
-def _epochs(alternate: Alternate, behind: int) -> int:
+def _epochs(alternate: Alternate, done: int) -> int:
     """Training epochs in the steps of the schedule after so many."""
-    return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[behind:] if step != PROMPTS)
+    return sum(alternate.steps[step].epochs_or_rounds for step in alternate.schedule[done:] if step != PROMPTS)
 
 
 def format_duration(seconds: float) -> str:
@@ -206,8 +206,8 @@ def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
         if group["by_size"] and not step.lr:
             why = f"by the LM's size, {module.weights.size / 1e6:,.0f}M parameters"
         rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
-    said = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
-    return [f"  rate      {said}"] if said else []
+    message = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
+    return [f"  rate      {message}"] if message else []
 
 
 def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> list[str]:

@@ -40,7 +40,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 class StepWork:
-    """Does the steps of a schedule, and keeps what is known of those behind.
+    """Does the steps of a schedule, and keeps what is known of those done.
 
     Args:
         search: of the prompt steps.
@@ -114,7 +114,7 @@ class StepWork:
         return random.Random(self.course.seed("examples", self.course.position)).sample(train, most)
 
     def _calls_left(self) -> int:
-        """LM calls that the last search may make, so that with the scoring behind it the run has made `lm_calls`."""
+        """LM calls that the last search may make, so that with the scoring after it the run has made `lm_calls`."""
         if self.course.options.lm_calls is None or self.course.position < len(self.course.schedule) - 1:
             return 0
         spent = sum(int(record["lm_calls"]) for record in self.course.history)
@@ -154,7 +154,7 @@ class StepWork:
     def _end_weight_step(self, trainer: Trainer, rounds: int) -> None:
         module, data = ours(trainer)
         choice = self.weight.choice
-        if choice.wants(rounds):  # Lightning does not validate here, or not behind every epoch
+        if choice.wants(rounds):  # Lightning does not validate here, or not after every epoch
             done = self._score(module, data.splits.val, "val")
             choice.offer(mean_score(done), module.lm.adapter_state(), epoch=rounds)
         average, count = choice.average()

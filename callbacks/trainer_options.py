@@ -71,7 +71,7 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "EarlyStopping ends the weight step under way, and the schedule goes on. Timer: take trainer.max_time. "
         "StochasticWeightAveraging and the like: take alternate.average_last. LearningRateFinder, BatchSizeFinder and "
         "finetuning schedules train outside the schedule: leave them out",
-        lambda value: not refused_callbacks(value),
+        lambda value: not _refused_callbacks(value),
     ),
     "fast_dev_run": _works("one batch of every step: searched, collected, trained and scored on; nothing is kept"),
     "max_epochs": _refused(_LENGTH, lambda value: value == -1),
@@ -144,7 +144,7 @@ _CALLBACKS = {
 }
 
 
-def refused_callbacks(chosen: Any) -> list[str]:
+def _refused_callbacks(chosen: Any) -> list[str]:
     """A phrase for each callback that would break the schedule; they may be objects, or as a config names them."""
     found = []
     for callback in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
@@ -170,7 +170,7 @@ def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = ())
         if value is None or name in but or option.takes(value):
             continue
         if name == "callbacks":
-            raise TrainerOptionError(f"trainer.callbacks: {'; '.join(refused_callbacks(value))}.")
+            raise TrainerOptionError(f"trainer.callbacks: {'; '.join(_refused_callbacks(value))}.")
         raise TrainerOptionError(f"trainer.{name} {value} cannot be had here: {option.says}.")
 
 

@@ -61,7 +61,7 @@ class WeightWork:
         self.choice = EpochChoice(keep_best=self.course.options.keep_best_epoch)
 
     def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
-        """Collects what the next rounds train on, with `rounds` of the weight step behind.
+        """Collects what the next rounds train on, with `rounds` of the weight step done.
 
         Returns:
             Whether the step goes on: objectives that learn from runs of their own may find nothing in them.
@@ -92,20 +92,20 @@ class WeightWork:
         text = json.dumps(prompts_to_dict(prompts), ensure_ascii=False, indent=2)
         module.ranks.once(lambda: write_durably(self._folder(run, rounds) / "prompts.json", text))
         self._train_on(trainer, traces, rounds)
-        done = module.weight_step if rounds else 0
+        done = module.optimiser_step if rounds else 0
         left = self.epochs - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
         return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:
-        """Takes up a weight step where its checkpoint left it, with `rounds` of it behind."""
+        """Takes up a weight step where its checkpoint left it, with `rounds` of it done."""
         module, data = ours(trainer)
         collected = rounds if self.course.settings.rounds else 0
         traces = self._reused(module, data) or load_traces(self._folder(run, collected), module.program)
         self._train_on(trainer, traces, rounds)
 
     def epoch_scored(self, module: ProgramModule, *, rounds: int) -> None:
-        """Lightning has run the program on val behind a training epoch."""
+        """Lightning has run the program on val after a training epoch."""
         score = mean_score(module.evaluated)
         self.choice.offer(score, module.lm.adapter_state(), epoch=rounds + 1)
         say_if_piped(f"{self.course.title('weight step')}: epoch {rounds + 1}/{self.epochs}, val score {score:.3f}")

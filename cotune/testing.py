@@ -93,9 +93,9 @@ class FakeEngine(Engine):
         if room < plan.least:
             return Generated([], "", "too_long")
         filling = Filling(plan, max_new_tokens=sampling.max_new_tokens, room=room)
-        said, width = self.answer(self.codec.decode(prompt.ids)), len(self.codec.vocabulary.tokens)
+        message, width = self.answer(self.codec.decode(prompt.ids)), len(self.codec.vocabulary.tokens)
         while filling.finished is None:
-            token, forbidden_V = self._next(filling, prompt.layout, said), filling.forbidden(width, _CPU)
+            token, forbidden_V = self._next(filling, prompt.layout, message), filling.forbidden(width, _CPU)
             if forbidden_V is not None and forbidden_V[token]:
                 token = int((~forbidden_V).nonzero()[0])
             filling.take(token)

@@ -54,7 +54,7 @@ def collect(
     wanting, solved = list(examples), 0
     while wanting:
         number = attempts[-1].number + 1 if attempts else 0
-        shown = _shown(prompts, wanting, pool, options, number, seed)
+        shown = _prompts_for(prompts, wanting, pool, options, number, seed)
         done = (later if number else runner).run(wanting, shown, seed=seed, attempt=number)
         hinting = number >= options.attempts
         attempts += [Attempt(r, number, prompts_id(p), hinting) for r, p in zip(done, shown, strict=True)]
@@ -121,7 +121,7 @@ def _unsolved(examples: Sequence[Example], attempts: Sequence[Attempt], options:
     return [example for example in examples if example.id not in solved]
 
 
-def _shown(
+def _prompts_for(
     prompts: Prompts,
     examples: Sequence[Example],
     pool: Mapping[str, Sequence[Demo]],
@@ -132,7 +132,7 @@ def _shown(
     """The prompts of an attempt, for each example: no run may read its own answer off a demo."""
     if number and options.fresh_demos:
         rng = random.Random(f"{seed}|{number}")
-        given = fresh_prompts(prompts, examples, pool, count=options.fresh_demos, rng=rng)
+        given = _fresh_prompts(prompts, examples, pool, count=options.fresh_demos, rng=rng)
     else:
         given = [hide_own_demos(prompts, example.id) for example in examples]
     if number < options.attempts:
@@ -140,7 +140,7 @@ def _shown(
     return [hinted(shown, example) for shown, example in zip(given, examples, strict=True)]
 
 
-def fresh_prompts(
+def _fresh_prompts(
     prompts: Prompts,
     examples: Sequence[Example],
     pool: Mapping[str, Sequence[Demo]],

@@ -250,6 +250,7 @@ class Report:
 
 
 def passing(attempts: Sequence[Attempt], options: Bootstrapping) -> tuple[Attempt, ...]:
+    """The attempts that passed; of equal completions of one example the first."""
     found: dict[tuple[str, ...], Attempt] = {}
     for attempt in attempts:
         if _outcome(attempt.rollout, options) == "passed":

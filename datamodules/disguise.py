@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 _FIRST = 0x100000  # the last private use plane
-_MOST = 0xFFFE
+_MAX = 0xFFFE
 
 
 class DisguisedTokenizer:
@@ -30,7 +30,7 @@ class DisguisedTokenizer:
             raise ValueError("no tokenizer of the tokenizers library")
         described = json.loads(backend.to_str())
         added = described["added_tokens"]
-        if len(added) > _MOST:
+        if len(added) > _MAX:
             raise ValueError(f"{len(added)} added tokens, more than there are stand-ins")
         self.stand_ins = {token["content"]: chr(_FIRST + place) for place, token in enumerate(added)}
         ids = {self.stand_ins[token["content"]]: token["id"] for token in added}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cotune.errors import CotuneError
-from cotune.programs.faults import shown
+from cotune.programs.faults import quoted
 
 
 class DataError(CotuneError, ValueError):
@@ -111,7 +111,7 @@ def _text(path: Path) -> str:
         raise DataError(f'"{path}" cannot be read: {error}.') from error
 
 
-def jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
+def _jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
     lines = [line for line in text.split("\n") if line.strip()]
     rows, faults = [], []
@@ -125,6 +125,7 @@ def jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
 
 
 def json_object(line: str) -> dict[str, Any]:
+    """The object that a line of jsonl holds. Raises DataError where it holds something else."""
     value = _json(line)
     if not isinstance(value, dict):
         raise DataError(f'it is of type {type(value).__name__}; a line of jsonl is an object, {{"field": value, …}}.')
@@ -178,7 +179,7 @@ def _tsv_rows(text: str, where: str) -> list[dict[str, Any]]:
     return _csv_rows(text, where, delimiter="\t")
 
 
-_TEXT_READERS = {".jsonl": jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
+_TEXT_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
 
 
 def _check_header(header: Sequence[str], where: str) -> None:
@@ -186,7 +187,9 @@ def _check_header(header: Sequence[str], where: str) -> None:
         raise DataError(f"{where} is empty; its first line names the columns.")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise DataError(f'{where} has two columns named "{shown(twice[0], by=str, limit=60)}"; give each its own name.')
+        raise DataError(
+            f'{where} has two columns named "{quoted(twice[0], by=str, limit=60)}"; give each its own name.'
+        )
 
 
 def _no_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from cotune.datamodules.files import DataError, json_object, refuse_bad_rows
 from cotune.programs import Example
-from cotune.programs.faults import shown
+from cotune.programs.faults import quoted
 
 Row = Mapping[str, Any]
 Fields = Sequence[str] | Mapping[str, str]
@@ -81,7 +81,7 @@ def _example(row: Any, inputs: Mapping[str, str], labels: Mapping[str, str], id_
 def _value(row: Row, column: str) -> Any:
     """The row's value of a column, if a program can be given it."""
     if column not in row:
-        has = ", ".join(shown(name, limit=60) for name in list(row)[:20] if isinstance(name, str))
+        has = ", ".join(quoted(name, limit=60) for name in list(row)[:20] if isinstance(name, str))
         raise DataError(f"field {column!r} is missing; the row has {has or 'none'}.")
     try:
         return _checked(row[column])
@@ -96,8 +96,8 @@ def _checked(value: Any) -> Any:
         DataError: it has no such form. Says what it is, without the name of its field.
     """
     if value is None or (isinstance(value, (float, Decimal)) and not math.isfinite(value)):
-        said = "empty (null)" if value is None else str(value)
-        raise DataError(f"is {said}; {_ALLOWED}. Fill it in, or remove the row.")
+        message = "empty (null)" if value is None else str(value)
+        raise DataError(f"is {message}; {_ALLOWED}. Fill it in, or remove the row.")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise DataError("is a whole number beyond 64 bits; write it as text.")
     if isinstance(value, str):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from cotune.errors import BadValueError
 from cotune.programs import Example
-from cotune.programs.faults import shown
+from cotune.programs.faults import quoted
 
 NAMES = ("train", "dev", "val", "test")
 """train bootstraps demos and traces, dev scores candidates, val chooses between steps, test is touched once."""
@@ -142,21 +142,21 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
 
 def leak_notes(splits: Splits) -> list[str]:
     """How many examples of dev, val and test have the inputs of an example that comes before them: a line, or none."""
-    counts, seen = {}, {inputs_key(example) for example in splits.train} - {""}
+    counts, seen = {}, {_inputs_key(example) for example in splits.train} - {""}
     for name in NAMES[1:]:
-        keys = [inputs_key(example) for example in getattr(splits, name)]
+        keys = [_inputs_key(example) for example in getattr(splits, name)]
         counts[name] = sum(key in seen for key in keys)
         seen |= set(keys) - {""}
-    said = [f"{count} of {len(getattr(splits, name))} {name}" for name, count in counts.items() if count]
-    if not said:
+    leak = [f"{count} of {len(getattr(splits, name))} {name}" for name, count in counts.items() if count]
+    if not leak:
         return []
     return [
-        f"leakage: {', '.join(said)} examples have the inputs of an example in an earlier set (train, dev, val, test); "
+        f"leakage: {', '.join(leak)} examples have the inputs of an example in an earlier set (train, dev, val, test); "
         "data.duplicates drop leaves such rows out"
     ]
 
 
-def inputs_key(example: Example) -> str:
+def _inputs_key(example: Example) -> str:
     """What two examples share that ask the same; "" where there are no inputs."""
     return json.dumps(example.inputs, sort_keys=True, default=str) if example.inputs else ""
 
@@ -231,11 +231,11 @@ def _check_enough(have: int, wanted: Mapping[str, int], where: str) -> None:
     asked = sum(wanted.values())
     if asked > have:
         terms = {name: size for name, size in wanted.items() if size}
-        said = " + ".join(f"{name} {size}" for name, size in terms.items())
+        message = " + ".join(f"{name} {size}" for name, size in terms.items())
         total = f" = {asked}" if len(terms) > 1 else ""
         lower = " or ".join(f"sizes.{name}" for name in terms)
         raise BadValueError(
-            f"too few examples: {have} exist in {where}, {said}{total} are asked. Lower {lower} by {asked - have}"
+            f"too few examples: {have} exist in {where}, {message}{total} are asked. Lower {lower} by {asked - have}"
             f"{' in all' if len(terms) > 1 else ''}."
         )
 
@@ -265,9 +265,9 @@ def _settled(
     total = sum(map(len, pools.values()))
     one = len(repeats) == 1
     what = f"{'is' if one else 'are'} {'left out' if dropped else 'kept'}"
-    said = f"{len(repeats)} of {total} rows {'has' if one else 'have'} the inputs of another"
-    said = f"{said} ({_labels_too(pools, repeats)}) and {what}"
-    return kept, [said] if repeats else []
+    message = f"{len(repeats)} of {total} rows {'has' if one else 'have'} the inputs of another"
+    message = f"{message} ({_labels_too(pools, repeats)}) and {what}"
+    return kept, [message] if repeats else []
 
 
 _Place = tuple[str, int]
@@ -280,7 +280,7 @@ def _repeats(pools: Mapping[str, Sequence[Example]]) -> list[tuple[_Place, _Plac
     groups: dict[str, list[_Place]] = {}
     for name in reversed(list(pools)):  # the rest come first in it
         for at in sorted(range(len(pools[name])), key=lambda i: (pools[name][i].id, i)):
-            if key := inputs_key(pools[name][at]):
+            if key := _inputs_key(pools[name][at]):
                 groups.setdefault(key, []).append((name, at))
     return [(place, places[0]) for places in groups.values() for place in places[1:]]
 
@@ -294,10 +294,10 @@ def _refused(pools: Mapping[str, Sequence[Example]], repeats: Sequence[tuple[_Pl
         f"rows {row + 1} and {other_row + 1}" if one == other else f"row {row + 1} and row {other_row + 1} of {other}"
     )
     equal = pools[one][row].labels == pools[other][other_row].labels
-    said = "are equal" if equal else "have the same inputs and different labels"
+    how = "are equal" if equal else "have the same inputs and different labels"
     such = f"{len(repeats)} row{'s are' if len(repeats) > 1 else ' is'} such"
     return (
-        f"{one}, {rows} {said} ({such}: {_labels_too(pools, repeats)}). An example that stands twice may be trained on "
+        f"{one}, {rows} {how} ({such}: {_labels_too(pools, repeats)}). An example that stands twice may be trained on "
         "and tested with: data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
     )
 
@@ -331,4 +331,4 @@ def _check_disjoint(pools: Mapping[str, Sequence[Example]]) -> None:
 
 def _name(id_: str) -> str:
     """An id as a message shows it: ids of data may be long, or of several lines."""
-    return shown(id_, by=str, limit=60)
+    return quoted(id_, by=str, limit=60)

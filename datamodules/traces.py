@@ -43,7 +43,7 @@ class EpochBatches(Dataset[Batch]):
         self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
     ) -> None:
         self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
-        rows = rows_of_an_epoch(traces, options)
+        rows = _rows_of_an_epoch(traces, options)
         order = _together(traces, rows)
         random.Random(seed).shuffle(order)
         count = -(-len(rows) // batch_size)
@@ -79,12 +79,12 @@ class EpochBatches(Dataset[Batch]):
         return drawn
 
 
-def rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[int]:
+def _rows_of_an_epoch(traces: Sequence[Trace], options: Bootstrapping) -> list[int]:
     """Places of the traces that an epoch trains on, some of them more than once where stages are balanced.
 
     >>> from types import SimpleNamespace as Row
     >>> rows = [Row(stage="hop"), Row(stage="hop"), Row(stage="hop"), Row(stage="answer")]
-    >>> rows_of_an_epoch(rows, Bootstrapping(balance_stages=True))
+    >>> _rows_of_an_epoch(rows, Bootstrapping(balance_stages=True))
     [0, 1, 2, 3, 3, 3]
     """
     if not options.balance_stages:
@@ -207,7 +207,7 @@ class TraceDataModule(LightningDataModule, ABC):
             set_metric(name)  # refuses a name that there is no metric of
         self.epoch = 0
         self._splits: Splits | None = None
-        self._weight_step = 0
+        self._place = 0
         self._traces: list[Trace] = []
         self._maker: PairMaker | None = None
         self._options = bootstrapping  # of the rows at hand
@@ -246,7 +246,7 @@ class TraceDataModule(LightningDataModule, ABC):
 
         Args:
             step: place in the schedule; with seed and epoch it decides the order of the rows.
-            epoch: epochs of this weight step that are already behind.
+            epoch: epochs of this weight step that are done.
             as_drawn: the rows keep the prompts that they were drawn by: none gets demos besides (`demo_share`).
 
         Returns:
@@ -263,9 +263,11 @@ class TraceDataModule(LightningDataModule, ABC):
             )
         fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
         if not fitting:
-            said = "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
-            raise NoTracesError(f"weight step: no traces to train on: {said}.")
-        self._traces, self._maker, self._weight_step, self.epoch = fitting, maker, step, epoch
+            message = (
+                "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
+            )
+            raise NoTracesError(f"weight step: no traces to train on: {message}.")
+        self._traces, self._maker, self._place, self.epoch = fitting, maker, step, epoch
         self._all_trained = False
         self._options = replace(self.bootstrapping, demo_share=0.0) if as_drawn else self.bootstrapping
         return len(traces) - len(fitting)
@@ -276,7 +278,7 @@ class TraceDataModule(LightningDataModule, ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
+        return -(-len(_rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
 
     def epoch_batches(self) -> EpochBatches:
         """The batches of the current epoch.
@@ -294,7 +296,7 @@ class TraceDataModule(LightningDataModule, ABC):
             self._maker,
             self._options,
             batch_size=self.batch_size,
-            seed=f"{self.seed}|{self._weight_step}|{self.epoch}",
+            seed=f"{self.seed}|{self._place}|{self.epoch}",
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -213,9 +213,9 @@ def _shared_threads(jobs: int) -> dict[str, str]:
 
 def _most(cost: Cost) -> str:
 
-    said = f"at most {cost.calls:,} LM calls"
+    message = f"at most {cost.calls:,} LM calls"
     if cost.prompt_tokens is not None:
-        said += f", {cost.prompt_tokens / 1e6:,.1f} million prompt tokens"
-    said += f", {cost.completion_tokens / 1e6:,.1f} million completion tokens"
-    said += f", {cost.pairs:,} training pairs" if cost.pairs else ""
-    return said + (f", {format_duration(cost.seconds)}" if cost.seconds is not None else "")
+        message += f", {cost.prompt_tokens / 1e6:,.1f} million prompt tokens"
+    message += f", {cost.completion_tokens / 1e6:,.1f} million completion tokens"
+    message += f", {cost.pairs:,} training pairs" if cost.pairs else ""
+    return message + (f", {format_duration(cost.seconds)}" if cost.seconds is not None else "")

@@ -116,8 +116,8 @@ def warm_up(words: Sequence[str], environment: Mapping[str, str]) -> Pace:
         )
         if done.returncode or not out.is_file():
             lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-            said = lines[-1].removeprefix("cotune: error: ") if lines else f"exit code {done.returncode}"
-            raise TableError(f"the warm-up failed: {said}")
+            message = lines[-1].removeprefix("cotune: error: ") if lines else f"exit code {done.returncode}"
+            raise TableError(f"the warm-up failed: {message}")
         took, found = time.perf_counter() - began, Pace.read(out.read_text(encoding="utf-8"))
         return replace(found, seconds_a_start=max(took - found.seconds_a_start, 0.0))
 

@@ -115,8 +115,8 @@ def _cell_lines(cell: Mapping[str, Any]) -> list[str]:
     lines = [f"## {cell['task']}, {cell['lm']}, {cell['preset']}", "", _joined(heads)]
     lines.append(_joined(["---"] + ["---:"] * (len(heads) - 1)))
     for row in rows:
-        cells = [row["strategy"].replace("->", "→"), _score(row), _shown(row["to_control"])]
-        cells += [_shown(row["to_equal_calls"])] if equal else []
+        cells = [row["strategy"].replace("->", "→"), _score(row), _difference(row["to_control"])]
+        cells += [_difference(row["to_equal_calls"])] if equal else []
         cells += [_number(row["lm_calls"]), _number(row["seconds"]), _share(row["unreadable"])]
         cells += [f"{row['seeds']} × {row['examples']}", *([_paper(row)] if papers else [])]
         lines.append(_joined(cells))
@@ -125,18 +125,18 @@ def _cell_lines(cell: Mapping[str, Any]) -> list[str]:
 
 def _caption(cell: Mapping[str, Any], *, equal: bool) -> str:
     rule = _RULES.get(cell["keep"], "that of each run's own `keep`")
-    said = (
+    message = (
         f"Test score in per cent, mean ± standard error over seeds; a strategy's program is {rule}. Differences are "
         "paired by seed and test example, with 95 % intervals (pigeonhole bootstrap over both; no correction for "
         "several rows). LM calls (mean) and seconds (median over seeds) are those of all the strategy's steps, test "
         "excluded; seconds where the completion store had least to give. Unreadable: test answers that did not parse."
     )
     if equal:
-        said += (
+        message += (
             " Equal calls: p → p whose second search goes on trying random demo sets until the run has made as many LM "
             "calls as p → w → p of the same seed; what training costs beside LM calls is not counted there."
         )
-    return f"{said} Paper: {SOURCE}." if cell["papers_task"] else said
+    return f"{message} Paper: {SOURCE}." if cell["papers_task"] else message
 
 
 def _dashes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -172,7 +172,7 @@ def _score(row: Mapping[str, Any]) -> str:
     return f"{100 * row['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
-def _shown(found: Mapping[str, Any] | None) -> str:
+def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"

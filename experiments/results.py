@@ -112,7 +112,7 @@ def read_outcome(run_folder: Path) -> dict[str, Any]:
 
 
 def rows_of(cell: Cell, config: TableConfig, results: Sequence[RunResult]) -> list[Row]:
-    """A row for each strategy, in the table's order, and one for the control of equal LM calls behind them."""
+    """A row for each strategy, in the table's order, and one for the control of equal LM calls after them."""
     own = [result for result in results if result.run.cell == cell]
     rows = [_row(name_of(s), s, config.seeds, [r for r in own if not r.run.equal], own) for s in config.strategies]
     if has_control(config):
@@ -141,22 +141,22 @@ def _row(
 
 
 def _attempt(result: RunResult, steps: Steps, fellows: Sequence[RunResult]) -> Attempt:
-    behind = result.history[: len(steps) + 1]
+    reached = result.history[: len(steps) + 1]
     chosen = len(steps)
     if result.keep == "best":  # what the product returns; ties keep the earlier, as there
-        chosen = max(range(len(behind)), key=lambda index: (behind[index]["val_score"], -index))
+        chosen = max(range(len(reached)), key=lambda index: (reached[index]["val_score"], -index))
     tested = result.tested[chosen]
-    own = [_cheapest(result, index, fellows) for index in range(len(behind))]
+    own = [_cheapest(result, index, fellows) for index in range(len(reached))]
     return Attempt(
         seed=result.run.seed,
         score=sum(tested.scores.values()) / len(tested.scores),
         scores=tested.scores,
-        val_score=behind[chosen]["val_score"],
-        chosen=behind[chosen]["prefix"],
-        lm_calls=sum(int(record["lm_calls"]) for record in behind),
+        val_score=reached[chosen]["val_score"],
+        chosen=reached[chosen]["prefix"],
+        lm_calls=sum(int(record["lm_calls"]) for record in reached),
         seconds=sum(float(record["seconds"]) for record in own),
         unreadable=tested.unreadable,
-        noise=float((behind[-1].get("judge") or {}).get("variance", 0.0)),
+        noise=float((reached[-1].get("judge") or {}).get("variance", 0.0)),
     )
 
 

@@ -133,11 +133,11 @@ class Runner:
         """
         if len(under_way) >= self.jobs:
             return None
-        behind = {run.name for run in waiting}
+        still_waiting = {run.name for run in waiting}
         ready = []
         for run in waiting:
             source = source_of(run, self.config)
-            blocked = source is not None and not self._is_over(source) and self._will_run(source, behind)
+            blocked = source is not None and not self._is_over(source) and self._will_run(source, still_waiting)
             if not blocked:
                 ready.append(run)
         begun = {(run.cell, run.seed, run.steps[0]) for run in under_way}

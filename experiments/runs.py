@@ -48,6 +48,7 @@ class Run:
 
 
 def cells_of(config: TableConfig) -> list[Cell]:
+    """Every task with every LM and preset."""
     return [Cell(t, lm, preset) for t in config.tasks for lm in config.lms for preset in config.presets]
 
 
@@ -67,6 +68,7 @@ def runs_of(config: TableConfig) -> list[Run]:
 
 
 def has_control(config: TableConfig) -> bool:
+    """Whether the table has a run that spends as many LM calls as the alternation does."""
     return config.equal_calls and {CONTROL, ALTERNATION} <= set(config.strategies)
 
 

@@ -31,7 +31,7 @@ exit $code
 def submit(
     runs: Sequence[Run], folder: Path, words: Sequence[str], *, name: str, options: Sequence[str] = ()
 ) -> list[str]:
-    """Submits the runs as one array job, and those that need another's figures as a second one behind it.
+    """Submits the runs as one array job, and those that need another's figures as a second one after it.
 
     Args:
         folder: of the table; script and names go there.
@@ -63,9 +63,9 @@ def submit(
             command=shlex.join([sys.executable, "-m", "cotune", *words]),
         )
         write_whole(base.with_suffix(".sbatch"), script)
-        behind = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
         made = subprocess.run(
-            ["sbatch", "--parsable", *behind, str(base.with_suffix(".sbatch"))], capture_output=True, text=True
+            ["sbatch", "--parsable", *after, str(base.with_suffix(".sbatch"))], capture_output=True, text=True
         )
         if made.returncode:
             raise TableError(f"sbatch refuses {base}.sbatch: {made.stderr.strip() or made.stdout.strip()}")

@@ -65,7 +65,7 @@ class TableConfig:
         for part in parts:
             options |= part.options
         words = [word for part in parts for config in part.configs for word in ("--config", str(config))]
-        return words + [word for name, value in options.items() for word in (f"--{name}", _said(value))]
+        return words + [word for name, value in options.items() for word in (f"--{name}", _as_word(value))]
 
     def only(
         self,
@@ -235,6 +235,6 @@ def _set(task: Task, option: str, value: Any) -> Task:
     return replace(task, options={**task.options, option: value})
 
 
-def _said(value: Any) -> str:
+def _as_word(value: Any) -> str:
     """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -37,7 +37,7 @@ def measure(parts: Parts) -> Pace:
     _, few = _timed(parts, examples[:_FEW])
     done, more = _timed(parts, examples[_FEW:])
     steps = [step for rollout in done for step in rollout.steps]
-    a_pass, a_run = line_through((_FEW, few), (len(done), more))
+    a_pass, a_run = _line_through((_FEW, few), (len(done), more))
     calls_a_run = max(len(steps) / max(len(done), 1), 1.0)
     a_call = (a_run + a_pass / min(_ROWS, max(data.sizes.dev, 1))) / calls_a_run
     tokens = sum(len(step.completion.prompt_ids) for step in steps) / max(len(steps), 1)
@@ -45,10 +45,10 @@ def measure(parts: Parts) -> Pace:
     return Pace(tokens, a_call, a_pair, seconds_a_start=time.perf_counter() - began)
 
 
-def line_through(few: tuple[float, float], more: tuple[float, float]) -> tuple[float, float]:
+def _line_through(few: tuple[float, float], more: tuple[float, float]) -> tuple[float, float]:
     """(seconds at 0 rows, seconds a row) of the line through two passes; neither below a tenth of the mean of a row.
 
-    >>> line_through((2, 6.0), (8, 12.0))
+    >>> _line_through((2, 6.0), (8, 12.0))
     (4.0, 1.0)
     """
     (n, seconds), (m, longer) = few, more

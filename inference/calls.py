@@ -53,7 +53,7 @@ class StoredLM:
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion for each request, in their order; equal requests are asked once. Raises what the LM does."""
-        keys = call_keys(requests, sampling, self.identity)
+        keys = _call_keys(requests, sampling, self.identity)
         found = self._find(keys)
         self._stored += len(found)
         asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
@@ -74,7 +74,7 @@ class StoredLM:
         return {key: _unpack(value) for key, value in self._store.read(list(dict.fromkeys(keys))).items()}
 
 
-def call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping[str, Any]) -> list[bytes]:
+def _call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping[str, Any]) -> list[bytes]:
     """A key for each request: the SHA-256 of all that its completion follows from.
 
     The seed counts at temperature 0 too: endpoints do not promise equal answers there, and a second one may be wanted.

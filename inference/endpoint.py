@@ -27,7 +27,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _LONGEST_ORDER = 600.0
 """Seconds that a Retry-After may order. A longer one means that this run has no use of the endpoint today."""
 
-_MOST_REFUSED = 8
+_MAX_REFUSED = 8
 """Requests refused before any was answered: more would be refused too."""
 
 _AGAIN = (408, 409, 425, 429)
@@ -218,7 +218,7 @@ class Endpoint:
 
     def _refusal(self, fault: _TryError, too_long: bool) -> Refusal:
         self._refused += not too_long
-        if self._refused >= _MOST_REFUSED and not self._answered:
+        if self._refused >= _MAX_REFUSED and not self._answered:
             raise self._error(f"it refuses every request, {fault}", "what this server takes, and the LM's options.")
         return Refusal(self.clean(str(fault)), too_long)
 

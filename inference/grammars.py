@@ -53,11 +53,11 @@ class Grammar:
         try:
             text = _lark(library, syntax, lead, spaced=spaced)
         except ValueError as error:
-            raise GrammarError(f"{_shown(syntax)} cannot be read: {error}") from error
+            raise GrammarError(f"{_name_of(syntax)} cannot be read: {error}") from error
         self._first = library.LLMatcher(self._tokenizer, library.LLMatcher.grammar_from_lark(text), log_level=0)
         if self._first.is_error():
             why = self._first.get_error().strip().splitlines()[0]
-            raise GrammarError(f"{_shown(syntax)} cannot be used: {why}")
+            raise GrammarError(f"{_name_of(syntax)} cannot be used: {why}")
 
     def begin(self) -> Guide:
         return _Matched(self, self._first.deep_copy())
@@ -182,5 +182,5 @@ def _lark(library: Any, syntax: Pattern | Schema, lead: str, *, spaced: bool) ->
     return f"start: {before}value\nvalue: %json {json.dumps(schema)}"
 
 
-def _shown(syntax: Pattern | Schema) -> str:
+def _name_of(syntax: Pattern | Schema) -> str:
     return f"the pattern {syntax.regex!r}" if isinstance(syntax, Pattern) else f"the JSON schema {syntax.json}"

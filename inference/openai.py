@@ -15,7 +15,7 @@ from cotune.programs.layout import Field
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.usage import Usage
 
-_MOST_STOPS = 4
+_MAX_STOPS = 4
 """Stop strings that hosted endpoints take. The text is cut at any others here."""
 _THOUGHT = re.compile(r"\s*<think>.*?(</think>\s*|\Z)", re.DOTALL)
 
@@ -147,7 +147,7 @@ class OpenAILM(LM):
                 '"calibration" out of the prompts.'
             )
         form = response_format(request.layout) if self.response_format == "auto" else None
-        stops = [] if form else _stops(request)[:_MOST_STOPS]
+        stops = [] if form else _stops(request)[:_MAX_STOPS]
         return {
             "model": self.model,
             "messages": [dict(message) for message in request.messages],

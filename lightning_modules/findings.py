@@ -66,13 +66,13 @@ class Findings:
         rows = "training rows are computed one at a time: equal, but slower"
         padded = "training rows are padded: equal, but slower"
         said = [
-            *_said(self.decodes, "prompts are completed one at a time: equal, but slower"),
-            *_said(self.packs, padded if self.pads != self.packs else rows),
+            *_way_text(self.decodes, "prompts are completed one at a time: equal, but slower"),
+            *_way_text(self.packs, padded if self.pads != self.packs else rows),
         ]
-        return said + (_said(self.pads, rows) if self.pads not in (self.packs, Way()) else [])
+        return said + (_way_text(self.pads, rows) if self.pads not in (self.packs, Way()) else [])
 
 
-def _said(way: Way, what: str) -> list[str]:
+def _way_text(way: Way, what: str) -> list[str]:
     if way.why:
         return [f"{what} ({way.why})"]
     return [] if way.up_to is None else [f"over {way.up_to:,} tokens {what}"]

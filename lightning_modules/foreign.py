@@ -138,7 +138,7 @@ def check_adapter(name: str) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise ModelNotFoundError(f'adapter "{name}" is not a folder that holds an adapter_config.json.')
     _check_files("adapter", name, folder)
-    settings = adapter_settings(name)
+    settings = _adapter_settings(name)
     if (kind := settings.get("peft_type")) != "LORA":
         raise ModelNotFoundError(
             f'adapter "{name}" is of the kind {kind}, and cotune tunes LoRA only. Leave model.lm.adapter out to begin '
@@ -196,7 +196,7 @@ def load_adapter(base: Any, name: str) -> Any:
     return model
 
 
-def adapter_settings(name: str) -> dict[str, Any]:
+def _adapter_settings(name: str) -> dict[str, Any]:
     """An adapter's adapter_config.json.
 
     Raises:
@@ -207,7 +207,7 @@ def adapter_settings(name: str) -> dict[str, Any]:
 
 def named_adapter(name: str, bases: Collection[str]) -> str:
     """An adapter's name; and the base that it says it was trained on, where that is none of these by its last part."""
-    base = adapter_settings(name).get("base_model_name_or_path") or ""
+    base = _adapter_settings(name).get("base_model_name_or_path") or ""
     known = not base or Path(base).name in {Path(one).name for one in bases}
     return f"the adapter {name}" + ("" if known else f", which was trained on another base ({base})")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from cotune.errors import BadValueError
+from cotune.inference.local.peft_internals import draw_anew, lora_layers, shape, trained_whole
 from cotune.inference.local.torch_internals import written
 from torch import Tensor, nn
 
@@ -122,8 +123,7 @@ def attached(model: Any) -> Attached:
     """What is attached to a model, read off its layers."""
     layers = lora_layers(model)
     (name, *_) = model.active_adapters if hasattr(model, "active_adapters") else ["default"]
-    ranks = {layer.r[name] for _, layer in layers if name in layer.r}
-    alphas = {layer.lora_alpha[name] for _, layer in layers if name in layer.r}
+    shapes = [found for _, layer in layers if (found := shape(layer, name)) is not None]
     config = model.peft_config[name]
     parameters = [str(target).rpartition(".")[2] for target in config.target_parameters or ()]
     places = {place.rpartition(".")[2] for place, layer in layers if not hasattr(layer, "parameter_name")}
@@ -132,8 +132,8 @@ def attached(model: Any) -> Attached:
     if any(place.removeprefix("base_model.model.") in parts.outside for place, _ in layers):
         shares["vision"] = 0.0
     return Attached(
-        _span(ranks),
-        _span(alphas),
+        _span({rank for rank, _ in shapes}),
+        _span({alpha for _, alpha in shapes}),
         tuple(sorted({*places, *parameters})),
         tuple(sorted(config.modules_to_save or ())),
         {part: share for part, share in shares.items() if share > 0},
@@ -154,8 +154,6 @@ class _Parts:
     """A base's linear layers, by what they are of."""
 
     def __init__(self, base: Any) -> None:
-        from peft.tuners.lora import LoraLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
         from transformers.pytorch_utils import Conv1D
 
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -168,9 +166,9 @@ class _Parts:
         self.odd: list[str] = []  # linear layers that an adapter cannot change: some routers give more than a product
         self.experts: list[str] = []
         fused = getattr(base.config, "model_type", "") in _FUSED
-        whole = tuple(f"{name}." for name, m in base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        adapted, whole = dict(lora_layers(base)), tuple(f"{name}." for name in trained_whole(base))
         for name, module in base.named_modules():
-            layer: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
+            layer: Any = module.get_base_layer() if name in adapted else module
             if whole and name.startswith(whole):  # trained as it is
                 continue
             if layer is head:
@@ -249,8 +247,7 @@ def reset(model: nn.Module, *, seed: int) -> None:
         for p in drawn:  # a GPU's generator would draw other numbers
             p.data = p.data.cpu()
         for _, layer in lora_layers(model):
-            for adapter in layer.active_adapters:
-                layer.reset_lora_parameters(adapter, True)
+            draw_anew(layer)
     for p, place in zip(drawn, places, strict=True):
         p.data = place.copy_(p.data)
 
@@ -290,13 +287,6 @@ def fingerprint(model: nn.Module) -> str:
 def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """A value that changes whenever a parameter of the adapter is written or moved; in this process only."""
     return tuple(written(p) for p in model.parameters() if p.requires_grad)
-
-
-def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, layer) of every layer that the adapter changes."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 @contextmanager

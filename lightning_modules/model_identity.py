@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cotune.inference.local.peft_internals import factors, lora_layers
 from cotune.inference.local.transformers_internals import commit_of
-from cotune.lightning_modules.lora import fingerprint, lora_layers, weights_version
+from cotune.lightning_modules.lora import fingerprint, weights_version
 from cotune.storage.durable import file_sum
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -95,5 +96,5 @@ def _changes_nothing(model: nn.Module) -> bool:
 
 def _scaling(model: nn.Module) -> str:
     """The factors of the updates, which are no tensors."""
-    factors = {name: {key: float(value) for key, value in layer.scaling.items()} for name, layer in lora_layers(model)}
-    return hashlib.sha256(json.dumps(factors, sort_keys=True).encode()).hexdigest()
+    scales = {name: dict(factors(layer)) for name, layer in lora_layers(model)}
+    return hashlib.sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()

@@ -30,7 +30,7 @@ _FIRST = 24
 _STEP = 64
 _CLOSE = 2e-3
 """Relative difference of losses and gradients, in float32, up to which they are equal."""
-_MOST = 100_000_000
+_MAX = 100_000_000
 """Parameters of a copy that is still made in a second or two."""
 
 _NO_TOKEN = 1 << 30
@@ -107,7 +107,7 @@ def small_copy(config: Any, build: Build, lengths: Sequence[int]) -> Any:
                 small = _shrunk(config, lengths, layers=layers, narrow=narrow)
                 with torch.device("meta"):
                     size = sum(p.numel() for p in build(copy.deepcopy(small)).parameters())
-                if size > _MOST:
+                if size > _MAX:
                     raise ValueError(f"a copy of {layers} layers has {size:,} parameters")
                 with seeded(0):
                     model = build(small).float().eval()

@@ -109,8 +109,8 @@ class ProgramModule(LightningModule):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.seed, self.max_error_rate = seed, max_error_rate
         self.prompts: Prompts = program.initial_prompts()
-        self.weight_step = 0  # optimiser steps taken in this weight step, and how many it will take
-        self.weight_steps = 1
+        self.optimiser_step = 0  # optimiser steps taken in this weight step, and how many it will take
+        self.optimiser_steps = 1
         self.full_rate: float | None = None  # of this weight step; None: the optimiser's own
         self.evaluated: list[Rollout] = []
         self.gradient_checkpointing = gradient_checkpointing
@@ -230,7 +230,7 @@ class ProgramModule(LightningModule):
                 f"model.learning_rate.warmup is {self.learning_rate.warmup} and this weight step has {steps} optimiser "
                 f"steps, so the full rate is never held; set it to {steps // 10} or so, or alternate.epochs higher."
             )
-        self.weight_step, self.weight_steps = done, steps
+        self.optimiser_step, self.optimiser_steps = done, steps
 
     def on_train_start(self) -> None:
         if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
@@ -271,10 +271,10 @@ class ProgramModule(LightningModule):
         self._accumulated = 0.0
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        factor = self.learning_rate.factor(self.weight_step, self.weight_steps)
+        factor = self.learning_rate.factor(self.optimiser_step, self.optimiser_steps)
         for group in optimizer.param_groups:
             group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
-        self.weight_step += 1
+        self.optimiser_step += 1
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self._loss_scaler() is None and not is_finite([p.grad for p in self._trained()]):
             for parameter in self._trained():
@@ -356,7 +356,7 @@ class ProgramModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["prompts"] = prompts_to_dict(self.prompts)
         checkpoint["lm"] = {"base": self.vocabulary.base, "tokenizer": self.vocabulary.tokenizer}
-        checkpoint["weight_step"] = [self.weight_step, self.weight_steps]
+        checkpoint["weight_step"] = [self.optimiser_step, self.optimiser_steps]
         checkpoint["skips"] = self.skips.state()
         checkpoint["rows_at_once"] = self._gradients.rows_at_once
 
@@ -373,7 +373,7 @@ class ProgramModule(LightningModule):
                 f'"{self.vocabulary.base}". Load it on the LM that it belongs to (model.lm.model).'
             )
         self.prompts = prompts_from_dict(checkpoint["prompts"])
-        self.weight_step, self.weight_steps = checkpoint["weight_step"]
+        self.optimiser_step, self.optimiser_steps = checkpoint["weight_step"]
         self.skips.load(checkpoint["skips"])
         # What memory allowed then: cut otherwise, sums would differ in their last bits from a run's never stopped.
         self._gradients.rows_at_once = checkpoint["rows_at_once"]

@@ -12,7 +12,7 @@ from cotune.programs.layout import Choices, Field, Layout
 Calibration = Mapping[str, Mapping[str, float]]
 """Output field -> choice -> nats that are added to its log-probability."""
 
-_MOST = 50.0
+_MAX = 50.0
 """Nats that a choice is lifted or lowered by at most; servers take no more than 100."""
 
 
@@ -69,8 +69,8 @@ def offsets_of(log_probs: Sequence[Mapping[str, float]], known: Mapping[str, flo
     """
     found = {}
     for choice in log_probs[0]:
-        mean = math.fsum(max(one[choice], -2 * _MOST) for one in log_probs) / len(log_probs)
+        mean = math.fsum(max(one[choice], -2 * _MAX) for one in log_probs) / len(log_probs)
         found[choice] = known.get(choice, 0.0) - mean
     middle = math.fsum(found.values()) / len(found)
     # Rounded, so that prompts written to a file are the ones that were scored.
-    return {choice: round(min(max(nats - middle, -_MOST), _MOST), 4) for choice, nats in found.items()}
+    return {choice: round(min(max(nats - middle, -_MAX), _MAX), 4) for choice, nats in found.items()}

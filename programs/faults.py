@@ -71,6 +71,7 @@ def faults_to_dict(faults: Faults) -> dict[str, dict[str, Any]]:
 
 
 def faults_from_dict(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Fault]:
+    """Faults by kind, from plain types as JSON has them."""
     return {kind: Fault(**fault) for kind, fault in data.items()}
 
 
@@ -96,10 +97,10 @@ def check_errors(done: Sequence[Rollout], *, max_error_rate: float) -> None:
         )
 
 
-def shown(value: Any, *, by: Callable[[Any], str] = repr, limit: int = 300) -> str:
+def quoted(value: Any, *, by: Callable[[Any], str] = repr, limit: int = 300) -> str:
     """A value of the user's code in one line that any log can hold: cut, without memory addresses.
 
-    >>> shown("two\\nlines"), shown("x" * 9, limit=5)
+    >>> quoted("two\\nlines"), quoted("x" * 9, limit=5)
     ("'two\\\\nlines'", "'xxx…")
     """
     try:
@@ -113,4 +114,4 @@ def shown(value: Any, *, by: Callable[[Any], str] = repr, limit: int = 300) -> s
 
 def raised(error: BaseException) -> str:
     """An exception of the user's code, as `shown` shows it."""
-    return f"{type(error).__name__}: {shown(error, by=str)}"
+    return f"{type(error).__name__}: {quoted(error, by=str)}"

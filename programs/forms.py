@@ -26,10 +26,10 @@ class Straight(Form):
     def used(self, signature: Signature) -> Signature:
         if not (reasoning := signature.reasoning):
             return signature
-        told, types = (
+        message, types = (
             {k: v for k, v in of.items() if k != reasoning} for of in (signature.descriptions, signature.types)
         )
-        return replace(signature, outputs=signature.outputs[1:], descriptions=told, types=types)
+        return replace(signature, outputs=signature.outputs[1:], descriptions=message, types=types)
 
     def layout(self, signature: Signature) -> Layout:
         return self.form.layout(self.used(signature))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.faults import raised, shown
+from cotune.programs.faults import quoted, raised
 from cotune.programs.lm import LMUnavailableError
 from cotune.programs.metrics import BatchMetric, Metric
 from cotune.programs.program import Program
@@ -71,7 +71,7 @@ def _valid_score(given: Any, program: Program) -> Score:
     if not isinstance(given, Score):
         return Score(_unit(given, "the metric returned {}, which is not a number in [0, 1]"))
     if not isinstance(given.feedback, str):
-        raise _BadScoreError(f"the metric's feedback is {shown(given.feedback)}, which is no text")
+        raise _BadScoreError(f"the metric's feedback is {quoted(given.feedback)}, which is no text")
     objectives = {
         str(name): _unit(value, f'the metric\'s objective "{name}" is {{}}, which is not a number in [0, 1]')
         for name, value in given.objectives.items()
@@ -79,13 +79,13 @@ def _valid_score(given: Any, program: Program) -> Score:
     for stage, feedback in given.stages.items():
         if stage not in program.stages or not isinstance(feedback, str):
             known = f"texts by stage ({', '.join(program.stages)})"
-            raise _BadScoreError(f"the metric's feedback {shown(feedback)} for {shown(stage)} is none of {known}")
+            raise _BadScoreError(f"the metric's feedback {quoted(feedback)} for {quoted(stage)} is none of {known}")
     value = _unit(given.value, "the metric returned a Score of {}, which is not a number in [0, 1]")
     return Score(value, given.feedback, objectives, given.stages)
 
 
 def _unit(given: Any, message: str) -> float:
-    bad = _BadScoreError(message.format(shown(given)))
+    bad = _BadScoreError(message.format(quoted(given)))
     if isinstance(given, (str, bytes)) or given is None:
         raise bad
     try:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from cotune.programs.example import Example
-from cotune.programs.faults import shown
+from cotune.programs.faults import quoted
 from cotune.programs.rollout import Failure
 from cotune.programs.score import Score
 from cotune.programs.types import as_text
@@ -147,8 +147,8 @@ def _expected(example: Example, prediction: Mapping[str, Any], name: str) -> str
     """Why a field is not right: what was expected, and what there is."""
     label = example.labels[name]
     others = f" (or {len(label) - 1} more)" if isinstance(label, (list, tuple)) and len(label) > 1 else ""
-    expected = shown(gold_text(label), limit=100)
+    expected = quoted(gold_text(label), limit=100)
     if name not in prediction:
         there = ", ".join(map(str, prediction)) or "nothing"
         return f"{name}: expected {expected}{others}, but the prediction has no such field; it has {there}"
-    return f"{name}: expected {expected}{others}, got {shown(prediction[name], limit=100)}"
+    return f"{name}: expected {expected}{others}, got {quoted(prediction[name], limit=100)}"

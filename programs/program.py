@@ -132,8 +132,8 @@ class Stage:
         missing = [name for name in expected if name not in inputs]
         unknown = [name for name in inputs if name not in expected]
         if missing or unknown:
-            said = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
-            raise TypeError(f'stage "{self.name}" {said}; its inputs are {", ".join(expected) or "none"}.')
+            message = f'misses "{missing[0]}"' if missing else f'does not take "{unknown[0]}"'
+            raise TypeError(f'stage "{self.name}" {message}; its inputs are {", ".join(expected) or "none"}.')
         for value in inputs.values():
             if isinstance(value, Call):
                 raise value.not_yielded()

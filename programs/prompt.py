@@ -66,6 +66,7 @@ def prompts_to_dict(prompts: Prompts) -> dict[str, Any]:
 
 
 def prompts_from_dict(data: Mapping[str, Any]) -> dict[str, Prompt]:
+    """Prompts by stage, from plain types as JSON has them."""
     return {stage: Prompt.from_dict(prompt) for stage, prompt in data.items()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cotune.errors import BadValueError, CotuneError, MissingFileError, MissingPackageError
-from cotune.programs.faults import raised, shown
+from cotune.programs.faults import quoted, raised
 
 
 class Retriever(Protocol):
@@ -40,10 +40,10 @@ def retrieve(retriever: Retriever, query: str, k: int) -> list[str]:
     except (Exception, SystemExit) as error:  # the user's code: recorded, counted and shown
         raise RetrieverError(f"the retriever raised {raised(error)}") from error
     if isinstance(found, str) or not isinstance(found, Sequence):
-        raise RetrieverError(f"the retriever returned {shown(found)}, which is not a sequence of passages")
+        raise RetrieverError(f"the retriever returned {quoted(found)}, which is not a sequence of passages")
     wrong = [passage for passage in found if not isinstance(passage, str)]
     if wrong:
-        raise RetrieverError(f"the retriever returned a passage that is no text: {shown(wrong[0])}")
+        raise RetrieverError(f"the retriever returned a passage that is no text: {quoted(wrong[0])}")
     if len(found) > k:
         raise RetrieverError(f"the retriever returned {len(found)} passages, at most {k} were asked for")
     return list(found)

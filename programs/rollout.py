@@ -83,6 +83,7 @@ def rollout_to_plain(rollout: Rollout) -> dict[str, Any]:
 
 
 def rollout_of_plain(found: Mapping[str, Any], example: Example) -> Rollout:
+    """A rollout from plain types, on the example that it was on."""
     steps = (Step(**{**step, "completion": completion_of_plain(step["completion"])}) for step in found["steps"])
     prediction, error = found["prediction"], found["error"]
     more = {

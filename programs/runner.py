@@ -15,7 +15,7 @@ from typing import Any
 from cotune.errors import BadValueError
 from cotune.programs.calibration import calibrated
 from cotune.programs.example import Example
-from cotune.programs.faults import check_errors, raised, shown
+from cotune.programs.faults import check_errors, quoted, raised
 from cotune.programs.form import Form, ParseError, Unreadable
 from cotune.programs.forms import form_of
 from cotune.programs.judging import judged
@@ -118,7 +118,7 @@ class Runner:
         while pending:
             forms = [form_of(self.form, given[run.call.stage]) for run, given in pending]
             requests = [
-                run.request(form, signatures[run.call.stage], given, call_seed(seed, run, attempt))
+                run.request(form, signatures[run.call.stage], given, _call_seed(seed, run, attempt))
                 for (run, given), form in zip(pending, forms, strict=True)
             ]
             completions = self._completions(
@@ -164,7 +164,7 @@ def _described(
     return repr(([e.id for e in examples], [ids[id(one)] for one in sets], seed, attempt, sampling))
 
 
-def call_seed(seed: int, run: _Run, attempt: int) -> int:
+def _call_seed(seed: int, run: _Run, attempt: int) -> int:
     """A 63-bit seed from what the call is, not from when or beside what it runs."""
     text = f"{seed}|{run.example.id}|{run.call.stage}|{len(run.steps)}|{attempt}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -205,15 +205,15 @@ class _Run:
         if self.generator is None:
             made: Any = self.own.run(**copy.deepcopy(dict(self.example.inputs)))
             if not isinstance(made, Generator):
-                said = f"{made.not_yielded()}" if isinstance(made, Call) else "yield the stage calls"
-                raise TypeError(f"run is no generator, it returned {shown(made)}; {said}")
+                message = f"{made.not_yielded()}" if isinstance(made, Call) else "yield the stage calls"
+                raise TypeError(f"run is no generator, it returned {quoted(made)}; {message}")
             self.generator = made
         return self.generator
 
     def _accept(self, call: Any) -> bool:
         """Takes what the program yielded as the call that it waits on."""
         if not isinstance(call, Call) or call.stage not in list(self.program.stages):
-            wrong = f"{shown(call)}, which is not a call of one of its stages"
+            wrong = f"{quoted(call)}, which is not a call of one of its stages"
             if isinstance(call, Stage):
                 wrong = f'the stage "{call.name}" itself; write: {call.as_called()}'
             self._fail("program", f"run() yielded {wrong}")
@@ -263,8 +263,8 @@ class _Run:
         if isinstance(prediction, Call):
             self._fail("program", f"run() returned a call: {prediction.not_yielded()}")
         elif not isinstance(prediction, Mapping):
-            said = f"returned {shown(prediction)}; return a mapping of named values, e.g. the last outputs"
-            self._fail("program", f"run() {said}")
+            message = f"returned {quoted(prediction)}; return a mapping of named values, e.g. the last outputs"
+            self._fail("program", f"run() {message}")
         elif fault := _unwritable(prediction):
             self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
         else:
@@ -328,14 +328,14 @@ def _unsayable(inputs: Any) -> str:
     """What stops a call's inputs from being shown to an LM; "" for nothing. `Stage.__call__` makes texts of values, but
     a `Call` may be made by hand, and a text from elsewhere may be no valid Unicode."""
     if not isinstance(inputs, Mapping):
-        return f"the inputs {shown(inputs)}, which are no mapping"
+        return f"the inputs {quoted(inputs)}, which are no mapping"
     for name, value in inputs.items():
         if not isinstance(value, str):
-            return f"{shown(name)} of type {type(value).__name__}, which is no text; make calls by calling the stage"
+            return f"{quoted(name)} of type {type(value).__name__}, which is no text; make calls by calling the stage"
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            return f"half a surrogate pair in {shown(name)}, at character {error.start}: no text in UTF-8 holds one"
+            return f"half a surrogate pair in {quoted(name)}, at character {error.start}: no text in UTF-8 holds one"
     return ""
 
 
@@ -346,7 +346,7 @@ def _unwritable(prediction: Mapping[Any, Any]) -> str:
             return str(value.not_yielded())
     wrong = [name for name in prediction if not isinstance(name, str)]
     if wrong:
-        return f"its key {shown(wrong[0])} is no text"
+        return f"its key {quoted(wrong[0])} is no text"
     try:
         json.dumps(plain(prediction), ensure_ascii=False).encode()
     except Exception as error:  # values are the user's, and so is what their __str__ raises

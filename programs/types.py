@@ -209,7 +209,7 @@ def write_value(kind: Any, value: Any) -> str:
     if kind is bool and isinstance(value, bool):
         return "yes" if value else "no"
     if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return number_text(value if kind is float else _whole(value))
+        return _number_text(value if kind is float else _whole(value))
     if kind is datetime.date and isinstance(value, datetime.date):
         return value.isoformat()[:10]
     if kind in (bool, int, float, datetime.date):
@@ -264,10 +264,10 @@ def plain(value: Any) -> Any:
     return to_jsonable_python(value, fallback=str)
 
 
-def number_text(value: float) -> str:
+def _number_text(value: float) -> str:
     """A number as people write it: no exponent, no fraction that is zero.
 
-    >>> number_text(7.0), number_text(-0.5), number_text(1e21), number_text(1e-7)
+    >>> _number_text(7.0), _number_text(-0.5), _number_text(1e21), _number_text(1e-7)
     ('7', '-0.5', '1000000000000000000000', '0.0000001')
 
     Raises:

@@ -139,6 +139,7 @@ def _draw_solved(solved: Sequence[Solved], most: int, rng: random.Random) -> lis
 
 
 def with_demos(start: Prompts, demos: DemoSet) -> Prompts:
+    """The prompts with these demos in place of their own, stages without any as they were."""
     return {
         stage: replace(prompt, demos=tuple(demos[stage])) if demos.get(stage) else prompt
         for stage, prompt in start.items()

@@ -30,7 +30,7 @@ _STRIDE = 16
 """Examples between two looks at a race. Fewer drop candidates sooner, and the best one more often."""
 
 
-_MOST_REPEATS = 100
+_MAX_REPEATS = 100
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def go_on(
     best = next(candidate for candidate in scored if candidate.id == prompts_id(found.prompts))
     faults = found.faults
     for proposal in proposals:
-        if until() or repeats == _MOST_REPEATS:
+        if until() or repeats == _MAX_REPEATS:
             break
         if prompts_id(proposal.prompts) in tried:
             repeats += 1

@@ -34,7 +34,7 @@ TIPS = (
 _SHOWN = 4  # train examples, and traces, in a request
 _MAX_SOURCE = 4000  # characters of the program's source
 _MAX_VALUE = 500  # characters of a value
-_MOST_STEPS = 200  # from a combination tried before to one that was not, one choice each, before there are no more
+_MAX_STEPS = 200  # from a combination tried before to one that was not, one choice each, before there are no more
 
 
 class JointSearch(WritingSearch):
@@ -278,7 +278,7 @@ class _Trials:
             return None
         rng = generator(self.task.seed, f"trial {len(self.tried) + len(chosen)}")
         choice = _ask(sizes, list(self.tried.values()), rng.randrange(2**32))
-        for _ in range(_MOST_STEPS):
+        for _ in range(_MAX_STEPS):
             name = prompts_id(self.space.prompts(choice))
             if name not in self.tried and name not in chosen:
                 return choice

@@ -161,7 +161,7 @@ class Proposer:
             current: the instruction that it is to replace.
             tried: texts for this stage that were tried or rejected before, as `same` makes them.
         """
-        text = instruction_in(completion.text)
+        text = _instruction_in(completion.text)
         if completion.finished == "too_long":
             return Written(text, "the request does not fit the proposer's context window")
         if completion.finished == "refused":
@@ -280,12 +280,12 @@ class Spent:
         return f"LM calls: {self.program.calls} of the program, {self.proposer.calls} of the proposer"
 
 
-def instruction_in(text: str) -> str:
+def _instruction_in(text: str) -> str:
     """The instruction in what an LM wrote: the longest fenced block, else all of it without a line that leads in.
 
-    >>> instruction_in("Sure, here is a better one:\\n```text\\nName the species.\\n```\\nI hope it helps!")
+    >>> _instruction_in("Sure, here is a better one:\\n```text\\nName the species.\\n```\\nI hope it helps!")
     'Name the species.'
-    >>> instruction_in('Here is the new instruction:\\n"Name the species."')
+    >>> _instruction_in('Here is the new instruction:\\n"Name the species."')
     'Name the species.'
     """
     text = _THOUGHT.sub("", text).strip()

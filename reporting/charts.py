@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from cotune.reporting.run_record import RunRecord
 from cotune.reporting.statistics import interval
 
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 _LETTER = 6.2
 """Mean width of a letter at the charts' font size, in pixels."""
 
@@ -144,13 +144,13 @@ def curves(run: RunRecord, *, width: int) -> list[Curve]:
 def _epoch_lines(run: RunRecord, x: _Place, y: _Place) -> list[str]:
     """The val scores of a weight step's epochs, drawn inside its band."""
     scores = [(row["epoch"], row["val/score"]) for row in run.metrics if {"epoch", "val/score"} <= row.keys()]
-    lines, behind = [], 0
+    lines, done = [], 0
     for prefix in run.prefixes:
         count = run.epochs(prefix)
-        own = [(epoch - behind, score) for epoch, score in scores if behind <= epoch < behind + count]
+        own = [(epoch - done, score) for epoch, score in scores if done <= epoch < done + count]
         points = [(prefix.index - 1 + (epoch + 1) / (count + 1), score) for epoch, score in own]
         lines.append(" ".join(f"{x(at):.1f},{y(score):.1f}" for at, score in points))
-        behind += count
+        done += count
     return list(filter(None, lines))
 
 
@@ -207,10 +207,10 @@ def _running_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `_MOST_POINTS` points: of each stretch its lowest and its highest, so that no spike is lost."""
-    if len(points) <= _MOST_POINTS:
+    """At most about `_MAX_POINTS` points: of each stretch its lowest and its highest, so that no spike is lost."""
+    if len(points) <= _MAX_POINTS:
         return list(points)
-    stretch = math.ceil(len(points) / (_MOST_POINTS / 2))
+    stretch = math.ceil(len(points) / (_MAX_POINTS / 2))
     kept = []
     for start in range(0, len(points), stretch):
         part = points[start : start + stretch]

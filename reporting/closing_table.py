@@ -39,20 +39,20 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
         table.add_row(first, *(row[name] for name in shown), style="bold" if best else None)
     console.print(table)
     tested = summary["test_score"]
-    said = "not tested" if tested is None else f"test score {tested:.3f}"
+    message = "not tested" if tested is None else f"test score {tested:.3f}"
     if summary.get("ended"):
         steps = summary["schedule"].count("->") + 1
         where = "in the closing test" if len(records) > steps else f"in step {len(records)} of {steps}"
-        said += f"; ended by {summary['ended']} {where}"
+        message += f"; ended by {summary['ended']} {where}"
     if summary.get("found"):
-        said += f"; exported is the search's {summary['found']}"
+        message += f"; exported is the search's {summary['found']}"
     console.print(
-        f"* kept: {kept}; {said}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
+        f"* kept: {kept}; {message}. {summary['seconds']['total']:.0f} s in all.", highlight=False, soft_wrap=True
     )
     for line in set_metric_lines(summary, records):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     judged = judge_line(summary.get("judge"))
-    for line in [*([f"Metric: {judged}"] if judged else []), *cost_lines(summary), *fault_lines(summary)]:
+    for line in [*([f"Metric: {judged}"] if judged else []), *cost_lines(summary), *_fault_lines(summary)]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if damage:
         console.print(damage, highlight=False, markup=False, soft_wrap=True)
@@ -139,7 +139,7 @@ def _cells(record: Mapping[str, Any]) -> dict[str, str]:
     return {"val score": f"{record['val_score']:.3f}", **moved, **missed, **failed, **cost}
 
 
-def fault_lines(summary: Mapping[str, Any]) -> list[str]:
+def _fault_lines(summary: Mapping[str, Any]) -> list[str]:
     """A line for each kind of fault of the user's code, in the run and in its closing test."""
     return [
         f"{where}the {kind} failed {fault}"

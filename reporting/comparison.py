@@ -92,16 +92,16 @@ def compare_runs(runs: Sequence[RunRecord]) -> Comparison:
         names=names,
         runs=named,
         prefixes=list(dict.fromkeys(prefix.name for run in runs for prefix in run.prefixes)),
-        settings=differing_settings({name: run.config for name, run in named.items()}),
+        settings=_differing_settings({name: run.config for name, run in named.items()}),
         pairs=pairs,
         notes=notes,
     )
 
 
-def differing_settings(configs: Mapping[str, Json]) -> dict[str, dict[str, Any]]:
+def _differing_settings(configs: Mapping[str, Json]) -> dict[str, dict[str, Any]]:
     """Setting -> run -> value, for the settings that are not the same in all runs.
 
-    >>> differing_settings({"a": {"data": {"seed": 1, "path": "x"}}, "b": {"data": {"seed": 2, "path": "x"}}})
+    >>> _differing_settings({"a": {"data": {"seed": 1, "path": "x"}}, "b": {"data": {"seed": 2, "path": "x"}}})
     {'data.seed': {'a': 1, 'b': 2}}
     """
     flat = {name: dict(_leaves(config)) for name, config in configs.items() if config}

@@ -10,7 +10,7 @@ from typing import Any
 from cotune.reporting.run_record import Json, Prefix, RunRecord
 from cotune.reporting.statistics import Difference, paired_difference
 
-_MOST_LABELS = 12
+_MAX_LABELS = 12
 """Labels with more different values than this are text, and are not counted by value."""
 
 
@@ -95,7 +95,7 @@ def pieces(step: Json) -> list[tuple[bool, str]]:
     return [(put, piece) for put, piece in (*found, (False, text[place:])) if piece]
 
 
-def said(row: Json) -> str:
+def answer_text(row: Json) -> str:
     """What the program answered, in a line: the predicted values that have labels, or all of them."""
     if row["prediction"] is None:
         return row["error"]["message"] if row["error"] else "nothing"
@@ -116,7 +116,7 @@ def one_line(values: Mapping[str, Any]) -> str:
 def by_label(run: RunRecord, ways: Sequence[Journey]) -> list[dict[str, Any]]:
     """Successes by label and prefix, {"label", "n", "scores": {index: (successes, n)}}; [] if labels are text."""
     labels = Counter(one_line(way.labels) for way in ways if way.labels)
-    if not 1 < len(labels) <= _MOST_LABELS or sum(labels.values()) < 2 * len(labels):
+    if not 1 < len(labels) <= _MAX_LABELS or sum(labels.values()) < 2 * len(labels):
         return []
     table = []
     for label, count in sorted(labels.items()):
@@ -157,7 +157,7 @@ def trace_counts(prefix: Prefix) -> list[dict[str, Any]]:
         values = {}
         for name in own[0]["outputs"]:
             counts = Counter(row["outputs"].get(name, "") for row in own)
-            if len(counts) <= _MOST_LABELS:
+            if len(counts) <= _MAX_LABELS:
                 values[name] = counts.most_common()
         table.append({"stage": stage, "traces": len(own), "values": values})
     return table

@@ -84,7 +84,7 @@ def render_report(run: RunRecord, *, examples: int = 60, now: datetime | None = 
         now: of the note at the end; the present time without it.
     """
     ways = journeys.journeys(run)
-    shared = {prefix.index: shared_messages(prefix) for prefix in run.prefixes}
+    shared = {prefix.index: _shared_messages(prefix) for prefix in run.prefixes}
     page = (
         environment()
         .get_template("report.html")
@@ -168,7 +168,7 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def score_of(value: float, scores: Sequence[float], n: int | None, noise: float = 0.0) -> Score:
+def _score_of(value: float, scores: Sequence[float], n: int | None, noise: float = 0.0) -> Score:
     """A score and its error: from the single scores where they were recorded, else the largest it can have.
 
     Both grow by the variance of a score that is its metric's alone (`noise`).
@@ -191,7 +191,7 @@ def prompt_steps(run: RunRecord) -> list[PromptStep]:
     return steps
 
 
-def shared_messages(prefix: Prefix) -> dict[str, list[Json]]:
+def _shared_messages(prefix: Prefix) -> dict[str, list[Json]]:
     """Stage -> the messages that all its calls begin with, the prompt as the LM reads it: said once, not each time."""
     calls: dict[str, list[Sequence[Json]]] = {}
     for row in prefix.rollouts or ():
@@ -292,21 +292,21 @@ def same_values(inputs: Json, given: Json) -> bool:
 
 
 def _val_score(run: RunRecord, prefix: Prefix) -> Score:
-    return score_of(prefix.val_score, [row["score"] for row in prefix.rollouts or ()], run.size("val"), run.noise)
+    return _score_of(prefix.val_score, [row["score"] for row in prefix.rollouts or ()], run.size("val"), run.noise)
 
 
 def _prefix_test(run: RunRecord, prefix: Prefix) -> Score | None:
     if prefix.test_score is None:
         return None
     scores = [row["score"] for row in prefix.tested or ()]
-    return score_of(prefix.test_score, scores, len(scores) or run.size("test"), run.noise)
+    return _score_of(prefix.test_score, scores, len(scores) or run.size("test"), run.noise)
 
 
 def _test_score(run: RunRecord) -> Score | None:
     value = run.summary.get("test_score")
     if value is None:
         return None
-    return score_of(float(value), [row["score"] for row in run.test or ()], run.size("test"), run.noise)
+    return _score_of(float(value), [row["score"] for row in run.test or ()], run.size("test"), run.noise)
 
 
 def _groups(run: RunRecord, ways: Sequence[Journey], examples: int) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def _change(stage: str, before: Json, after: Json) -> PromptChange:
     demos += [("remove", demo) for demo in old if demo not in new]
     return PromptChange(
         stage=stage,
-        instruction=word_difference(_told(before), _told(after)),
+        instruction=word_difference(_prompt_text(before), _prompt_text(after)),
         demos=demos,
         before_demos=len(old),
         after_demos=len(new),
@@ -102,7 +102,7 @@ def _change(stage: str, before: Json, after: Json) -> PromptChange:
     )
 
 
-def _told(prompt: Json) -> str:
+def _prompt_text(prompt: Json) -> str:
     """The instruction, behind the form and the calibration where the prompt has its own."""
     own = [f"(form: {prompt['form']})"] if prompt.get("form") else []
     own += [f"({shown(prompt['calibration'])})"] if prompt.get("calibration") else []

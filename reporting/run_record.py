@@ -33,7 +33,7 @@ class Prefix:
     """The program after some steps of the schedule.
 
     Attributes:
-        index: steps behind it; 0 is the program as it came.
+        index: steps before it; 0 is the program as it came.
         step: the step that led here, "p" or "w"; "" at index 0.
         name: the schedule up to here, e.g. "p -> w"; "vanilla" at index 0.
         record: its line of history.jsonl.
@@ -151,7 +151,7 @@ def read_run(folder: Path) -> RunRecord:
     made = _optional(folder / "run.json", _read_json) or {}
     check_format(folder / "run.json", made.get("format", 1), FORMAT, fix="Read it with the version that made the run.")
     if not history:
-        raise ReportError(f'"{folder / "history.jsonl"}" is empty: no boundary is behind this run yet.')
+        raise ReportError(f'"{folder / "history.jsonl"}" is empty: this run has reached no boundary yet.')
     config_text, config = _read_config(folder / "config.yaml")
     summary = _read_json(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     prefixes = [_prefix(folder, record) for record in history]
@@ -226,8 +226,8 @@ def _tested(folder: Path, record: Json) -> list[Json] | None:
 
 
 def _schedule(summary: Json, config: Json, prefixes: Sequence[Prefix]) -> list[str]:
-    said = summary.get("schedule") or setting(config, "alternate.schedule", "")
-    steps = list(steps_of(str(said)))
+    message = summary.get("schedule") or setting(config, "alternate.schedule", "")
+    steps = list(steps_of(str(message)))
     done = [prefix.step for prefix in prefixes[1:]]
     return steps if len(steps) >= len(done) else done
 

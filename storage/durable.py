@@ -87,7 +87,7 @@ def write_beside(path: Path, write: Callable[[Any], Any]) -> tuple[Path, str]:
 def put_in_place(beside: Path, path: Path) -> None:
     """Moves a file that was written beside its place over the old one."""
     os.replace(beside, path)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
@@ -100,7 +100,7 @@ def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, folder / SUMS)
-    sync_folder(folder)
+    _sync_folder(folder)
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -211,7 +211,7 @@ def damaged_file(folder: Path) -> str:
     return "" if read_sums(folder) or not (folder / SUMS).exists() else f"{folder / SUMS} is damaged"
 
 
-def sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Flushes a folder's list of names."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -273,7 +273,7 @@ def _flush(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     for below in {path.parent for path in paths}:
-        sync_folder(below)
+        _sync_folder(below)
 
 
 def _beside(path: Path) -> Path:

@@ -194,12 +194,12 @@ def _is_damage(error: sqlite3.DatabaseError, path: Path) -> bool:
     """Whether the file's content is at fault, and not the disk, the rights or another process."""
     if not isinstance(error, sqlite3.OperationalError):
         return True
-    said = str(error)
+    message = str(error)
     damages = ("no such table", "no such column", "table entries has", "unsupported file format", "Could not decode")
-    if said.startswith(damages):
+    if message.startswith(damages):
         return True
     # A flipped bit in the header can make a file read-only for SQLite that is not so for the system.
-    return "readonly database" in said and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    return "readonly database" in message and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 def _checksum(key: bytes, value: bytes) -> bytes:

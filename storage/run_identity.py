@@ -110,6 +110,7 @@ def data_sums(sets: Mapping[str, Iterable[Any]]) -> dict[str, str]:
 
 
 def library_versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
@@ -120,7 +121,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ['epochs: 2 -> 3']
     """
     return [
-        f"{name}: {_said(then, name)} -> {_said(now, name)}"
+        f"{name}: {_option_text(then, name)} -> {_option_text(now, name)}"
         for name in sorted({*then, *now})
         if name not in then or name not in now or then[name] != now[name]
     ]
@@ -182,5 +183,5 @@ def _is_free(name: str) -> bool:
     return any(name == free or name.startswith(f"{free}.") for free in _FREE)
 
 
-def _said(options: Mapping[str, Any], name: str) -> str:
+def _option_text(options: Mapping[str, Any], name: str) -> str:
     return json.dumps(options[name], ensure_ascii=False) if name in options else "not set"

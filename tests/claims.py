@@ -1,4 +1,4 @@
-"""How many examples a claim over all inputs is tried on: few by default, or as many as EXAMPLES says."""
+"""How many examples a claim over all inputs is tried on: few by default, new ones each time; or as many as EXAMPLES."""
 
 from __future__ import annotations
 

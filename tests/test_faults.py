@@ -23,7 +23,7 @@ TESTS = Path(__file__).resolve().parent
 def test_killed_twice_at_once_and_damaged_runs_end_as_they_must(tmp_path: Path) -> None:
     # A process of its own: it forks, and a fork of one that has trained cannot train.
     results = tmp_path / "faults.json"
-    options = ["--only", "kills,two_runs,corruption", "--scale", "0.01", "--results", str(results)]
+    options = ["--only", "kills,two_runs,corruption", "--scale", "0.005", "--results", str(results)]
     options += ["--work", str(tmp_path / "work"), "--report", str(tmp_path / "FAULTS.md")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     command = [sys.executable, "-m", "faults", *options]

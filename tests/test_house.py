@@ -134,6 +134,14 @@ def test_a_module_says_what_it_is_for(path: Path) -> None:
     assert path.name != "utils.py", f"{named(path)}: a file is named after its noun"
 
 
+@each_module
+def test_what_a_module_offers_says_what_it_is(path: Path) -> None:
+    """Its functions and classes without an underscore; what only the module itself uses has one."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    offered = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert not [node.name for node in offered if not ast.get_docstring(node)]
+
+
 def test_the_walk_sees_imports_wherever_they_hide(tmp_path: Path) -> None:
     hiding = tmp_path / "hiding.py"
     hiding.write_text(

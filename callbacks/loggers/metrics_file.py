@@ -36,7 +36,7 @@ class MetricsFile(CSVLogger):
         return self._writer
 
     def forget(self, *, step: int, boundaries: int) -> list[dict[str, float]]:
-        """Drops the rows that a run resumed at this step, with so many boundaries behind it, will write again.
+        """Drops the rows that a run resumed at this step, with so many boundaries reached, will write again.
 
         Returns:
             The others.
@@ -44,9 +44,9 @@ class MetricsFile(CSVLogger):
         if getattr(rank_zero_only, "rank", 0) or not self.path.is_file():
             return []
         names, rows = _read(self.path)
-        behind = [row for row in rows if _behind(row, step, boundaries)]
-        write_whole(self.path, _csv_text(names, behind))
-        return [{name: float(value) for name, value in row.items() if value} for row in behind]
+        kept = [row for row in rows if _before(row, step, boundaries)]
+        write_whole(self.path, _csv_text(names, kept))
+        return [{name: float(value) for name, value in row.items() if value} for row in kept]
 
 
 class _Writer(WholeWriter):
@@ -71,7 +71,7 @@ class _Writer(WholeWriter):
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and whole rows. A row that a kill or a full disk cut short is dropped, with what was written behind
+    """Column names and whole rows. A row that a kill or a full disk cut short is dropped, with what was written after
     it on its line: a run is continued from a step before it, and writes both again."""
     text = path.read_bytes().decode("utf-8")
     whole = text[: text.rfind("\n") + 1]
@@ -79,7 +79,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return list(reader.fieldnames or ()), [row for row in reader if None not in row and None not in row.values()]
 
 
-def _behind(row: dict[str, str], step: int, boundaries: int) -> bool:
+def _before(row: dict[str, str], step: int, boundaries: int) -> bool:
     if not row.get("step"):
         return False
     if row.get("boundary/index"):

@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
     from cotune.storage.durable import write_whole
 
     compared = compare_runs([read_run(Path(folder)) for folder in options.runs])
-    print_comparison(compared, Console())
+    _print_comparison(compared, Console())
     if options.out:
         if Path(options.out).is_dir():
             raise ReportError(f'"{options.out}" is a folder; give --out a file, e.g. --out compare.html.')
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def print_comparison(compared: Comparison, console: Console) -> None:
+def _print_comparison(compared: Comparison, console: Console) -> None:
     """Tables of a terminal's width, then a paragraph a pair."""
     console.print(_runs_table(compared))
     console.print(_scores_table(compared))
@@ -62,15 +62,15 @@ def print_comparison(compared: Comparison, console: Console) -> None:
     else:
         console.print("The settings do not differ.")
     for pair in compared.pairs:
-        for line in pair_lines(pair):
+        for line in _pair_lines(pair):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     for note in compared.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
-def pair_lines(pair: Pair) -> Iterator[str]:
+def _pair_lines(pair: Pair) -> Iterator[str]:
     """What a pair says, in lines."""
-    from cotune.reporting.journeys import said
+    from cotune.reporting.journeys import answer_text
 
     gap = pair.difference
     chance = "" if gap.clear or not (pair.won or pair.lost) else ", which may be chance"
@@ -82,7 +82,7 @@ def pair_lines(pair: Pair) -> Iterator[str]:
         yield f"  {pair.unlike} more have the same id but other inputs or labels, and are left out."
     for what, gaps in (("won", pair.won), ("lost", pair.lost)):
         for gap_ in gaps[:_SHOWN]:
-            yield f"  {what} {gap_.example}: {_brief(said(gap_.first))} -> {_brief(said(gap_.second))}"
+            yield f"  {what} {gap_.example}: {_brief(answer_text(gap_.first))} -> {_brief(answer_text(gap_.second))}"
         if len(gaps) > _SHOWN:
             yield f"  … {len(gaps) - _SHOWN} more {what}"
 

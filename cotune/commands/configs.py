@@ -45,8 +45,8 @@ def main(options: argparse.Namespace) -> int:
     width = max(map(len, known))
     columns = shutil.get_terminal_size((120, 24)).columns
     for name, path in known.items():
-        said = path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
-        line = f"{name:{width}}  {said}"
+        message = path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        line = f"{name:{width}}  {message}"
         print(line if len(line) <= columns else f"{line[: columns - 1]}…")
     return 0
 

@@ -91,7 +91,7 @@ def main(options: argparse.Namespace) -> int:
 def findings(runs_dir: Path) -> Iterator[Finding]:
     """All findings, the quick ones first. A library that cannot be imported is a finding, too."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    looks = (python_findings, cpu_findings, cuda_findings, account_findings, lambda: disk_findings(runs_dir))
+    looks = (python_findings, cpu_findings, _cuda_findings, account_findings, lambda: disk_findings(runs_dir))
     for look in looks:
         try:
             yield from look()
@@ -171,10 +171,10 @@ def cpu_findings() -> Iterator[Finding]:
         f"{total:.1f} GB, {free:.1f} free" if free is not None else f"{total:.1f} GB",
         "a run with the embedded model takes 3 GB; close something" if low else "",
     )
-    yield from device_findings("cpu", str(has.get("cpu_name") or platform.machine()))
+    yield from _device_findings("cpu", str(has.get("cpu_name") or platform.machine()))
 
 
-def device_findings(device: str, label: str) -> Iterator[Finding]:
+def _device_findings(device: str, label: str) -> Iterator[Finding]:
     """How fast a device multiplies in float32 and bf16, and which bitsandbytes formats run on it forwards and back."""
     from cotune.lightning_modules.quantization import FORMATS, refusal
 
@@ -202,7 +202,7 @@ def gemm_gflops(device: str, dtype: str) -> float | None:
     return 2 * size**3 / best / 1e9
 
 
-def cuda_findings() -> Iterator[Finding]:
+def _cuda_findings() -> Iterator[Finding]:
     """Every CUDA device, or why there is none."""
     import torch
 
@@ -219,7 +219,7 @@ def cuda_findings() -> Iterator[Finding]:
         seen = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         label = f"{seen.name}, capability {seen.major}.{seen.minor}, {total / 1e9:.0f} GB ({free / 1e9:.0f} free)"
-        yield from device_findings(f"cuda:{index}", label)
+        yield from _device_findings(f"cuda:{index}", label)
 
 
 def account_findings() -> Iterator[Finding]:
@@ -357,5 +357,7 @@ def _show(found: Sequence[Finding]) -> None:
         if one.fix:
             console.print(Text(f"          → {one.fix}", "dim"))
     problems = sum(one.status == "problem" for one in found)
-    said = f"{problems} problem{'s' if problems > 1 else ''}: see →" if problems else "All that cotune needs is there."
-    console.print(Text(f"\n{said}", "bold"))
+    message = (
+        f"{problems} problem{'s' if problems > 1 else ''}: see →" if problems else "All that cotune needs is there."
+    )
+    console.print(Text(f"\n{message}", "bold"))

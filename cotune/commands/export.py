@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> int:
         license_name=options.license,
         trust_remote_code=options.trust_remote_code,
     )
-    for line in _told(card, out):
+    for line in _closing_lines(card, out):
         print(line)
     if options.push_to_hub:
         print(push(out, options.push_to_hub, what=options.what, public=options.public))
@@ -298,7 +298,7 @@ def _known_license(base: dict[str, Any]) -> str:
     return "apache-2.0" if base["model"] == EMBEDDED else ""
 
 
-def _told(card: Card, out: Path) -> list[str]:
+def _closing_lines(card: Card, out: Path) -> list[str]:
     from cotune.reporting.model_card import serve_commands
     from cotune.storage.served_adapter import vllm_refusals
 

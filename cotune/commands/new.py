@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
         raise NewTaskError(f"a column is an input or a label; the inputs are {inputs}, the labels {labels}.")
     data = str(Path(options.data).resolve()) if options.data else "data.jsonl"
     task = "" if options.data else "Which team should answer this message of a customer?"
-    files = task_files(folder.name, rows, inputs=inputs, labels=labels, data=data, task=task)
+    files = _task_files(folder.name, rows, inputs=inputs, labels=labels, data=data, task=task)
     folder.mkdir(parents=True)
     if not options.data:
         files["data.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
@@ -83,7 +83,7 @@ def propose_sizes(rows: int) -> dict[str, int]:
     return {"train": min(rows - dev - val - test, 1000), "dev": dev, "val": val, "test": test}
 
 
-def task_files(
+def _task_files(
     name: str,
     rows: Sequence[Mapping[str, Any]],
     *,

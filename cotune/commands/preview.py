@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line is parsed before anything heavy is importe
     from cotune.datamodules import EpochBatches, Pair, Trace, TraceDataModule
     from cotune.lightning_modules import LanguageModel, ProgramModule
 
-_MOST_VALUES = 12
+_MAX_VALUES = 12
 """Outputs with more different values than this are text, and are not counted by value."""
 
 
@@ -159,7 +159,7 @@ def _heading(row: TrainedRow) -> str:
 def _by_value(traces: Sequence[Trace]) -> Iterator[str]:
     for name in traces[0].outputs:
         counts = Counter(trace.outputs.get(name, "") for trace in traces)
-        if len(counts) <= _MOST_VALUES:
+        if len(counts) <= _MAX_VALUES:
             yield f"{name}: " + ", ".join(f"{value} {count}" for value, count in counts.most_common())
 
 

@@ -35,7 +35,7 @@ def refused_options() -> Iterator[None]:
     except (MisconfigurationException, ValueError, TypeError) as error:
         if isinstance(error, CotuneError):
             raise
-        raise OptionError(said(error)) from error
+        raise OptionError(_message_of(error)) from error
 
 
 def check_option_groups(config: Any) -> None:
@@ -114,11 +114,11 @@ def _first_line(error: BaseException) -> str:
     return f"{'' if isinstance(error, SyntaxError) else type(error).__name__ + ': '}{' '.join(text.split())}"
 
 
-def said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """The heart of such an error.
 
-    >>> said(ValueError("Does not validate against any of the Union subtypes\\nErrors:\\n  - epochs 0 is below 1"))
-    'epochs 0 is below 1'
+    >>> _message_of(ValueError("Does not validate against any of the Union subtypes\\nErrors:\\n  - epochs 0 is low"))
+    'epochs 0 is low'
     """
     text = str(error)
     if missing := _missing_package(error):

@@ -36,8 +36,8 @@ def explain(message: str, options: Options) -> str:
     'unknown option --alternate.shedule. Did you mean --alternate.schedule?'
     """
     for rule in _RULES:
-        if said := rule(message.strip(), options):
-            return said
+        if text := rule(message.strip(), options):
+            return text
     return " ".join(message.split())
 
 
@@ -83,7 +83,7 @@ def _one_for_a_group(message: str, options: Options) -> str:
         return ""
     key = f"{_OWNERS[key]}.{key}" if key in _OWNERS else key
     last = key.rpartition(".")[2]
-    inner = [name for name in option_names(options) if f".{last}." in f".{name}"]
+    inner = [name for name in _option_names(options) if f".{last}." in f".{name}"]
     return no_group(key, found[1], inner)
 
 
@@ -94,7 +94,7 @@ def _unknown_argument(message: str, options: Options) -> str:
     word = found[1].split("=")[0]
     if not word.startswith("--"):
         return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
-    return f"unknown option {word}." + did_you_mean(word[2:], option_names(options), "--")
+    return f"unknown option {word}." + did_you_mean(word[2:], _option_names(options), "--")
 
 
 def _unknown_key(message: str, options: Options) -> str:
@@ -102,7 +102,7 @@ def _unknown_key(message: str, options: Options) -> str:
     if not found:
         return ""
     name = found[1] or found[2]
-    return f'unknown option "{name}".' + did_you_mean(name, option_names(options), "")
+    return f'unknown option "{name}".' + did_you_mean(name, _option_names(options), "")
 
 
 def _no_class(message: str, options: Options) -> str:
@@ -123,7 +123,7 @@ def _no_class(message: str, options: Options) -> str:
         return f'{key} "{value}" is not allowed; allowed is a number.'
     if key.rpartition(".")[2] == "metric":
         return _no_metric(key, value)
-    names = [cls.__name__ for cls in subclasses_of(options.get(key))]
+    names = [cls.__name__ for cls in _subclasses_of(options.get(key))]
     last = value.rpartition(".")[2]
     detail = re.search(r"Problem with given class_path '[^']+':\s+(?!module '[^']*' has no attribute)(.*)", message)
     detail = detail or re.search(r"(No module named '[^']+')", message)
@@ -194,15 +194,18 @@ _ELSEWHERE = {
 """What options are called elsewhere, or were once -> here; a name that ends in a dot has the word behind it."""
 
 
-def option_names(options: Options) -> list[str]:
+def _option_names(options: Options) -> list[str]:
     """All options, those of the classes that can be chosen included."""
     nested = [
-        f"{name}.{inner}" for name, kind in options.items() for cls in subclasses_of(kind) for inner in _parameters(cls)
+        f"{name}.{inner}"
+        for name, kind in options.items()
+        for cls in _subclasses_of(kind)
+        for inner in _parameters(cls)
     ]
     return list(dict.fromkeys([*options, *nested]))
 
 
-def subclasses_of(kind: Any) -> list[type]:
+def _subclasses_of(kind: Any) -> list[type]:
     """The concrete classes that a type allows and that are imported."""
     return list(dict.fromkeys(_concrete(kind)))
 
@@ -233,7 +236,7 @@ def _parameters(cls: type) -> Iterator[str]:
 
 
 def _known(key: str, options: Options) -> str:
-    names = sorted(cls.__name__ for cls in subclasses_of(options.get(key)))
+    names = sorted(cls.__name__ for cls in _subclasses_of(options.get(key)))
     return ", ".join(names) or "those of cotune"
 
 

@@ -19,7 +19,7 @@ import torch
 from cotune.inference.local.torch_internals import efficient, flash
 from cotune.inference.local.transformers_internals import attending_by
 from torch import Tensor
-from transformers.modeling_utils import AttentionInterface
+from transformers import AttentionInterface
 
 NAME = "cotune_cascade"
 """The attention's name in transformers' registry. No mask is registered under it, so transformers makes none."""

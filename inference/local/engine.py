@@ -42,6 +42,7 @@ class LocalEngine(Engine):
             codec=weights.codec,
             window=weights.window,
             cache_tokens=self.cache_tokens,
+            # Asked at each call: what is kept of prefixes is of one adapter as it then was.
             weights=lambda: (weights.version, self._adapter),
             keep_rows=self.keep_prompts,
             together=weights.decodes_together,

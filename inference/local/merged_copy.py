@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from cotune.inference.local.torch_internals import onednn_has_bf16, onednn_layout, onednn_product, written
+from cotune.inference.local.peft_internals import added, adds_only, factors, lora_layers, without_adapter
+from cotune.inference.local.torch_internals import (
+    is_laid_out,
+    onednn_has_bf16,
+    onednn_layout,
+    onednn_product,
+    written,
+)
 from torch import Tensor, nn
 
 _ROWS = 64
@@ -51,11 +58,7 @@ class MergedCopy:
 @contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """The model without its adapter inside: each adapted layer computes what its base layer does."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    whole = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    bare = {layer: layer.get_base_layer().forward for _, layer in _adapted(model)}
-    with _computing({**bare, **{wrapper: wrapper.original_module.forward for wrapper in whole}}):
+    with _computing(without_adapter(model)):
         yield
 
 
@@ -88,42 +91,27 @@ class _Linear:
         """Changes when anything does that the copy is made of: writing in place counts the version up, moving or
         casting gives other memory; a head that is trained whole is written, too."""
         adapter = [] if self.module is self.base else list(self.module.parameters())
-        factors = [] if self.module is self.base else [*self.module.scaling.items(), *self.module.active_adapters]
+        scales = [] if self.module is self.base else [*factors(self.module), *self.module.active_adapters]
         weights = [self.base.weight, *adapter]
-        return (self.base.weight.dtype, *map(written, weights), *factors)
+        return (self.base.weight.dtype, *map(written, weights), *scales)
 
     def merged(self) -> Tensor:
         weight = self.base.weight
         if self.module is self.base:
             return weight
-        delta = sum(self.module.get_delta_weight(adapter) for adapter in self.module.active_adapters)
-        merged: Tensor = weight + delta.to(weight.dtype)
+        merged: Tensor = weight + added(self.module).to(weight.dtype)
         return merged
 
 
 def _linears(model: nn.Module) -> list[_Linear]:
     """The layers that are worth a copy: adapted ones, and on a CPU all that have a layout to gain."""
-    adapted = dict(_adapted(model))
-    found = [_Linear(name, layer, layer.get_base_layer()) for name, layer in adapted.items() if _can_merge(layer)]
-    inside = tuple(f"{name}." for name in adapted)
+    adapted = dict(lora_layers(model))
+    found = [_Linear(name, layer, layer.get_base_layer()) for name, layer in adapted.items() if adds_only(layer)]
+    inside = tuple(f"{name}." for name in adapted)  # base, A and B of an adapted layer are linear layers, too
     for name, module in model.named_modules():
         if type(module) is nn.Linear and not name.startswith(inside) and _can_lay_out(module.weight):
             found.append(_Linear(name, module, module))
     return found
-
-
-def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
-    """(name, layer) of every layer that an adapter changes."""
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _can_merge(layer: Any) -> bool:
-    base = layer.get_base_layer()
-    biased = any(getattr(layer, "lora_bias", {}).values())  # which get_delta_weight leaves out
-    variants = any(layer.use_dora.values()) or biased or bool(getattr(layer, "lora_variant", None))
-    return type(base) is nn.Linear and base.weight.is_floating_point() and not variants
 
 
 def _can_lay_out(weight: Tensor) -> bool:
@@ -141,6 +129,6 @@ def _laid_out(weight: Tensor) -> Tensor:
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if not weight.is_mkldnn:
+    if not is_laid_out(weight):
         return lambda x: F.linear(x, weight, bias)
     return lambda x: onednn_product(x, weight, bias)

@@ -8,7 +8,7 @@ import torch
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch says that memory ran out: CUDA has a class for it, the CPU only words."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in said for word in words)
+        isinstance(error, RuntimeError) and any(word in message for word in words)
     )

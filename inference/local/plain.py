@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from cotune.inference.fields import Filling
+from cotune.inference.local.transformers_internals import alone
 from torch import Tensor
 
 
@@ -51,9 +52,10 @@ class _Dictated:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         read: list[int] = input_ids[0, self.start :].tolist()
         written, place = self.filling.written, len(read)
-        if len(written) == place:
+        if len(written) == place:  # nothing is dictated here: the model's own scores decide
             self.take(scores)
             written = self.filling.written
+        # Over, too, where the filling took back what the model has read: `complete` begins anew with what is left.
         self._over = self.filling.finished is not None or len(written) <= place or written[:place] != read
         token = 0 if self._over else written[place]
         dictated = torch.full_like(scores, float("-inf"))
@@ -78,27 +80,3 @@ def _generation_config(base: Any, settings: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = before
-
-
-@contextmanager
-def alone(base: Any) -> Iterator[None]:
-    """Rotary embeddings that grow with the longest text so far begin anew, and leave nothing behind."""
-    growing = [module for module in base.modules() if hasattr(module, "max_seq_len_cached")]
-    for module in growing:
-        _begin_anew(module)
-    try:
-        yield
-    finally:
-        for module in growing:
-            _begin_anew(module)
-
-
-def _begin_anew(module: Any) -> None:
-    names = [*vars(module), *(name for name, _ in module.named_buffers(recurse=False))]
-    for name in [name for name in names if name.endswith("original_inv_freq")]:
-        kind = name.removesuffix("original_inv_freq")  # layers of several kinds have factors of their own
-        grown, first = f"{kind}max_seq_len_cached", module.original_max_seq_len
-        if getattr(module, grown, first) != first:
-            device = getattr(module, f"{kind}inv_freq").device
-            setattr(module, f"{kind}inv_freq", getattr(module, name).clone().to(device))
-            setattr(module, grown, first)

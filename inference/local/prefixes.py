@@ -72,6 +72,7 @@ class _Node:
 
 def _radix_tree(prompts: Sequence[Sequence[int]]) -> list[_Node]:
     """The radix tree of the prompts, parents first. A prompt's last token is its own, so it does not count."""
+    # In sorted order a prompt shares most with a neighbour, so the tree is made by one walk along its rightmost path.
     order = sorted(range(len(prompts)), key=lambda i: (tuple(prompts[i][:-1]), i))
     shared = [shared_prefix([prompts[i], prompts[j]]) for i, j in pairwise(order)]
     path = [_Node(0)]  # from the root to where the last prompt hangs

@@ -97,6 +97,7 @@ def _choose(rows: Sequence[Row], logits_RV: Tensor) -> list[int]:
     if sampling.temperature == 0:
         greedy: list[int] = logits_RV.argmax(dim=-1).tolist()
         return greedy
+    # By the count of tokens decided so far, those that were taken back included, so that no number is used twice.
     draws = [row.draws[row.filling.free] for row in rows if row.draws is not None]
     draws_R = torch.tensor(draws, dtype=torch.float64, device=logits_RV.device)
     drawn: list[int] = sample(logits_RV, draws_R, temperature=sampling.temperature, top_p=sampling.top_p).tolist()

@@ -41,11 +41,13 @@ def log_probs(logits_BV: Tensor, tokens: Sequence[int], *, temperature: float) -
 
 def _from_nucleus(head_BK: Tensor, order_BK: Tensor, draws_B: Tensor, top_p: float) -> Tensor:
     before_BK = head_BK.cumsum(dim=-1) - head_BK
+    # By the sum before a token, not with it: the one that reaches top_p is in, and so the first always is.
     nucleus_BK = head_BK.masked_fill(before_BK >= top_p, 0.0)
     return order_BK.gather(1, _inverse_cdf(nucleus_BK, draws_B)[:, None])[:, 0]
 
 
 def _inverse_cdf(weights_BK: Tensor, draws_B: Tensor) -> Tensor:
     cumulative_BK = weights_BK.cumsum(dim=-1)
+    # Of the sum there is, which a nucleus and rounding keep from being 1.
     wanted_B1 = draws_B[:, None].to(cumulative_BK.dtype) * cumulative_BK[:, -1:]
     return torch.searchsorted(cumulative_BK, wanted_B1, right=True)[:, 0].clamp(max=weights_BK.shape[-1] - 1)

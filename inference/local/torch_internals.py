@@ -63,6 +63,11 @@ def onednn_layout(weight: Tensor, rows: int) -> Tensor:
     return laid_out
 
 
+def is_laid_out(weight: Tensor) -> bool:
+    """Whether a weight is in a layout of oneDNN's."""
+    return weight.is_mkldnn
+
+
 def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x · weightᵀ + bias, with a weight that was laid out for it."""
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -1,4 +1,4 @@
-"""What transformers does not promise and is used all the same: private names of configs and models.
+"""What transformers does not promise and is used all the same: private and undocumented names of configs and models.
 
 All of it stands here. tests/test_internals.py says from which version it was read, and fails if it goes.
 """
@@ -87,3 +87,27 @@ def _can_be_undone(conversion: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+@contextmanager
+def alone(base: Any) -> Iterator[None]:
+    """Rotary embeddings that grow with the longest text so far begin anew, and leave nothing behind."""
+    growing = [module for module in base.modules() if hasattr(module, "max_seq_len_cached")]
+    for module in growing:
+        _begin_anew(module)
+    try:
+        yield
+    finally:
+        for module in growing:
+            _begin_anew(module)
+
+
+def _begin_anew(module: Any) -> None:
+    names = [*vars(module), *(name for name, _ in module.named_buffers(recurse=False))]
+    for name in [name for name in names if name.endswith("original_inv_freq")]:
+        kind = name.removesuffix("original_inv_freq")  # layers of several kinds have factors of their own
+        grown, first = f"{kind}max_seq_len_cached", module.original_max_seq_len
+        if getattr(module, grown, first) != first:
+            device = getattr(module, f"{kind}inv_freq").device
+            setattr(module, f"{kind}inv_freq", getattr(module, name).clone().to(device))
+            setattr(module, grown, first)

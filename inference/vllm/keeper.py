@@ -16,6 +16,7 @@ _PATIENCE = 20.0
 
 
 def main() -> None:
+    """Runs the command of its arguments, and ends it once its own standard input is closed."""
     command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
 
     def watch() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
-from cotune.lightning_modules.lora import lora_layers
+from cotune.inference.local.peft_internals import lora_layers, plain_adapter
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,12 +29,10 @@ def fuse_adapter(model: nn.Module) -> None:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    fitting = _fitting(layer, x) if not (args or kwargs) else None
-    if fitting is None:
+    update = _fitting(layer, x) if not (args or kwargs) else None
+    if update is None:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     base = layer.get_base_layer()
-    name: str = fitting
-    update = (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name])
     # The views are made out here, as a model may go on to write into what its layer gives, which autograd does not let
     # it do to a view that was made inside.
     x_NI = x.reshape(-1, x.shape[-1])
@@ -42,19 +40,15 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return found.view(*x.shape[:-1], -1)
 
 
-def _fitting(layer: Any, x: Tensor) -> str | None:
-    """The one active adapter's name, if it is one that can be fused here and now."""
-    if not torch.is_grad_enabled() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return None
-    name: str = layer.active_adapters[0]
-    if name not in layer.lora_A or name in layer.lora_variant or layer.lora_B[name].bias is not None:
-        return None
-    if layer.training and getattr(layer.lora_dropout[name], "p", 0.0):
+def _fitting(layer: Any, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    """The one active adapter, if it is one that can be fused here and now."""
+    update = plain_adapter(layer) if torch.is_grad_enabled() else None
+    if update is None:
         return None
     base = layer.get_base_layer()
-    same = x.dtype == base.weight.dtype == layer.lora_A[name].weight.dtype
+    same = x.dtype == base.weight.dtype == update[0].dtype
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-    return name if same and frozen and not torch.is_autocast_enabled(x.device.type) else None
+    return update if same and frozen and not torch.is_autocast_enabled(x.device.type) else None
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -12,7 +12,7 @@ from cotune.lightning_modules.training import plain
 from cotune.lightning_modules.training.fused import LOGITS_AT_ONCE, has_plain_head, head_log_probs
 from cotune.lightning_modules.training.packing import abilities, backbone, forward, pack
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers import DynamicCache
 
 
 def log_probs(model: Any, batch: Batch, ids_nK: Tensor, coefficients_nK: Tensor | None = None) -> tuple[Tensor, Tensor]:

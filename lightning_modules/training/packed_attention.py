@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (PyTorch's own name for it)
 from cotune.inference.local.torch_internals import flash, flash_backward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.modeling_utils import AttentionInterface
+from transformers import AttentionInterface
 
 NAME = "cotune_packed_rows"
 """The attention's name in transformers' registry."""

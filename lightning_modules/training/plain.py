@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from cotune.datamodules.collate import Batch
-from cotune.inference.local.plain import alone, bare
+from cotune.inference.local.plain import bare
+from cotune.inference.local.transformers_internals import alone
 from torch import Tensor
 
 

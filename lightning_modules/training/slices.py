@@ -124,6 +124,7 @@ def _along_tree(node: _Node, known: Callable[[_Node], Gradients | None]) -> Grad
 
 
 def added(so_far: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """The sum of two gradients; None is one of zeros."""
     if so_far is None or more is None:
         return more if so_far is None else so_far
     return so_far + more

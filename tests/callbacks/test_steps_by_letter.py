@@ -16,7 +16,7 @@ from cotune.__main__ import main
 
 
 class Rates(Callback):
-    """The largest learning rate of each epoch, by the number of boundaries behind."""
+    """The largest learning rate of each epoch, by the number of boundaries reached."""
 
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cotune.callbacks.stop_signals import OutOfTime, StopOnSignal, Stopped, StopSignals
 from lightning.pytorch import Callback
-from tiny_fit import tiny_fit
+from tiny_fit import Fit, tiny_fit
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -56,9 +56,15 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    return tiny_fit(tiny_model, tmp_path_factory.mktemp("whole")).run()
+
+
 @pytest.mark.parametrize("step", [2, 3])
-def test_a_signal_in_training_saves_after_the_step_and_stops(step: int, tiny_model: Path, tmp_path: Path) -> None:
-    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+def test_a_signal_in_training_saves_after_the_step_and_stops(
+    step: int, tiny_model: Path, tmp_path: Path, whole: Fit
+) -> None:
     with StopSignals() as signals:
         first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(signals), SignalAt(step)])
         with pytest.raises(Stopped):
@@ -88,8 +94,9 @@ def test_a_signal_in_a_validation_loses_the_step_before_it_and_no_more(tiny_mode
     assert second.lm.usage.calls == whole.lm.usage.calls
 
 
-def test_time_that_is_over_ends_a_fit_like_a_signal_and_counts_earlier_starts(tiny_model: Path, tmp_path: Path) -> None:
-    whole = tiny_fit(tiny_model, tmp_path / "whole").run()
+def test_time_that_is_over_ends_a_fit_like_a_signal_and_counts_earlier_starts(
+    tiny_model: Path, tmp_path: Path, whole: Fit
+) -> None:
     first = tiny_fit(tiny_model, tmp_path, callbacks=[StopOnSignal(StopSignals(max_seconds=0.0))], save_every=1)
     with pytest.raises(OutOfTime) as stopped:
         first.run()

@@ -32,7 +32,7 @@ WORKS: dict[str, dict[str, Any]] = {
         "benchmark": False,
         "inference_mode": False,
     },
-    "what is said": {
+    "what is logged, and what is irrelevant": {
         "logger": False,
         "log_every_n_steps": 5,
         "num_sanity_val_steps": 1,
@@ -41,6 +41,12 @@ WORKS: dict[str, dict[str, Any]] = {
         "enable_model_summary": True,
         "profiler": "simple",
         "enable_autolog_hparams": False,
+        # irrelevant, and harmless
+        "limit_predict_batches": 1,
+        "enable_checkpointing": True,
+        "use_distributed_sampler": False,
+        "sync_batchnorm": True,
+        "model_registry": "none",
     },
     "an optimiser step": {
         "precision": "bf16-mixed",
@@ -49,18 +55,10 @@ WORKS: dict[str, dict[str, Any]] = {
         "gradient_clip_algorithm": "value",
         "detect_anomaly": True,
     },
-    "fast_dev_run": {"fast_dev_run": True},
     "limit_train_batches": {"limit_train_batches": 1},
-    "irrelevant, and harmless": {
-        "limit_predict_batches": 1,
-        "enable_checkpointing": True,
-        "use_distributed_sampler": False,
-        "sync_batchnorm": True,
-        "model_registry": "none",
-    },
 }
 """Trainer arguments that are tried together. `default_root_dir` goes with each;
-`callbacks` and `max_time` have tests of their own."""
+`callbacks`, `fast_dev_run` and `max_time` have tests of their own."""
 
 REFUSED: dict[str, str] = {
     "max_epochs": "3",
@@ -97,7 +95,7 @@ def test_each_row_is_tried() -> None:
     of = {verdict: {n for n, o in TRAINER_OPTIONS.items() if o.verdict == verdict} for verdict in ("works", "refused")}
     irrelevant = set(TRAINER_OPTIONS) - of["works"] - of["refused"]
     tried = {option for together in WORKS.values() for option in together}
-    assert of["works"] | irrelevant == {*tried, "default_root_dir", "callbacks", "max_time"}
+    assert of["works"] | irrelevant == {*tried, "default_root_dir", "callbacks", "fast_dev_run", "max_time"}
     assert of["refused"] <= set(REFUSED)
 
 

@@ -411,11 +411,9 @@ def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     assert not [path for path in files if b"canary-123" in path.read_bytes()]
 
 
-def test_own_modules_are_found_in_the_working_folder() -> None:
+def test_own_modules_are_found_in_the_working_folder(run: Run) -> None:
+    """From a shell, too: tests/docs/test_your_own_program.py starts processes."""
     Path("own_metrics.py").write_text("def metric(example, prediction):\n    return 1.0\n")
-    command = [str(Path(sys.executable).with_name("cotune")), "fit", "--config", IRIS]
-    command += ["--data.metric", "own_metrics.metric", "--print_config"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "metric: own_metrics.metric" in done.stdout
+    said = run("fit", "--config", IRIS, "--data.metric", "own_metrics.metric", "--print_config")
+    assert said.code == 0, said.err
+    assert "metric: own_metrics.metric" in said.out

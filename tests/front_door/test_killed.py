@@ -66,34 +66,27 @@ def uninterrupted(parent: Parent, tiny_model: Path, tmp_path_factory: pytest.Tem
     return _result(folder)
 
 
-def test_a_run_killed_in_each_step_ends_where_it_would_have_ended(
-    parent: Parent, tiny_model: Path, tmp_path: Path, uninterrupted: tuple[Any, ...]
-) -> None:
-    for sign in ("[0/3] prompt step: candidate 2", "traces/step-2", "[2/3] prompt step: candidate 1"):
-        run = _started(parent, tiny_model, tmp_path)
-        _until(run, sign)
-        os.kill(run.pid, signal.SIGKILL)
-        assert run.ended() == -signal.SIGKILL
-    assert not (tmp_path / "tiny" / "summary.json").exists()
-    run = _started(parent, tiny_model, tmp_path)
-    assert run.ended() == 0, run.text
-    assert _result(tmp_path) == uninterrupted
-
-
-def test_a_run_stopped_while_generating_and_while_training_says_so_and_goes_on(
+def test_a_run_killed_and_stopped_in_each_step_ends_where_it_would_have_ended(
     parent: Parent, tiny_model: Path, tmp_path: Path, uninterrupted: tuple[Any, ...]
 ) -> None:
     for number, sign in (
         (signal.SIGTERM, "[0/3] prompt step: candidate 1"),
+        (signal.SIGKILL, "[0/3] prompt step: candidate 2"),
+        (signal.SIGKILL, "traces/step-2"),
         (signal.SIGTERM, "[1/3] weight step: epoch 1"),
         (signal.SIGINT, "[1/3] weight step: epoch 2"),
+        (signal.SIGKILL, "[2/3] prompt step: candidate 1"),
     ):
         run = _started(parent, tiny_model, tmp_path)
         _until(run, sign)
         os.kill(run.pid, number)
-        assert run.ended() == 128 + number
-        assert "Traceback" not in run.text
-        assert "cotune: stopped. The same command goes on from here." in run.text
+        if number == signal.SIGKILL:
+            assert run.ended() == -number
+        else:
+            assert run.ended() == 128 + number
+            assert "Traceback" not in run.text
+            assert "cotune: stopped. The same command goes on from here." in run.text
+    assert not (tmp_path / "tiny" / "summary.json").exists()
     run = _started(parent, tiny_model, tmp_path)
     assert run.ended() == 0, run.text
     assert _result(tmp_path) == uninterrupted

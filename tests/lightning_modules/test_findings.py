@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from cotune.datamodules.collate import Pair, collate
 from cotune.inference import Codec, Prompted
 from cotune.inference.local.decoder import Decoder
-from cotune.inference.local.plain import alone
+from cotune.inference.local.transformers_internals import alone
 from cotune.lightning_modules import findings as known
 from cotune.lightning_modules import probe
 from cotune.lightning_modules.findings import Findings, Way, find, findings

@@ -178,7 +178,7 @@ def test_a_checkpoint_brings_back_adapter_prompts_and_place_in_the_weight_step(
     found = trainer(tmp_path).validate(again, datamodule=Doubling(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert again.lm.fingerprint() == made.lm.fingerprint()
     assert again.prompts == made.prompts
-    assert (again.weight_step, again.weight_steps) == (6, 6)
+    assert (again.optimiser_step, again.optimiser_steps) == (6, 6)
     assert found == [{"val/score": 0.0}]
 
 

@@ -181,7 +181,7 @@ pieces = st.lists(st.sampled_from(["answer:", "\n", "**", "<answer>", "[[ ## ans
 
 
 @each_form
-@claimed(500)
+@claimed(200)
 @given(values | pieces.map("".join).map(str.strip).filter(bool), values)
 def test_what_is_written_is_read_back_or_refused_by_name(form: Form, first: str, last: str) -> None:
     outputs = {"reasoning": first, "answer": last}
@@ -193,7 +193,7 @@ def test_what_is_written_is_read_back_or_refused_by_name(form: Form, first: str,
 
 
 @each_form
-@claimed(200)
+@claimed(100)
 @given(st.data())
 def test_typed_values_are_read_back_from_every_form(form: Form, data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(list(TYPED)))
@@ -205,7 +205,7 @@ def test_typed_values_are_read_back_from_every_form(form: Form, data: st.DataObj
 
 
 @each_form
-@claimed(500)
+@claimed(200)
 @given(st.text(st.characters(codec="utf-8"), max_size=60) | pieces.map("".join))
 def test_any_text_is_read_or_refused_in_one_line(form: Form, text: str) -> None:
     found: dict[str, str] = {}

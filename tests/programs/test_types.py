@@ -149,7 +149,7 @@ def test_an_empty_field_is_no_value_of_any_type() -> None:
         Signature.parse("question -> answer").value("answer", " \n")
 
 
-@claimed(500)
+@claimed(200)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**30), 10**30))
 def test_numbers_are_written_in_digits_and_read_back(value: float) -> None:
     text = write_value(float, value)

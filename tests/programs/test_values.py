@@ -12,7 +12,7 @@ from cotune.programs.values import gold_text, normalise, number_of, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-MANY = claimed(300)
+MANY = claimed(150)
 
 NUMBERS = st.one_of(
     st.integers(-(10**15), 10**15).map(Decimal),

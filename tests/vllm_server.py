@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,6 +118,8 @@ class VLLMServerProcess:
         """Status and content, as vLLM 0.32 has them."""
         if path == "/version":
             return 200, {"version": "0.32.0"}
+        if path == "/health":
+            return 200, {}
         if path in ("/sleep?level=1", "/wake_up"):
             self.asleep = path != "/wake_up"
             return 200, {}
@@ -314,6 +317,36 @@ class _Handler(JSONHandler, BaseHTTPRequestHandler):
             choice = {**said["choices"][0], **fault.choice}
             said = {**said, "choices": [{name: v for name, v in choice.items() if v is not None}], **fault.changes}
         self.write(status, said, half=len(json.dumps(said)) // 2 if fault.half else None)
+
+
+# It takes the place of Python: it is given "-m vllm… --port N", and passes what comes there on to a server that runs.
+_DOOR = """\
+#!{python} -I
+import socket, sys, threading
+open({told!r}, "a").write(" ".join(sys.argv[1:]) + "\\n")
+def passed(one, other):
+    while said := one.recv(65536):
+        other.sendall(said)
+    other.shutdown(socket.SHUT_WR)
+door = socket.create_server(("127.0.0.1", int(sys.argv[-1])))
+while True:
+    here, there = door.accept()[0], socket.create_connection(("127.0.0.1", {port}))
+    for pair in ((here, there), (there, here)):
+        threading.Thread(target=passed, args=pair, daemon=True).start()
+"""
+
+
+def python_for(server: VLLMServerProcess, file: Path) -> Path:
+    """Writes the Python of an environment in which that server, it seems, is started.
+
+    Returns:
+        file that holds the options it was started with, a line each time.
+    """
+    told = file.with_name("told")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(_DOOR.format(python=sys.executable, told=str(told), port=server.port), encoding="utf-8")
+    file.chmod(0o755)
+    return told
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from cotune.fit.help_page import wanted
 from cotune.fit.option_errors import OptionError, check_option_groups, own_modules, refused_options
 from cotune.fit.parse_errors import LIGHTNINGS
 from cotune.fit.parser import Parser
-from cotune.fit.processes import by_srun, end_others, end_with_first, environment, is_first, start_all
+from cotune.fit.processes import check_started, end_others, end_with_first, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import LanguageModel, ProgramModule
@@ -197,12 +196,7 @@ class CotuneCLI(PlainCLI):
     def _check_trainer(self, config: Any) -> None:
         """Refuses what the trainer would do otherwise than it is asked to, before the run's folder is touched."""
         check_trainer_options(vars(config.trainer))
-        if int(os.environ.get("SLURM_PROCID") or 0) > 0 and (not by_srun() or config.trainer.devices in (1, "1")):
-            count = os.environ.get("SLURM_NTASKS", "several")
-            raise OptionError(
-                f"srun has started this command {count} times, and this run is one process. Give --trainer.devices as "
-                f"many processes as srun starts on each machine (docs/scaling.md), or srun --ntasks 1."
-            )
+        check_started(config.trainer.devices, config.trainer.num_nodes)
         if config.trainer.max_time is not None:
             with refused_options():
                 self.signals.max_seconds = Timer(config.trainer.max_time).time_remaining()

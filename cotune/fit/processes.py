@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -43,6 +44,25 @@ def environment() -> ClusterEnvironment:
 def by_srun() -> bool:
     """Whether srun has started this command several times."""
     return "SLURM_STEP_ID" in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
+def check_started(devices: Any, nodes: Any) -> None:
+    """Refuses a run of one process that srun or torchrun has started several times.
+
+    Raises:
+        OptionError
+    """
+    one = str(devices) == str(nodes) == "1"
+    if TorchElasticEnvironment.detect():
+        by, times, stray = "torchrun", os.environ.get("WORLD_SIZE", ""), one and _number("WORLD_SIZE", 1) > 1
+    else:
+        by, times = "srun", os.environ.get("SLURM_NTASKS", "several")
+        stray = _number("SLURM_PROCID") > 0 and (one or not by_srun())
+    if stray:
+        raise OptionError(
+            f"{by} has started this command {times} times, and this run is one process. Give --trainer.devices as many "
+            f"processes as {by} starts on each machine (docs/scaling.md), or have it start one."
+        )
 
 
 def is_first() -> bool:

@@ -32,6 +32,8 @@ _START = 1800.0
 _KEPT = 3
 """Adapters whose folders are kept: the one that is used, the one before, and one that servers have been told to unload,
 for one of them may still be at it."""
+_LOGS = 8
+"""Logs of servers started here that are kept, those written last; an error names one."""
 
 
 class VLLMServer(Engine):
@@ -204,6 +206,9 @@ class VLLMServer(Engine):
             "VLLM_NO_USAGE_STATS": "1",
             **({"VLLM_SERVER_DEV_MODE": "1"} if self.sleep else {}),
         }
+        logs = sorted(folder.glob("vllm-*.log"), key=lambda log: log.stat().st_mtime)
+        for old in logs[: -_LOGS + 1]:
+            old.unlink(missing_ok=True)
         self._process = Process(self.python, words, variables, folder / f"vllm-{os.getpid()}.log")
         weakref.finalize(self, self._process.end)
         self.urls = [self._process.url]

@@ -14,7 +14,7 @@ import torch
 from commands import ROOT, cotune, fit
 
 from cotune.fit.option_errors import OptionError
-from cotune.fit.processes import end_with_first, environment, is_first
+from cotune.fit.processes import check_started, end_with_first, environment, is_first
 
 SAME_BITS = ("--model.gradient_slices", "8", "--model.lm.lora.dropout", "0.1")
 
@@ -88,6 +88,15 @@ def test_tasks_that_are_not_counted_by_node_are_refused_in_one_line(monkeypatch:
         monkeypatch.setenv(name, value)
     with pytest.raises(OptionError, match="Use `--ntasks-per-node=4` instead"):
         environment()
+
+
+def test_a_run_of_one_process_that_torchrun_starts_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    check_started(2, 1)
+    check_started("1", 2)  # a process on each of two machines
+    with pytest.raises(OptionError, match="torchrun has started this command 2 times, and this run is one process"):
+        check_started(1, 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

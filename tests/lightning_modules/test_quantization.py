@@ -11,10 +11,14 @@ import pytest
 import torch
 from cotune.datamodules.collate import Pair, collate
 from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, ProgramModule, quantization
+from cotune.lightning_modules.objectives import Rejection
 from cotune.lightning_modules.quantization import FORMATS, QuantizationError, check_trainable, quantized_as, refusal
+from cotune.lightning_modules.training.gradients import BatchGradients, Computed
 from cotune.programs import Predict, Request, Sampling
+from cotune.programs.ranks import Ranks
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from losses import completion_loss
+from side_by_side import side_by_side
 from tiny import save_wide_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
@@ -58,6 +62,27 @@ def test_a_checkpoint_that_is_quantised_already_generates_and_trains(
     assert lm.complete([Request([{"role": "user", "content": "a"}])], Sampling(max_new_tokens=4))[0].completion_ids
     assert all(g is not None and bool(g.abs().sum() > 0) for g in gradients(lm))
     assert quantized_as(lm.config) == f"bitsandbytes {kind}" + (" with double quantisation" if double else "")
+
+
+def test_each_process_with_its_own_quantised_copy_gets_the_gradients_of_one(wide_model: Path) -> None:
+    if why := refusal("nf4", "cpu"):
+        pytest.skip(f"bitsandbytes refuses nf4 here: {why}")
+
+    lms = [LanguageModel(str(wide_model), device="cpu", quantization="nf4", lora=LoRA(r=4)) for _ in range(3)]
+    for lm in lms:
+        lm.load(seed=0)
+    prompt = lm.encode([{"role": "user", "content": "What is it?"}])
+    batch = collate([[Pair(prompt, [50 + i] * (1 + i)) for i in range(5)]])  # of unequal lengths, and an odd number
+
+    def compute(ranks: Ranks, model: Any) -> Computed:
+        computing = BatchGradients(slices=8)
+        computing.ranks = ranks
+        return computing.compute(model, [p for p in model.parameters() if p.requires_grad], batch, Rejection())
+
+    alone = compute(Ranks(), lms[2].model)
+    for one in side_by_side(2, lambda ranks: compute(ranks, lms[ranks.index].model)):
+        assert isinstance(one, Computed), one
+        assert all(torch.equal(a, b) for a, b in zip(one.gradients, alone.gradients, strict=True))
 
 
 def test_such_a_checkpoint_computes_in_the_dtype_that_is_asked_for(wide_model: Path, tmp_path: Path) -> None:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from cotune.programs import BudgetSpentError, Example, FaultyProgramError, Ledger, LMUnavailableError, Usage
+from cotune.programs import (
+    BudgetSpentError,
+    Example,
+    FaultyProgramError,
+    Ledger,
+    LMUnavailableError,
+    Signature,
+    Stage,
+    Usage,
+)
 from cotune.programs.ranks import RankFailedError, Ranks, RanksDifferError
 from cotune.prompting.evaluate import CountingLM
 from fakes import FakeLM, Loop, doubles, doubling, runner
@@ -60,6 +71,32 @@ def test_ranks_that_are_about_to_do_different_things_all_end_with_one_message() 
     assert len({str(one) for one in found}) == 1
     assert "process 1 is about to run 7 examples with other content than process 0" in str(found[0])
     assert lm.batches == []
+
+
+def test_a_program_that_follows_the_order_of_a_set_ends_all_and_a_sorted_one_runs() -> None:
+    """The orders are those of processes whose hashes differ, as they do where PYTHONHASHSEED is not set."""
+    labels = [f"label {n}" for n in range(20)]
+    script = f"print(*{{{', '.join(map(repr, labels))}}}, sep=', ')"
+
+    def order(seed: int) -> str:
+        return subprocess.run(
+            [sys.executable, "-S", "-c", script], env={"PYTHONHASHSEED": str(seed)}, capture_output=True, text=True
+        ).stdout
+
+    orders = [order(1), order(2)]
+    assert orders[0] != orders[1]
+
+    def run(told: Callable[[str], str]) -> Any:
+        def one(ranks: Ranks) -> Any:
+            class Labelled(Loop):
+                double = Stage(Signature.parse("number -> answer", instruction=told(orders[ranks.index])))
+
+            return runner(FakeLM(doubling), Labelled(), ranks=ranks).run(EXAMPLES, Labelled().initial_prompts())
+
+        return side_by_side(2, one)
+
+    assert [type(one) for one in run(str)] == [RanksDifferError] * 2
+    assert [len(one) for one in run(lambda text: str(sorted(text.strip().split(", "))))] == [len(EXAMPLES)] * 2
 
 
 class _SpentError(LMUnavailableError):

@@ -93,7 +93,7 @@ def test_a_run_stopped_while_generating_and_while_training_says_so_and_goes_on(
         os.kill(run.pid, number)
         assert run.ended() == 128 + number
         assert "Traceback" not in run.text
-        assert "cotune: stopped. The same command goes on from here." in run.text
+        assert "cotune: stopped. The same command resumes from here." in run.text
     run = _started(parent, tiny_model, tmp_path)
     assert run.ended() == 0, run.text
     assert _result(tmp_path) == uninterrupted

@@ -70,8 +70,8 @@ def _row_record(row: Row, known: Mapping[str, Row], cell: Cell, papers_task: str
         "examples": max((len(attempt.scores) for attempt in row.attempts), default=0),
         "by_seed": {attempt.seed: _without_scores(attempt) for attempt in row.attempts},
         "missing": dict(row.missing),
-        "to_control": _difference(row, known.get(_CONTROL)),
-        "to_equal_calls": _difference(row, known.get(EQUAL_CALLS)),
+        "to_control": _difference_of(row, known.get(_CONTROL)),
+        "to_equal_calls": _difference_of(row, known.get(EQUAL_CALLS)),
         "lm_calls": _mean([attempt.lm_calls for attempt in row.attempts]),
         "seconds": statistics.median([attempt.seconds for attempt in row.attempts]) if row.attempts else None,
         "unreadable": _mean([attempt.unreadable / max(len(attempt.scores), 1) for attempt in row.attempts]),
@@ -84,7 +84,7 @@ def _without_scores(attempt: Attempt) -> dict[str, Any]:
     return {name: value for name, value in asdict(attempt).items() if name not in ("seed", "scores")}
 
 
-def _difference(row: Row, control: Row | None) -> dict[str, Any] | None:
+def _difference_of(row: Row, control: Row | None) -> dict[str, Any] | None:
     if control is None or control.strategy == row.strategy:
         return None
     found = paired_difference(

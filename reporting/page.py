@@ -152,7 +152,7 @@ def environment() -> jinja2.Environment:
         "count": lambda value: f"{value:,.0f}",
         "score": lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}",
         "signed": lambda value: f"{value:+.3f}".replace("-", "−"),
-        "said": journeys.said,
+        "said": journeys.answer_text,
         "one_line": journeys.one_line,
         "short": short,
         "demo_fields": demo_fields,

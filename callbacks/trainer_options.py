@@ -48,98 +48,98 @@ def _copies(value: Any) -> bool:
     return value in ("auto", "single_device", "ddp")
 
 
-_LENGTH = "how long a weight step is, alternate.epochs says (or alternate.steps, by letter)"
+_LENGTH = "alternate.epochs sets the length of a weight step (or alternate.steps, by letter)"
 
 TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "accelerator": _works("cpu, gpu, mps or auto"),
     "strategy": _works(
-        "auto and ddp: each process has a copy of the LM, and examples are shared out among them. FSDP, DeepSpeed and "
-        "the like cut the LM into parts, so that each token needs all processes, and texts of unequal length would "
-        "wait for one another forever. For an LM that does not fit one device take model.lm.quantization nf4, or ask a "
-        "server for the completions (docs/scaling.md); in place of ddp_spawn, ddp_fork and ddp_notebook take ddp",
+        "auto and ddp: each process has a copy of the LM and runs its share of the examples. FSDP, DeepSpeed and the "
+        "like cut the LM into parts: each token then needs all processes, and texts of unequal length would wait for "
+        "one another forever. For an LM that does not fit one device use model.lm.quantization nf4, or a server for "
+        "the completions (docs/scaling.md). Instead of ddp_spawn, ddp_fork and ddp_notebook use ddp",
         _copies,
     ),
-    "devices": _works("processes, one a device; the command line's default is 1 (docs/scaling.md)"),
+    "devices": _works("processes, one per device; the command line's default is 1 (docs/scaling.md)"),
     "num_nodes": _works("machines that share the run's folder, each with as many devices"),
     "precision": _works(
-        "32-true, and bf16-mixed or 16-mixed for training. The weights keep the type that they were loaded with: for "
-        "16-bit weights leave it out and set model.lm.dtype",
+        "32-true, and bf16-mixed or 16-mixed for training. The weights keep the type they were loaded with: for "
+        "16-bit weights set model.lm.dtype instead",
         lambda value: str(value) in ("32", "32-true", "bf16-mixed", "16-mixed", "bf16", "16"),
     ),
     "logger": _works("beside metrics.csv, which every run has; false for none"),
     "callbacks": _works(
-        "EarlyStopping ends the weight step under way, and the schedule goes on. Timer: take trainer.max_time. "
-        "StochasticWeightAveraging and the like: take alternate.average_last. LearningRateFinder, BatchSizeFinder and "
-        "finetuning schedules train outside the schedule: leave them out",
+        "EarlyStopping ends the current weight step, and the schedule continues. Instead of Timer use "
+        "trainer.max_time; instead of StochasticWeightAveraging and the like, alternate.average_last. Leave out "
+        "LearningRateFinder, BatchSizeFinder and finetuning schedules: they train outside the schedule",
         lambda value: not _refused_callbacks(value),
     ),
-    "fast_dev_run": _works("one batch of every step: searched, collected, trained and scored on; nothing is kept"),
+    "fast_dev_run": _works("runs every step on one batch: search, collection, training and scoring; nothing is kept"),
     "max_epochs": _refused(_LENGTH, lambda value: value == -1),
-    "min_epochs": _refused(f"{_LENGTH}, and EarlyStopping has a patience of its own", lambda value: value == 0),
+    "min_epochs": _refused(f"{_LENGTH}, and EarlyStopping has its own patience", lambda value: value == 0),
     "max_steps": _refused(_LENGTH, lambda value: value == -1),
-    "min_steps": _refused(f"{_LENGTH}, and EarlyStopping has a patience of its own", lambda value: value == 0),
+    "min_steps": _refused(f"{_LENGTH}, and EarlyStopping has its own patience", lambda value: value == 0),
     "max_time": _works(
-        "bounds the run's wall clock, prompt steps and earlier starts of it included. Then it is saved and ends with "
-        "exit code 143; the same command with more time goes on. From Python: StopSignals(max_seconds=…)"
+        "limits the run's wall clock, including prompt steps and earlier starts. At the limit the run is saved and "
+        "ends with exit code 143; the same command with more time resumes. From Python: StopSignals(max_seconds=…)"
     ),
     "limit_train_batches": _works(
-        "shortens each training epoch to so many batches, or that share of them; to train nothing leave w out of the "
-        "schedule",
+        "shortens each training epoch to this many batches, or this share of them; to train nothing, leave w out of "
+        "the schedule",
         lambda value: value > 0,
     ),
     "limit_val_batches": _refused(
-        "steps are chosen by the score on all of val; set data.sizes.val. 0 is taken: no validation between epochs",
+        "steps are chosen by the score on all of val; set data.sizes.val. 0 works: no validation between epochs",
         lambda value: value == 0 or (isinstance(value, float) and value == 1),
     ),
     "limit_test_batches": _refused(
-        "the closing test is of all of test; set data.sizes.test", lambda value: isinstance(value, float) and value == 1
+        "the final score is of all of test; set data.sizes.test", lambda value: isinstance(value, float) and value == 1
     ),
     "limit_predict_batches": _irrelevant("a fit does not predict"),
     "overfit_batches": _refused(
-        "rows to train on are collected anew in each weight step; to see whether the program can learn a few examples, "
-        "set data.sizes.train to as many",
+        "each weight step collects new rows to train on; to see whether the program can learn a few examples, set "
+        "data.sizes.train to their number",
         lambda value: value == 0,
     ),
     "val_check_interval": _refused(
-        "an epoch's adapter is scored at the epoch's end; for fewer validations set trainer.check_val_every_n_epoch",
+        "the adapter is scored at the end of an epoch; for fewer validations set trainer.check_val_every_n_epoch",
         lambda value: isinstance(value, float) and value == 1,
     ),
     "check_val_every_n_epoch": _works("epochs between two validations; a step's last epoch always gets its score"),
-    "num_sanity_val_steps": _works("batches of val to run before training; its scores are not kept"),
+    "num_sanity_val_steps": _works("batches of val to run before training; their scores are not kept"),
     "log_every_n_steps": _works("optimiser steps between two rows of loss and rate; the command line's default is 1"),
     "enable_checkpointing": _irrelevant(
-        "the run is saved and can be continued in any case; a ModelCheckpoint in trainer.callbacks works beside that"
+        "the run is saved and can be resumed in any case; you may add a ModelCheckpoint to trainer.callbacks"
     ),
-    "enable_progress_bar": _works("in a terminal it is on, in a log file off"),
+    "enable_progress_bar": _works("on in a terminal, off in a log file"),
     "enable_model_summary": _works("Lightning's table of the LM's layers"),
-    "accumulate_grad_batches": _works("batches to an optimiser step, which then count by their tokens"),
+    "accumulate_grad_batches": _works("batches per optimiser step, weighted by their tokens"),
     "gradient_clip_val": _works("largest norm, or value, of a gradient; the command line's default is 1"),
     "gradient_clip_algorithm": _works("norm or value"),
     "deterministic": _works("true or warn; on a CPU a run is reproducible to the bit without it"),
-    "benchmark": _works("cuDNN's; there are no convolutions in most LMs"),
+    "benchmark": _works("cuDNN's; most LMs have no convolutions"),
     "inference_mode": _works("whether validation and test run in torch.inference_mode"),
-    "use_distributed_sampler": _irrelevant("every process reads all rows, and runs its share of them"),
+    "use_distributed_sampler": _irrelevant("every process reads all rows and runs its share of them"),
     "profiler": _works("simple, advanced or a profiler of Lightning's"),
     "detect_anomaly": _works("torch's search for the operation that made a NaN; slow"),
     "barebones": _refused("it switches off what saves and logs the run", lambda value: not value),
     "plugins": _works("except BitsandbytesPrecision: set model.lm.quantization"),
-    "sync_batchnorm": _irrelevant("there is none in LMs"),
+    "sync_batchnorm": _irrelevant("LMs have no batch norm"),
     "reload_dataloaders_every_n_epochs": _refused(
-        "each epoch has batches of its own; set it to 1", lambda value: value == 1
+        "each epoch has new batches; set it to 1", lambda value: value == 1
     ),
-    "default_root_dir": _irrelevant("a run's folder is <runs_dir>/<name>; from Python it is this one"),
+    "default_root_dir": _irrelevant("a run's folder is <runs_dir>/<name>; from Python it is this folder"),
     "enable_autolog_hparams": _works("whether Lightning logs the hyperparameters that a module has saved"),
     "model_registry": _irrelevant("Lightning's own cloud; the run's checkpoints and export stay in its folder"),
 }
 """Argument of `Trainer` -> what becomes of it in a fit."""
 
 _CALLBACKS = {
-    "Timer": "take trainer.max_time, which counts prompt steps as well",
-    "StochasticWeightAveraging": "take alternate.average_last",
-    "WeightAveraging": "take alternate.average_last",
-    "EMAWeightAveraging": "take alternate.average_last",
+    "Timer": "use trainer.max_time, which counts prompt steps as well",
+    "StochasticWeightAveraging": "use alternate.average_last",
+    "WeightAveraging": "use alternate.average_last",
+    "EMAWeightAveraging": "use alternate.average_last",
     "LearningRateFinder": "set the optimiser's lr",
-    "BatchSizeFinder": "where memory runs out, a batch is cut into parts by itself",
+    "BatchSizeFinder": "if memory runs out, a batch is split automatically",
     "BackboneFinetuning": "only the adapter is trained",
 }
 
@@ -171,7 +171,7 @@ def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = ())
             continue
         if name == "callbacks":
             raise TrainerOptionError(f"trainer.callbacks: {'; '.join(_refused_callbacks(value))}.")
-        raise TrainerOptionError(f"trainer.{name} {value} cannot be had here: {option.says}.")
+        raise TrainerOptionError(f"trainer.{name} {value} does not work here: {option.says}.")
 
 
 def page() -> str:
@@ -181,11 +181,10 @@ def page() -> str:
         [
             "# Options of the Trainer",
             "",
-            "A fit is a fit of Lightning's `Trainer`, and most of its options do what they always do. Those that "
-            "speak of how long",
-            "to train are the schedule's to say: they are refused at the start, with the reason. `cotune validate` and "
-            "`cotune test` take",
-            "them all.",
+            "cotune runs in Lightning's `Trainer`, and most of its options do what they always do. The schedule "
+            "decides how long to train,",
+            "so options for that are refused at the start, with the reason. `cotune validate` and `cotune test` accept "
+            "all options.",
             "",
             "| `--trainer.…` | | |",
             "|---|---|---|",

@@ -268,7 +268,7 @@ def test_another_seed_gives_another_run(pwp: Fit, tiny_model: Path, tmp_path: Pa
     [
         ({"sizes": Sizes(train=12, dev=0, val=10, test=4)}, ValueError, "the dev set is empty.*set data.sizes.dev"),
         ({"sizes": Sizes(train=12, dev=6, val=0, test=4)}, ValueError, "the val set is empty.*set data.sizes.val"),
-        ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs 3 cannot be had here.*alternate.epochs"),
+        ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs 3 does not work here.*alternate.epochs"),
         ({"trainer": {"reload_dataloaders_every_n_epochs": 2}}, ValueError, "every_n_epochs 2.*set it to 1"),
     ],
 )

@@ -143,7 +143,7 @@ def test_on_the_command_line_it_is_refused_before_anything_is_touched(
         ({"max_steps": 1}, "trainer.max_steps 1.*alternate.epochs"),
         ({"overfit_batches": 1}, "trainer.overfit_batches 1.*data.sizes.train"),
         ({"val_check_interval": 50}, "trainer.val_check_interval 50.*check_val_every_n_epoch"),
-        ({"max_time": "00:01:00:00"}, "trainer.callbacks: Timer: take trainer.max_time"),
+        ({"max_time": "00:01:00:00"}, "trainer.callbacks: Timer: use trainer.max_time"),
     ],
 )
 def test_from_python_it_is_refused_before_the_model_is_loaded(

@@ -227,7 +227,7 @@ def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.Mo
         (
             "trainer.max_steps",
             "-5",
-            "trainer.max_steps -5 cannot be had here: how long a weight step is, alternate.epochs",
+            "trainer.max_steps -5 does not work here: alternate.epochs",
         ),
         ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),

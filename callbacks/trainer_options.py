@@ -124,9 +124,7 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     "barebones": _refused("it switches off what saves and logs the run", lambda value: not value),
     "plugins": _works("except BitsandbytesPrecision: set model.lm.quantization"),
     "sync_batchnorm": _irrelevant("LMs have no batch norm"),
-    "reload_dataloaders_every_n_epochs": _refused(
-        "each epoch has new batches; set it to 1", lambda value: value == 1
-    ),
+    "reload_dataloaders_every_n_epochs": _refused("each epoch has new batches; set it to 1", lambda value: value == 1),
     "default_root_dir": _irrelevant("a run's folder is <runs_dir>/<name>; from Python it is this folder"),
     "enable_autolog_hparams": _works("whether Lightning logs the hyperparameters that a module has saved"),
     "model_registry": _irrelevant("Lightning's own cloud; the run's checkpoints and export stay in its folder"),

@@ -25,9 +25,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune ask",
         usage="cotune ask --export FOLDER | --config FILE | --program PROGRAM [--INPUT VALUE ...] [--verbose]",
-        description="Asks a program one question and shows what each stage wrote: a tuned one (--export), or one as it "
-        'comes (--config, --program). The program\'s inputs are options, e.g. --question "…"; in a terminal those left '
-        "out are asked for.",
+        description="Asks a tuned program (--export) or an untuned one (--config, --program) one question, and shows "
+        'what each stage wrote. The program\'s inputs are options, e.g. --question "…"; in a terminal you are asked '
+        "for missing ones.",
         epilog="Exit codes: 0 when the program gave an answer, 1 when it gave none, 2 for an error that the message "
         "explains.",
         allow_abbrev=False,
@@ -38,10 +38,10 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="the config of a fit, which need not have run",
+        help="the config of a fit, which may not have run yet",
     )
     made.add_argument("--program", help='module.Class, or a signature, e.g. "question -> answer"')
-    made.add_argument("--lm", metavar="MODEL", help="Hub id, folder or .gguf file, in place of the config's LM")
+    made.add_argument("--lm", metavar="MODEL", help="Hub id, folder or .gguf file, instead of the config's LM")
     made.add_argument("--verbose", action="store_true", help="show each stage's whole prompt")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     return made

@@ -22,8 +22,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune compare",
         allow_abbrev=False,
-        description="Sets runs side by side: scores by prefix, test, cost, the settings that differ, and, over the "
-        "examples that they have in common, the paired difference to the first run and where they disagree.",
+        description="Shows runs side by side: scores by prefix, test, cost and the settings that differ. Over the "
+        "examples that they share: the paired difference to the first run, and the examples on which they disagree.",
     )
     made.add_argument(
         "runs", metavar="RUN_FOLDER", nargs="+", help="folders of two or more runs; the first is the base"

@@ -25,9 +25,9 @@ def parser() -> argparse.ArgumentParser:
         "models/ and the presets are laid over a task: --config iris --config models/qwen3-4b.",
     )
     copy = made.add_subparsers(dest="action", metavar="copy").add_parser(
-        "copy", help="writes one into a folder, to be changed: cotune configs copy iris .", allow_abbrev=False
+        "copy", help="writes a config into a folder for you to change: cotune configs copy iris .", allow_abbrev=False
     )
-    copy.add_argument("name", metavar="NAME", help='as the list has it; "all" for the whole folder')
+    copy.add_argument("name", metavar="NAME", help='name from the list; "all" for the whole folder')
     copy.add_argument("folder", metavar="FOLDER", nargs="?", default=".", help="where to (default: this folder)")
     return made
 

@@ -50,17 +50,15 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune doctor",
         allow_abbrev=False,
-        description="Looks at this machine and says what a run can use and what to set. Nothing is downloaded, changed "
-        "or sent, and no key is shown. With --engine it looks at an endpoint instead, "
-        "by five requests of a few tokens.",
+        description="Reports what a run can use on this machine and which options to set. Nothing is downloaded, "
+        "changed or sent, and no key is shown. With --engine it checks an endpoint instead, "
+        "with five requests of a few tokens.",
         epilog="Exit codes: 0 when all that cotune needs works, 1 when something is broken.",
     )
-    made.add_argument("--runs_dir", default="runs", help="where runs would go, to look at its disk")
-    made.add_argument(
-        "--engine", metavar="URL", help="an endpoint, up to and with its version, in place of the machine"
-    )
-    made.add_argument("--model", default="", help="of the endpoint; the first that it lists, where none is named")
-    made.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable of the endpoint's key")
+    made.add_argument("--runs_dir", default="runs", help="where runs would go; its disk is checked")
+    made.add_argument("--engine", metavar="URL", help="check an endpoint instead of the machine; URL up to its version")
+    made.add_argument("--model", default="", help="model of the endpoint (default: the first that it lists)")
+    made.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key")
     made.add_argument("--json", action="store_true", help="the findings as a JSON list")
     made.add_argument(
         "--constraints",

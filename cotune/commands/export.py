@@ -21,31 +21,29 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune export",
         allow_abbrev=False,
-        description="Makes what a run ended with fit for others: adapter/ for PEFT and vLLM, merged/ with whole "
-        "weights for transformers and the rest, and README.md, a model card with scores, data and settings. "
+        description="Exports a run's result for other tools: adapter/ for PEFT and vLLM, merged/ with whole "
+        "weights for transformers and others, and README.md, a model card with scores, data and settings. "
         "Exit codes: 0, or 2 for an error that the message explains.",
     )
     made.add_argument("run", metavar="FOLDER", help="a run's folder or its export, e.g. runs/iris")
     made.add_argument(
         "--out",
         metavar="DIR",
-        help="where to write, in place of an earlier export there; the run's own export folder without it",
+        help="where to write; replaces an earlier export there (default: the run's own export folder)",
     )
     made.add_argument("--what", choices=("adapter", "merged", "all"), default="adapter", help="default: adapter")
     made.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the merged weights; that of the run without it",
+        help="of the merged weights (default: the run's)",
     )
     made.add_argument(
         "--unrounded",
         action="store_true",
-        help="merge into the base as it was before the run's quantization rounded it; without it the merged weights "
-        "are rounded as in the run, and write what its program wrote",
+        help="merge into the base before quantization; by default the base is rounded as in the run, so the merged "
+        "model writes what the run's program wrote",
     )
-    made.add_argument(
-        "--base-model", metavar="ID", help="the Hub id by which others know the base, where the run had a local folder"
-    )
+    made.add_argument("--base-model", metavar="ID", help="Hub id of the base, if the run used a local folder")
     made.add_argument("--license", default="", metavar="NAME", help="for the model card, e.g. apache-2.0")
     made.add_argument(
         "--push-to-hub",

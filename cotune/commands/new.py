@@ -26,10 +26,10 @@ def parser() -> argparse.ArgumentParser:
         "cotune new",
         allow_abbrev=False,
         description="Writes a folder with all that a fit needs: program.py (the program and its metric), the data, "
-        "task.yaml and a README with the next commands. It runs as it is; change it from there.",
+        "task.yaml and a README with the next commands. It runs unchanged; adapt it to your task.",
     )
-    made.add_argument("folder", metavar="FOLDER", help="to make, e.g. my-task; its name is the run's name, too")
-    made.add_argument("--data", metavar="FILE", help="your own rows (jsonl, csv, …); without it, 24 made-up ones")
+    made.add_argument("folder", metavar="FOLDER", help="new folder, e.g. my-task; the run gets its name")
+    made.add_argument("--data", metavar="FILE", help="your own rows (jsonl, csv, …; default: 24 made-up rows)")
     made.add_argument("--labels", metavar="COLUMN,…", help="columns with the right answers (default: the last column)")
     made.add_argument("--inputs", metavar="COLUMN,…", help="columns that the program reads (default: all others)")
     return made

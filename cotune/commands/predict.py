@@ -35,12 +35,12 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune predict",
         allow_abbrev=False,
-        description="Answers new rows with a tuned program. Writes one JSON object a row, in the order of the rows: "
+        description="Answers new rows with a tuned program. Writes one JSON object per row, in the order of the rows: "
         '{"row": 1, ...the prediction..., "error": null}. A row that fails says why in "error". Start it in the folder '
         "where the run was started, so that your own program can be imported.",
         epilog="Exit codes: 0 when rows were answered, 1 when none was (with --strict: when one was not), 2 for an "
-        "error that the message explains. A file is checked whole before the first row is answered. Standard input is "
-        "answered as it comes, and a line that cannot be read is reported and passed over.",
+        "error that the message explains. The whole file is checked before the first row is answered. Standard input "
+        "is answered line by line; a line that cannot be read is reported and skipped.",
     )
     made.add_argument("--export", required=True, metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
     made.add_argument(
@@ -49,13 +49,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="jsonl, json, csv, tsv or parquet, or - for jsonl from standard input; only the program's inputs are read",
     )
-    made.add_argument("--output", metavar="FILE", help="where the lines go; standard output without it")
+    made.add_argument("--output", metavar="FILE", help="where to write (default: standard output)")
     made.add_argument(
         "--column",
         action="append",
         default=[],
         metavar="INPUT=COLUMN",
-        help="the column that holds an input, where its name is another, e.g. --column question=Q",
+        help="the column of an input, if it has another name, e.g. --column question=Q",
     )
     made.add_argument("--strict", action="store_true", help="exit with 1 if any row could not be answered")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")

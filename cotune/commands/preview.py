@@ -55,13 +55,13 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune preview",
         allow_abbrev=False,
-        description="Shows the training pairs of a weight step as they are trained on: prompts with their demos, and "
-        "the tokens that bear weight, in colour in a terminal and elsewhere between ⟦ and ⟧, those that the engine put "
-        "there between ⟨ and ⟩.",
+        description="Shows the training pairs of a weight step exactly as the LM is trained on them. Tokens with a "
+        "loss are in colour in a terminal, and between ⟦ and ⟧ elsewhere; tokens that the engine inserted are between "
+        "⟨ and ⟩.",
     )
     made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
-    made.add_argument("--step", type=int, help="which step of the schedule, from 1; the last weight step without it")
-    made.add_argument("--epoch", type=int, default=0, help="of the weight step, from 0; demos are drawn anew in each")
+    made.add_argument("--step", type=int, help="which step of the schedule, from 1 (default: the last weight step)")
+    made.add_argument("--epoch", type=int, default=0, help="of the weight step, from 0; each epoch draws new demos")
     made.add_argument("--rows", type=int, default=4, help="how many pairs to show")
     return made
 

@@ -12,13 +12,16 @@ def parser() -> argparse.ArgumentParser:
         "cotune report",
         allow_abbrev=False,
         description="Writes a run as one HTML file that needs no network: scores by prefix, prompts before and after, "
-        "candidates, examples won and lost with their traces, training curves, cost, settings. A run under way is "
-        "shown as far as it has come.",
+        "candidates, examples won and lost with their traces, training curves, cost, settings. It also works while a "
+        "run is in progress.",
     )
     made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
-    made.add_argument("--out", metavar="FILE", help="where to write; RUN_FOLDER/report.html without it")
+    made.add_argument("--out", metavar="FILE", help="where to write (default: RUN_FOLDER/report.html)")
     made.add_argument(
-        "--examples", type=int, default=60, help="most examples of a group shown with their traces (default: 60)"
+        "--examples",
+        type=int,
+        default=60,
+        help="show at most this many examples of a group with their traces (default: 60)",
     )
     return made
 

@@ -21,29 +21,37 @@ def parser() -> argparse.ArgumentParser:
         "cotune serve",
         allow_abbrev=False,
         description="Answers a tuned program's inputs over HTTP, as chat completions. The user's message is the JSON "
-        "of the inputs, or plain text where there is one; the answer is the JSON of the outputs.",
-        epilog="SIGTERM and Ctrl-C let it answer what is under way, end vLLM, and exit with 0; 2 is an error that the "
-        "message explains.",
+        "of the inputs, or plain text if there is only one input; the answer is the JSON of the outputs.",
+        epilog="After SIGTERM or Ctrl-C it answers pending requests, stops vLLM and exits with 0; 2 is an error that "
+        "the message explains.",
     )
     made.add_argument("run", metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
     made.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
-    made.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
-    made.add_argument("--name", help="of the program as a model; without it, the name of the run's folder")
+    made.add_argument("--port", type=int, default=8080, help="default: 8080; 0: any free port")
+    made.add_argument("--name", help="model name of the program (default: the name of the run's folder)")
     made.add_argument(
-        "--key_variable", metavar="NAME", default="", help="the environment variable with the key that requests bear"
+        "--key_variable", metavar="NAME", default="", help="environment variable with the key that requests must send"
     )
     made.add_argument(
         "--engine",
         choices=("vllm", "local"),
-        help="what completes prompts: vllm where it is found, local (this process) where it is not",
+        help="what completes prompts: vllm, or local (this process); default: vllm if it is found, else local",
     )
-    made.add_argument("--python", default="", metavar="FILE", help="Python of an environment with vLLM, to start it in")
-    made.add_argument("--vllm-options", default="", metavar="WORDS", help='more of its options: "--max-num-seqs 64"')
     made.add_argument(
-        "--url", action="append", default=[], metavar="URL", help="a vLLM server that runs already; may be repeated"
+        "--python", default="", metavar="FILE", help="Python of an environment with vLLM, which starts vLLM"
     )
-    made.add_argument("--tolerance", type=float, default=0.1, help="nats that its log-probabilities may be off")
-    made.add_argument("--device", help="where this process loads the LM; cpu where vLLM answers")
+    made.add_argument("--vllm-options", default="", metavar="WORDS", help='more options of vLLM: "--max-num-seqs 64"')
+    made.add_argument(
+        "--url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a vLLM server that is already running; may be repeated",
+    )
+    made.add_argument(
+        "--tolerance", type=float, default=0.1, help="how far vLLM's log-probabilities may be off, in nats"
+    )
+    made.add_argument("--device", help="device on which this process loads the LM (default: cpu if vLLM answers)")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     return made
 

@@ -12,9 +12,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune table",
         allow_abbrev=False,
-        description="Runs a table: strategies on tasks, LMs, presets and seeds, each run a process of its own. What "
-        "strategies share is run once. Says first what it will cost; goes on where it was stopped; writes table.md, "
-        "table.json and table.svg into its folder after each run.",
+        description="Runs a table: strategies on tasks, LMs, presets and seeds, each run in its own process. Steps "
+        "that strategies share run once. It first prints the estimated cost, and writes table.md, table.json and "
+        "table.svg into its folder after each run. A stopped table resumes where it stopped.",
     )
     made.add_argument(
         "-c",
@@ -23,20 +23,22 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="a file, or a shipped table's name, e.g. iris",
     )
-    made.add_argument("--folder", help="of the table and its runs; tables/<name> without it")
-    made.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
-    made.add_argument("--dry-run", action="store_true", help="say what it will cost, and stop there")
-    made.add_argument("--no-warm-up", action="store_true", help="do not measure the pace for the estimate of the time")
-    made.add_argument("--retry", action="store_true", help="also start runs again that had no traces to train on")
-    made.add_argument("--keep-checkpoints", action="store_true", help="also those of finished runs, which are large")
-    made.add_argument("--submit", choices=["slurm"], help="submit what is left as an array job, a run a task")
+    made.add_argument("--folder", help="of the table and its runs (default: tables/<name>)")
+    made.add_argument("--jobs", type=int, default=1, help="runs at the same time; they share the cores (default: 1)")
+    made.add_argument("--dry-run", action="store_true", help="print the estimated cost and stop")
+    made.add_argument("--no-warm-up", action="store_true", help="do not measure the speed for the time estimate")
+    made.add_argument("--retry", action="store_true", help="also repeat runs that had no traces to train on")
     made.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch, e.g. --sbatch=--gres=gpu:1"
+        "--keep-checkpoints", action="store_true", help="also keep the checkpoints of finished runs, which are large"
     )
-    made.add_argument("--run", metavar="NAME", help="this run alone, in this process: what a task of the array does")
+    made.add_argument("--submit", choices=["slurm"], help="submit the remaining runs as an array job, one task per run")
+    made.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="option of sbatch, e.g. --sbatch=--gres=gpu:1"
+    )
+    made.add_argument("--run", metavar="NAME", help="run only this run, in this process, as a task of the array does")
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
     for what in ("task", "lm", "preset"):
-        made.add_argument(f"--{what}", **many, help=f"only this {what} of the table; may be given again")
+        made.add_argument(f"--{what}", **many, help=f"only this {what} of the table; may be repeated")
     made.add_argument("--strategy", **many, help='only this strategy, any string of p and w; e.g. "p -> w"')
     made.add_argument("--seed", action="append", default=[], type=int, metavar="N", help="only this seed")
     made.add_argument(
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[TASK:]OPTION=VALUE",
-        help="an option of cotune fit for all runs, or a task's; e.g. gsm8k:data.path=data/gsm8k",
+        help="an option of cotune fit for all runs, or for one task, e.g. gsm8k:data.path=data/gsm8k",
     )
     return made
 

@@ -159,7 +159,7 @@ class CotuneCLI(PlainCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str, default="run", help="of this run; its files are in <runs_dir>/<name>")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
-        parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is kept aside")
+        parser.add_argument("--fresh", action="store_true", help="start over; an earlier run is archived")
         parser.add_lightning_class_args(Alternate, "alternate")
         parser.add_lightning_class_args(RecordBoundaries, "record")
         parser.add_lightning_class_args(LogProgram, "log")
@@ -246,8 +246,8 @@ class CotuneCLI(PlainCLI):
         assert self.run_folder is not None
         if found:
             raise RunFolderError(
-                f"{self.run_folder.path} holds a run made otherwise (then -> now): {'; '.join(found)}. Continue it as "
-                "it was, start over with --fresh (the old run is kept aside), or give this one another --name."
+                f"{self.run_folder.path} holds a different run (then -> now): {'; '.join(found)}. Resume it "
+                "unchanged, start over with --fresh (the old run is archived), or give this one another --name."
             )
 
     def after_instantiate_classes(self) -> None:
@@ -288,7 +288,7 @@ class CotuneCLI(PlainCLI):
         base = [] if self._before.base == now.base else [f"base model: {self._before.base[:12]} -> {now.base[:12]}"]
         self._refuse([*changed_data(self._before.data, now.data), *base])
         for what in differences(self._before.versions, now.versions):
-            print(f"continuing with another version, so the last bits may be others: {what}")
+            print(f"resuming with another version, so results may differ in the last bits: {what}")
 
     def instantiate_classes(self) -> None:
         assert self.run_folder is not None

@@ -46,12 +46,12 @@ def _guarded(command: Callable[[], int]) -> int:
     except OutOfTime as stopped:
         print(
             "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
-            "with more time goes on from here.",
+            "with more time resumes from here.",
             file=sys.stderr,
         )
         return stopped.exit_code
     except Stopped as stopped:
-        print("\ncotune: stopped. The same command goes on from here.", file=sys.stderr)
+        print("\ncotune: stopped. The same command resumes from here.", file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("\ncotune: stopped.", file=sys.stderr)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # the first screen comes without the heavy libraries
 
 _SAID = {
     "fit": "Tunes a program by a schedule of prompt and weight steps, and scores the result on test. After a stop or a "
-    "kill the same command goes on.",
-    "validate": "Scores a program on val: as it comes, or a run's with --ckpt_path last.",
-    "test": "Scores a program on test: as it comes, or a run's with --ckpt_path last.",
+    "kill, the same command resumes.",
+    "validate": "Scores a program on val: untuned, or a run's program with --ckpt_path last.",
+    "test": "Scores a program on test: untuned, or a run's program with --ckpt_path last.",
 }
 _CLASSES = {
     "alternate.search": "cotune.prompting.RandomDemoSearch",
@@ -36,8 +36,8 @@ _ORDER = ("", "alternate", "model", "data", "budget", "record", "log", "ckpt_pat
 
 _TITLES = {"ckpt_path": "Another checkpoint", "trainer": "Lightning's trainer"}
 _HELP = {
-    "seed_everything": "of all that is drawn: the four sets, the adapter, demos, samples (type: int, default: 0)",
-    "ckpt_path": 'a checkpoint to start from, "last" for the newest of the run; a stopped fit goes on without it',
+    "seed_everything": "seed of all random draws: the four sets, the adapter, demos, samples (type: int, default: 0)",
+    "ckpt_path": 'a checkpoint to start from, "last" for the newest of the run; a stopped fit resumes without it',
     "weights_only": argparse.SUPPRESS,  # checkpoints are never read otherwise
 }
 
@@ -74,8 +74,8 @@ usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
   -c, --config FILE             YAML with any of these options, or a shipped config's name (cotune configs)
   --name NAME                   of the run; its files are in <runs_dir>/<name> (default: run)
   --fresh                       start over; an earlier run of that name is archived
-  --seed_everything N           of all that is drawn: sets, adapter, demos, samples (default: 0)
-  --print_config                print the whole configuration, as YAML to start from, and stop
+  --seed_everything N           seed of all random draws: sets, adapter, demos, samples (default: 0)
+  --print_config                print the whole configuration as YAML to start from, and stop
 
   --model.program CLASS         the program, module.Class
   --model.lm.model MODEL        embedded, a Hub id, a folder or a .gguf file (default: embedded)
@@ -96,8 +96,8 @@ usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
                                 FormSearch
 
   --trainer.accelerator NAME    cpu, gpu, mps or auto (default: auto)
-  --trainer.logger CLASS        beside metrics.csv, e.g. WandbLogger
-  --trainer.fast_dev_run true   walk the whole schedule on a batch of each set, keeping nothing
+  --trainer.logger CLASS        besides metrics.csv, e.g. WandbLogger
+  --trainer.fast_dev_run true   run the whole schedule on one batch of each set, and keep nothing
 
 More: --help=all, or --help=GROUP with one of {groups}.
 A class's own options: --data.help Iris, --trainer.logger.help WandbLogger.
@@ -142,8 +142,8 @@ def arrange(parser: LightningArgumentParser, group: str) -> None:
     command = parser.prog.split()[-1]
     parser.usage = f"cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     parser.description = (
-        f"{_SAID[command]} Options stand in YAML files, as --print_config writes one, or on the command line behind "
-        "them. What another class takes than those below: --data.help Iris, --trainer.logger.help WandbLogger."
+        f"{_SAID[command]} Options go into YAML files, as --print_config writes them, or on the command line after "
+        "these. For the options of another class than those below: --data.help Iris, --trainer.logger.help WandbLogger."
     )
     for action in parser._actions:
         action.help = _HELP.get(action.dest, action.help)

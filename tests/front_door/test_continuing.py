@@ -139,8 +139,8 @@ def test_another_option_is_refused_by_name(more: list[str], named: str, run: Run
     shutil.copytree(once / "runs", "runs")
     said = error(run(*fit(tiny_model, *more)))
     assert said == (
-        f"runs/tiny holds a run made otherwise (then -> now): {named}. Continue it as it was, start over with --fresh "
-        "(the old run is kept aside), or give this one another --name."
+        f"runs/tiny holds a different run (then -> now): {named}. Resume it unchanged, start over with --fresh "
+        "(the old run is archived), or give this one another --name."
     )
 
 

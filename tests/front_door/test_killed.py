@@ -85,7 +85,7 @@ def test_a_run_killed_and_stopped_in_each_step_ends_where_it_would_have_ended(
         else:
             assert run.ended() == 128 + number
             assert "Traceback" not in run.text
-            assert "cotune: stopped. The same command goes on from here." in run.text
+            assert "cotune: stopped. The same command resumes from here." in run.text
     assert not (tmp_path / "tiny" / "summary.json").exists()
     run = _started(parent, tiny_model, tmp_path)
     assert run.ended() == 0, run.text

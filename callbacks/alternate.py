@@ -42,50 +42,50 @@ class UnfinishedError(CotuneError):
 class Alternate(Callback):
     """BetterTogether (arXiv 2407.10930) as a callback: prompt steps between training epochs.
 
-    In `on_fit_start` the program is scored on val as it came, and prompt steps that stand first are run. Each weight
+    `on_fit_start` scores the untuned program on val and runs the prompt steps at the start of the schedule. Each weight
     step is `epochs` epochs of training on traces collected just before. At its end the new weights are scored with the
-    prompts in the training pairs and with the prompts from before, and the better are kept; prompt steps that follow
-    run then. Every prefix of the schedule gets a val score, and the fit ends holding the best prefix's weights and
+    prompts in the training pairs and with the prompts from before, and the better prompts are kept. Then the following
+    prompt steps run. Every prefix of the schedule gets a val score, and the fit ends with the best prefix's weights and
     prompts, unless `keep` is "last". Of equal scores the one that takes fewer tokens is kept. A callback that sets
-    `trainer.should_stop`, as EarlyStopping does, ends the weight step under way, and the schedule goes on.
-    A fit that ends before its schedule raises `UnfinishedError`, and continues from its last checkpoint.
+    `trainer.should_stop`, as EarlyStopping does, ends the current weight step, and the schedule continues.
+    A fit that ends before its schedule raises `UnfinishedError`, and resumes from its last checkpoint.
 
-    The trainer's number of epochs and its reloading of batches each epoch are set here. At the end `export/` is written
-    for `cotune.load`; an `ExportProgram` of your own is used in place of the one that is added.
+    This callback sets the trainer's number of epochs and makes it reload batches each epoch. At the end it writes
+    `export/` for `cotune.load`, through your own `ExportProgram` if you give one.
 
     Args:
         schedule: e.g. "p -> w -> p": p is a prompt step, the other letters are weight steps: w learns what passing
             runs wrote, d distils the prompts into the weights, k learns from passing and failing runs (KTO), g by
             policy gradient (GRPO), and there are those in `steps`.
         search: the prompt optimiser.
-        steps: letter -> settings of its weight step; what is left out there is as for all of them.
+        steps: letter -> settings of its weight step; other settings are those of all weight steps.
         epochs: of each weight step.
         weights: whether a second weight step continues with adapter and optimiser, or starts fresh from the base.
         keep: "best" (by val) or "last" prefix.
         keep_best_epoch: end a weight step with the adapter of its best epoch by val, not of its last.
         try_both_prompts: score new weights also with the prompts from before the step (the paper keeps the pairs' own).
-        gate: a weight step that val is not better for leaves nothing behind: weights and prompts are as before it.
-            Distilled prompts need only be as good. Off, later steps go on from its weights all the same.
-        average_last: after a weight step's last epoch, also score the average of its last so many epochs' adapters, on
-            val like an epoch; it is kept if it is better than the best epoch (without `keep_best_epoch`: in any case).
-            Of one training run, late adapters are near each other, and the average of their factors is nearly the
-            average of their products. 0 makes none.
+        gate: undo a weight step that does not improve val: weights and prompts return to those before it.
+            Distilled prompts need only be as good. Off: later steps continue from its weights in any case.
+        average_last: after a weight step's last epoch, also score the average of the adapters of this many last epochs,
+            on val like an epoch; it is kept if it is better than the best epoch (without `keep_best_epoch`: always).
+            Late adapters of one training run are near each other, so the average of their factors is nearly the
+            average of their products. 0: no average.
         search_examples: how many train examples a prompt step bootstraps from; null for all.
-        lm_calls: let the last step, a prompt step, go on trying candidates until the run has made so many LM calls:
-            a control for another schedule that spends as many. Null: the search's own size.
-        test_prefixes: also score every prefix on test, as tables need it. No choice is made by these scores; each is
-            recorded, and its cost apart from the step's. Off: test is run once, at the very end.
-        save_every: optimiser steps between two saves, all of which a kill can cost, and an epoch's last one besides;
-            boundaries are saved as well, and the end of each weight step's training.
-            "auto" saves as often as keeps saving under 2 % of the time, and lets a boundary pass that comes too soon
-            after a save if completions are kept, from which it is reached again in moments. No result depends on it.
-        folder: where checkpoints and traces go; null takes the trainer's default_root_dir.
+        lm_calls: if the last step is a prompt step, let it try candidates until the run has made this many LM calls, as
+            a control for another schedule with as many calls. Null: the search's own size.
+        test_prefixes: also score every prefix on test, as tables need it. Nothing is chosen by these scores; each is
+            recorded, with its cost apart from the step's. Off: test is run once, at the very end.
+        save_every: optimiser steps between two saves. A kill can lose these steps, and an epoch's last step as well.
+            Boundaries and the end of each weight step's training are saved too. "auto" saves as often as it can while
+            saving takes under 2 % of the time. It then skips a boundary soon after a save, if stored completions can
+            repeat it in moments. No result depends on this option.
+        folder: where checkpoints and traces go; null: the trainer's default_root_dir.
         seed: of the searches and the trace collections.
 
     Attributes:
         steps: letter -> settings of its weight step, whole.
         state: where in the schedule the run is.
-        work: what is known of the steps done, and does those ahead.
+        work: what is known of the finished steps; it does the remaining ones.
     """
 
     def __init__(

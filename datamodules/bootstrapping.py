@@ -14,26 +14,26 @@ class Bootstrapping:
     """How traces are collected from the train set, and what training pairs are made of them.
 
     Attributes:
-        threshold: score from which a run counts as a success (lambda in the paper; 1 for a binary metric).
-        attempts: runs of an example until enough succeed. The first is with the current prompts, as in the paper.
-        traces_per_example: successes that are enough. All examples have the same cap, so easy ones do not dominate; a
-            success whose completions are those of an earlier one of its example does not count.
-        hints: further attempts for examples without any success, which are shown the gold answer as a hint (STaR,
+        threshold: lowest score that counts as a success (lambda in the paper; 1 for a binary metric).
+        attempts: most runs of an example, until enough succeed. The first uses the current prompts, as in the paper.
+        traces_per_example: successes to collect per example. All examples have the same cap, so easy ones do not
+            dominate. A success with the same completions as an earlier success of its example does not count.
+        hints: further attempts for examples without any success, with the gold answer as a hint (STaR,
             Zelikman et al., 2022). Training pairs never hold the hint. Such successes are counted apart.
-        gold_answers: examples still without a success give one pair all the same: the last call of the first of their
-            runs that ended with a prediction, with the labels as what it wrote. Only where the labels give every output
-            of that call's stage, so none where it also reasons. Counted apart; no call before it is learnt from.
-        temperature: of the attempts after the first.
-        fresh_demos: later attempts show this many freshly drawn demos a stage, never one of the example's own: labelled
-            examples where a stage's inputs and output have labels, and earlier successes. 0 keeps the current prompts.
-        pairs: prompts that stand in the training pairs: "initial" (zero-shot, as in the paper) or "current".
-        balance_stages: train on as many pairs of each stage, those of rarer stages repeated within an epoch.
-        cut_traces: also learn from passing runs in which a text was closed at its token limit and not by the LM; it is
-            learnt as if it ended there.
+        gold_answers: an example that still has no success gives one pair: the last call of its first run that ended
+            with a prediction, with the labels in place of the completion. This needs labels for every output of that
+            call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on.
+        temperature: sampling temperature of all attempts after the first.
+        fresh_demos: later attempts show this many freshly drawn demos per stage, never one of the example itself:
+            earlier successes, and labels if a stage's inputs and output have them. 0 keeps the current prompts.
+        pairs: prompts in the training pairs: "initial" (zero-shot, as in the paper) or "current".
+        balance_stages: train on equally many pairs of each stage; pairs of rarer stages are repeated within an epoch.
+        cut_traces: also learn from passing runs in which a text was closed at its token limit and not by the LM, as if
+            the text ended there.
         demo_share: share of the batches whose pairs carry 1 to `fresh_demos` demos of other rows, so that the tuned
-            weights still know what to do with demos. 0 in the paper.
-        teacher: an LM, such as an endpoint, that runs the examples which the student does not solve, once, with the
-            current prompts. What passes the metric is trained on in the student's form and ids, and counted apart.
+            LM can still use demos. 0 in the paper.
+        teacher: an LM, such as an endpoint, that runs each example the student does not solve once, with the
+            current prompts. The student trains on its successes in its own form and ids. Counted apart.
     """
 
     threshold: float = 1.0

@@ -153,9 +153,9 @@ class _NoBatches(IterableDataset[Batch]):
 
 
 class TraceDataModule(LightningDataModule, ABC):
-    """Four disjoint sets of examples, and batches of the traces collected on the first.
+    """Four disjoint sets of examples, and batches of the traces collected on train.
 
-    Subclasses say where the examples come from, in `load`. Traces come from `begin_weight_step`.
+    Subclasses load the examples in `load`. Traces come from `begin_weight_step`.
 
     Args:
         sizes: how many examples each set gets.
@@ -163,18 +163,18 @@ class TraceDataModule(LightningDataModule, ABC):
         seed: of the split and of the order of training.
         bootstrapping: how traces are collected and made into training pairs.
         traces: folder with the traces of another run, to train on instead of collecting.
-        batch_size: pairs an optimiser step.
+        batch_size: pairs per optimiser step.
         val_batch_size: examples run together in validation and test. They are one LM batch as far as memory allows.
-        duplicates: what becomes of rows whose inputs another row has, in its own set or another ("leakage"): "refuse",
-            "drop" all but one, or "keep" them; how many there are is said.
-        folds: deal all examples but test's into so many parts, of which one is val and one dev, for data with few
-            labels. Null: dev and val are as `sizes` says.
-        fold: which part is val, from 0. One run for each, with the same test set.
+        duplicates: what to do with rows that have the same inputs, in one set or in two ("leakage"): "refuse" them,
+            "drop" all but one, or "keep" them. Their number is reported.
+        folds: for data with few labels: split all examples except test's into this many parts; one is val and one is
+            dev. Null: `sizes` sets dev and val.
+        fold: which part is val, from 0. Make one run for each; all have the same test set.
         val_samples: runs of each example of val, to choose steps and epochs with less noise. Above 1 it needs a
-            model.sampling.temperature above 0. Test is run once, as the program will be.
-        val_vote: what becomes of them: their "mean" score, or the score of the "majority" answer.
-        set_metrics: numbers of a whole set that stand beside the mean score on val and test, with their interval:
-            "macro_f1", "auc", or functions of your own. No choice is made by them.
+            model.sampling.temperature above 0. Test runs each example once, as in later use.
+        val_vote: score of an example with several samples: their "mean", or the score of the "majority" answer.
+        set_metrics: numbers of a whole set, reported beside the mean score on val and test with their interval:
+            "macro_f1", "auc", or your own functions. Nothing is chosen by them.
     """
 
     def __init__(

@@ -76,24 +76,24 @@ class LanguageModel(nn.Module, LM):
 
     Args:
         model: "embedded" (SmolLM2-135M-Instruct), a Hub id, a local folder, or a .gguf file.
-        gguf_file: name of the GGUF file inside `model`, where that is a Hub id or a folder.
+        gguf_file: name of the GGUF file inside `model`, if that is a Hub id or a folder.
         adapter: folder of a PEFT adapter to begin from, instead of a fresh one.
-        quantization: bitsandbytes format of the base: nf4, fp4 or int8. The adapter stays in full precision. A
-            checkpoint that is quantised already loads as it is, without this.
-        double_quantization: quantise the 4-bit scales as well.
-        dtype: of the weights (of the computation, where quantised). float32 reproduces bit by bit on a CPU.
-        device: where to load; None takes CUDA when there is one. Lightning moves the model afterwards anyway.
+        quantization: bitsandbytes format of the base: nf4, fp4 or int8. The adapter stays in full precision. Do not set
+            it for a checkpoint that is already quantised.
+        double_quantization: also quantise the 4-bit scales.
+        dtype: of the weights (of the computation, if quantised). float32 is reproducible to the bit on a CPU.
+        device: where to load; None: CUDA if there is one. Lightning moves the model afterwards anyway.
         lora: shape of the adapter.
-        cache_tokens: bound on keys and values held while generating, in tokens: half for the rows that decode together,
-            half for prefixes, which are kept while the weights stay. This and the next two are for `LocalEngine`.
-        keep_prompts: also keep the keys and values of whole prompts while the weights stay, within cache_tokens, so
-            that a prompt asked again is not read again. Of use where no completions are kept, which answer equal
-            requests at once. The last bits of logits then depend on what was asked before.
-        merge_while_generating: decode with a merged second copy of the adapted weights, on a CPU of all linear layers.
-            Takes their memory once more, and saves about a third of the time.
-        completions: file in which every completion is kept, to be served again to equal requests of equal weights
-            (`CompletionStore`). Null keeps none; the command line puts it into `<runs_dir>/completions.sqlite` unless
-            this says another path, or "off".
+        cache_tokens: limit on keys and values held while generating, in tokens: half for the rows that decode together,
+            half for prefixes, kept until the weights change. This and the next two are for `LocalEngine`.
+        keep_prompts: also keep the keys and values of whole prompts until the weights change, within cache_tokens, so
+            that a repeated prompt is not read again. Useful only without a completion store, which answers equal
+            requests at once. The last bits of logits then depend on earlier requests.
+        merge_while_generating: decode with a merged second copy of the adapted weights (on a CPU, of all linear
+            layers). Takes their memory twice, and saves about a third of the time.
+        completions: file that stores every completion, to answer equal requests of equal weights again
+            (`CompletionStore`). Null stores none; the command line uses `<runs_dir>/completions.sqlite` unless
+            this is another path, or "off".
         trust_remote_code: run Python code that comes with the model. Leave it off for models you have not read.
 
     Attributes:

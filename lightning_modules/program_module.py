@@ -56,30 +56,30 @@ from torch.nn.parallel import DistributedDataParallel
 class ProgramModule(LightningModule):
     """Trains the LM on the program's own steps; validates by running the program.
 
-    A training step computes loss and gradients itself, in parts where memory asks for it, and hands Lightning a loss
-    whose gradients are known. So precision, clipping, accumulation and hooks work as ever. Batches that accumulate
-    (`Trainer(accumulate_grad_batches=...)`) count by their tokens: the gradient is the mean over all of them. A step
-    whose loss or gradients are not finite is skipped, and touches neither weights nor the optimiser's state.
+    A training step computes loss and gradients itself, in parts if memory requires it, and hands Lightning a loss
+    whose gradients are known. So precision, clipping, accumulation and hooks work as usual. Accumulated batches
+    (`Trainer(accumulate_grad_batches=...)`) are weighted by tokens: the gradient is the mean over all tokens. A step
+    whose loss or gradients are not finite is skipped, and changes neither weights nor the optimiser's state.
 
     Args:
         program: what to tune.
-        lm: the shared LM: a `LanguageModel`, or any other, such as an endpoint, whose prompts can be tuned and whose
-            weights cannot.
-        form: how stages talk to it; reasoning first and then each output behind its name, where none is given.
+        lm: the shared LM: a `LanguageModel`, or another, such as an endpoint. Only the prompts of the latter can be
+            tuned, not its weights.
+        form: how stages ask and answer. Default: reasoning first, then each output after its name.
         sampling: how the program's completions are drawn, in prompt steps, validation and test.
-        optimizer: for the adapter's parameters. A learning rate of 0 stands for one that fits the LM's size: 5e-4 up to
-            135M parameters, 5e-5 from 0.5B on; objectives may want a share of it (`Objective.rate`).
-        learning_rate: its course within a weight step.
+        optimizer: for the adapter's parameters. A learning rate of 0 means one that fits the LM's size: 5e-4 up to
+            135M parameters, 5e-5 from 0.5B on; objectives may scale it (`Objective.rate`).
+        learning_rate: its schedule within a weight step.
         seed: of the adapter's initial values and of every draw while running the program.
         max_error_rate: share of examples on which the program or the metric may raise before the run stops.
-        micro_batch_size: rows of a batch computed at once; less takes less memory and gives the same step. Null: all.
-            Where memory runs out this is halved by itself.
-        gradient_slices: parts of a batch whose gradients are added up in one order, whoever computes them: 8 give the
-            same bits with 1, 2, 4 and 8 processes, and take as many passes. Null: one a process.
+        micro_batch_size: rows of a batch computed at once; fewer take less memory and give the same step. Null: all.
+            It is halved automatically if memory runs out.
+        gradient_slices: parts of a batch whose gradients are added in a fixed order, in any number of processes: 8 give
+            the same bits with 1, 2, 4 and 8 processes, and take 8 passes. Null: one per process.
         gradient_checkpointing: compute each layer twice instead of keeping what it computed: less memory, about a
             third more time.
         skip_limits: how many steps that are not finite may be skipped before the run stops.
-        engine: what completes the LM's prompts; the decoder in this process (`LocalEngine`) where none is given.
+        engine: what completes the LM's prompts. Default: the decoder in this process (`LocalEngine`).
     """
 
     def __init__(

@@ -25,29 +25,29 @@ class RandomDemoSearch(PromptSearch):
     program runs once over train; each success gives demos for every stage it called. Candidates, in this order:
 
     1. "incumbent" and "zero-shot" (the initial prompts);
-    2. "labels-only": for each stage, demos made of labels alone, where the stage's inputs are inputs of the example;
+    2. "labels-only": for each stage, demos made of labels alone, if the stage's inputs are inputs of the example;
     3. "bootstrap unshuffled": the first `max_demos` successes in train order;
-    4. "random 1" to "random n": a random number, 1 to `max_demos`, of random successes; more of them, one by one, where
+    4. "random 1" to "random n": a random number, 1 to `max_demos`, of random successes; further ones, one by one, if
        the task asks for more LM calls than these take.
 
-    In 3 and 4 whole rollouts are drawn, so the demos of different stages show the same examples; where a rollout called
+    3 and 4 draw whole rollouts, so the demos of different stages show the same examples; if a rollout called
     a stage more than once, one of the calls is drawn. A stage with fewer than `max_labelled_demos` is filled up to that
-    number with labelled demos of other examples, after the bootstrapped. A stage that reasons has no labelled demos:
-    labels hold no reasoning, so with fewer than `max_demos` successes some unsolved run once more with the gold answer
-    as a hint. With no success at all, 3 is skipped and 4 draws labelled demos only. Only demos change: instructions
-    stay, and a stage that gets no demo keeps its prompt.
+    number with labelled demos of other examples, after the bootstrapped ones. A stage that reasons has no labelled
+    demos, since labels hold no reasoning: with fewer than `max_demos` successes, some unsolved examples run once more
+    with the gold answer as a hint. With no success at all, 3 is skipped and 4 draws only labelled demos. Only demos
+    change: instructions stay, and a stage that gets no demo keeps its prompt.
 
     Args:
         num_candidates: random demo sets. The paper says 6 candidates; whether that counts the first three is not known.
-        max_demos: most bootstrapped demos a stage (paper: 3).
+        max_demos: most bootstrapped demos per stage (paper: 3).
         max_labelled_demos: a stage's demos are filled up to this number with labelled ones; 0 uses none.
         restart: bootstrap from, and build upon, the initial prompts, as the paper's third step does; False: the
             incumbent.
-        attempts: times a train example is run until it succeeds.
-        chunk: examples an LM batch when scoring.
-        racing: null scores candidates one by one, and the best by dev is always found. A confidence, such as 0.98, runs
-            them side by side and drops early those that are behind with that confidence: about half the rollouts on 100
-            dev examples or more, for a best that is now and then missed for one nearly as good (see `choose`).
+        attempts: most runs of a train example, until one succeeds.
+        chunk: examples per LM batch when scoring.
+        racing: null scores candidates one by one and always finds the best on dev. A confidence, such as 0.98, runs
+            them side by side and drops early those that are worse with that confidence. That takes about half the
+            rollouts on 100 dev examples or more, but sometimes keeps one nearly as good as the best (see `choose`).
     """
 
     def __init__(

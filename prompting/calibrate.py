@@ -21,17 +21,17 @@ _NOTHING = "nothing was calibrated: it takes a form with a place for each field,
 
 
 class CalibratedSearch(SearchAround):
-    """Calibrates the choices of every stage, lets another search improve the prompts, and calibrates its best anew.
+    """Calibrates the choices of every stage, lets another search improve the prompts, and calibrates its best again.
 
-    Small LMs favour some choices whatever the input. The program runs over train inputs, no label is looked at, and the
-    mean log-probability of each choice is taken off it (batch calibration, Zhou et al., 2024). Such prompts are
-    candidates like any others: they are kept only where they score better on dev. The calibration goes with the
-    prompts: into rollouts, later steps and the export. A program without choices is searched as if this were not there.
+    Small LMs favour some choices whatever the input. The program runs over train inputs, without their labels, and the
+    mean log-probability of each choice is subtracted (batch calibration, Zhou et al., 2024). Calibrated prompts are
+    candidates like any others: they are kept only if they score better on dev. The calibration is part of the
+    prompts, so rollouts, later steps and the export use it. For a program without choices only `then` runs.
 
     Args:
-        then: the search that improves the prompts; `RandomDemoSearch` without one.
-        inputs: train examples at most from which a calibration is computed.
-        anew: how many of the best that the search inside finds are calibrated anew, with their demos.
+        then: the search that improves the prompts (default: `RandomDemoSearch`).
+        inputs: compute a calibration from at most this many train examples.
+        anew: how many of the best candidates of `then` are calibrated again, with their demos.
     """
 
     def __init__(self, then: PromptSearch | None = None, inputs: int = 50, anew: int = 2) -> None:

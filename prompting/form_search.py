@@ -13,16 +13,15 @@ from cotune.prompting.search import Found, PromptSearch, SearchTask
 
 
 class FormSearch(SearchAround):
-    """Tries the program's prompts in several forms, and then another search on the best of them.
+    """Tries the program's prompts in several forms, and then another search in the best form.
 
-    The form that is found goes with the prompts: rollouts, traces and training rows of later weight steps are in it,
-    and so is what the run exports. All stages have the same.
+    The chosen form is part of the prompts: rollouts, traces and training rows of later weight steps use it,
+    and so does the export. All stages have the same form.
 
     Args:
-        forms: names of the forms to try beside the one in force: "lines", "tags", "markers", "json" (needs llguidance),
-            "reason then fill". With ", straight" behind it, e.g. "tags, straight", stages that reason answer straight
-            away.
-        then: searches on, on what is left of `lm_calls`.
+        forms: names of the forms to try besides the current one: "lines", "tags", "markers", "json" (needs llguidance),
+            "reason then fill". Append ", straight", e.g. "tags, straight", to make reasoning stages answer directly.
+        then: the search that follows, with the rest of `lm_calls`.
     """
 
     def __init__(

@@ -44,20 +44,20 @@ class JointSearch(WritingSearch):
     demo sets, as in `RandomDemoSearch`. An LM proposes instructions for each stage from train examples, the program's
     source, runs that succeeded, and a tip drawn at random. Then combinations of instruction and demo set, one of each
     for every stage, are tried: the tree-structured Parzen estimator of optuna (`pip install "cotune[joint]"`) draws
-    what looks promising after all trials before.
+    what looks promising after all earlier trials.
 
-    What differs from MIPROv2: the trials of a round run side by side and are raced against the best so far on the same
-    dev examples, in place of means over minibatches that no two trials share; and each draw depends on the trials and
-    the seed alone, so a search that is repeated with the same (or stored) completions repeats itself to the bit.
+    Differences from MIPROv2: the trials of a round run side by side and race against the best so far on the same
+    dev examples; MIPROv2 takes means over minibatches that no two trials share. Each draw depends only on the trials
+    and the seed, so a search repeated with the same (or stored) completions gives the same result to the bit.
 
     Args:
         trials: combinations to try. MIPROv2 uses the larger of 2 V log2(n) and 1.5 n, with V twice the number of
             stages and n the larger of the next two.
-        num_instructions: for each stage to choose from, the one it has included.
-        num_demo_sets: to choose from, besides the demos that the prompts have.
-        max_demos, max_labelled_demos, restart, attempts: as `RandomDemoSearch`.
-        width: trials of one round.
-        racing: confidence at which a trial that is behind is dropped; null scores each until it cannot win any more.
+        num_instructions: instructions to choose from for each stage, including its current one.
+        num_demo_sets: demo sets to choose from, besides the current demos.
+        max_demos, max_labelled_demos, restart, attempts: as in `RandomDemoSearch`.
+        width: trials in one round.
+        racing: confidence at which a losing trial is dropped; null scores each until it can no longer win.
         writing: the arguments of `WritingSearch`.
 
     Raises:

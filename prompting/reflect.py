@@ -25,7 +25,7 @@ _MERGE_SAMPLE = 5
 
 
 class ReflectiveSearch(WritingSearch):
-    """Rewrites instructions, one stage at a time, from what an LM reads in the stage's runs and in their feedback.
+    """Has an LM rewrite instructions, one stage at a time, from the stage's runs and their feedback.
 
     Source: GEPA (Agrawal et al., arXiv 2507.19457). The pool begins with the incumbent and the initial prompts. Each
     round draws up to `proposals` parents from the pool, in proportion to the number of dev examples and objectives that
@@ -33,24 +33,24 @@ class ReflectiveSearch(WritingSearch):
     the same examples. A child that is better there runs on all of dev and joins the pool. From time to time two
     lineages are merged, stage by stage. The best of the pool on dev is the result.
 
-    What differs from GEPA: the proposals of a round are one LM batch each for parents, reflections and children; no
-    run is made twice; the LM sees every call of the stage; a text is checked before a rollout is spent on it, and
-    what was tried is not tried again; all draws are seeded, so a search that is repeated with the same (or stored)
-    completions repeats itself to the bit.
+    Differences from GEPA: the proposals of a round are one LM batch each for parents, reflections and children; no
+    run is made twice; the LM sees every call of the stage; a text is checked before it is run, and no text is tried
+    twice; all draws are seeded, so a search repeated with the same (or stored) completions gives the same result to
+    the bit.
 
-    Feedback (`Score.feedback`, `Score.stages`) is what it learns from. Without any, the LM is shown what was expected.
-    Demos stay as they are in the parent.
+    It learns from feedback (`Score.feedback`, `Score.stages`). Without any, the LM sees what was expected.
+    Demos stay those of the parent.
 
     Args:
         max_runs: runs of the program, on train and dev together. The pool's first members are always scored. With
-            `task.lm_calls` it goes on until so many LM calls are made.
-        minibatch: train examples that a proposal is made of and judged by at first.
-        proposals: in one round.
+            `task.lm_calls` it continues until this many LM calls are made.
+        minibatch: train examples from which a proposal is written, and on which it is first scored.
+        proposals: rewrites in one round.
         max_merges: attempts to merge two lineages in a search; 0 for none.
         choose_stage: "turns" goes through the stages; "blame" draws the one that feedback by stage or an unreadable
-            answer blames, in proportion, and goes by turns where nothing blames any.
-        tolerance: how much lower than its parent's the mean score of a child may be on the minibatch, in [0, 1]; 0 asks
-            for a higher one. Above 0 fewer good proposals are lost to noise, and more runs go into bad ones.
+            answer blames, in proportion; if nothing blames any, each in turn.
+        tolerance: how far below its parent's a child's mean score may be on the minibatch, in [0, 1]; at 0 it must be
+            higher. Above 0 fewer good proposals are lost to noise, and more runs go into bad ones.
         writing: the arguments of `WritingSearch`.
     """
 

@@ -97,7 +97,7 @@ def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict
 
 
 def by_label(examples: Sequence[Example], passed: set[str]) -> dict[str, list[int]]:
-    """Label -> [examples that passed, examples], by label; {} where labels are as good as unique."""
+    """Label -> [examples that passed, examples], by label; {} where almost every label is unique."""
     total = Counter(_label(example) for example in examples)
     if len(total) > min(_MAX_LABELS, len(examples) / 2):
         return {}

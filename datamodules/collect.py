@@ -48,7 +48,7 @@ def collect(
     """Runs the program on each example until enough runs succeed, or the attempts are used up; keeps all runs."""
     attempts: list[Attempt] = []
     pool: dict[str, list[Demo]] = labelled_demos(runner.program, examples, forms_of(runner.form, prompts))
-    # Later attempts see only the unsolved, among which faults may well be the most without being many.
+    # Later attempts rerun only unsolved examples, so the error rate can be high even if few examples fail.
     warmer = replace(runner.sampling, temperature=options.temperature, top_p=1.0)
     later = replace(runner, sampling=warmer, max_error_rate=1.0)
     wanting, solved = list(examples), 0

@@ -21,7 +21,7 @@ _SETTINGS = {"enable_thinking": False, "date_string": f"{_DAY:%d %b %Y}"}
 think besides; and Llama 3.1 and later write the day into the prompt, with which a run continued tomorrow would be
 another run: they get the date that their template itself falls back to. Other templates take no notice."""
 
-_FIRST_SENTINEL = 0xF0000  # the private use planes: text as good as never holds these, and is hidden itself if it does
+_FIRST_SENTINEL = 0xF0000  # private use planes: almost no text has these characters; text that does is hidden too
 _PRIVATE = f"[{chr(_FIRST_SENTINEL)}-{chr(0x10FFFF)}]"
 
 

@@ -375,5 +375,5 @@ class ProgramModule(LightningModule):
         self.prompts = prompts_from_dict(checkpoint["prompts"])
         self.optimiser_step, self.optimiser_steps = checkpoint["weight_step"]
         self.skips.load(checkpoint["skips"])
-        # What memory allowed then: cut otherwise, sums would differ in their last bits from a run's never stopped.
+        # With another split, sums would differ in the last bits from those of a run that was never stopped.
         self._gradients.rows_at_once = checkpoint["rows_at_once"]

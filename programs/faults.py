@@ -108,7 +108,7 @@ def quoted(value: Any, *, by: Callable[[Any], str] = repr, limit: int = 300) -> 
     except Exception as error:  # its own __repr__ is the user's code too
         text = f"<{type(value).__name__}, which cannot be shown: {type(error).__name__}>"
     text = " ".join(text.encode(errors="backslashreplace").decode().split())
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)  # a resumed run would say another
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", text)  # addresses differ between runs
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -129,7 +129,7 @@ class SentenceEncoder:
 class Dense:
     """Passages nearest to a query by the cosine of their vectors, over the same passage files as BM25.
 
-    The passages are encoded at the first query. All of them are compared: a file of millions wants a vector database,
+    The passages are encoded at the first query. All of them are compared: for millions of passages use a vector database,
     which is another `Retriever`.
 
     Args:

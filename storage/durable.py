@@ -104,7 +104,7 @@ def record_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256, from a folder's SHA256SUMS; a line that is damaged is as good as absent."""
+    """File name -> SHA-256, from a folder's SHA256SUMS; damaged lines are ignored."""
     path = folder / SUMS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {line[66:]: line[:64] for line in lines if line[64:66] == "  " and _is_digest(line[:64])}

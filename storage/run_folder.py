@@ -49,7 +49,7 @@ class RunFolder:
     def release(self) -> None:
         if self._lock is not None:
             with suppress(OSError):  # a full disk is no reason to end badly
-                self._lock.truncate(0)  # ended in order: nobody need wonder who it was
+                self._lock.truncate(0)  # clean exit: clear the holder
                 self._lock.close()
             self._lock = None
 

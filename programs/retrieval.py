@@ -129,8 +129,8 @@ class SentenceEncoder:
 class Dense:
     """Passages nearest to a query by the cosine of their vectors, over the same passage files as BM25.
 
-    The passages are encoded at the first query. All of them are compared: for millions of passages use a vector
-    database, which is another `Retriever`.
+    The passages are encoded at the first query, and all are compared: for millions of passages use a vector database
+    behind your own `Retriever`.
 
     Args:
         passages: jsonl file, as for BM25.

@@ -16,8 +16,8 @@ from cotune.lightning_modules.training.loss import log_probs
 from cotune.programs.layout import Choices, Field
 from cotune.programs.lm import Completion, Request
 
-_AT_ONCE = 32
-"""Completions whose prompts stand in one batch, what they share computed once."""
+_ROWS = 128
+"""Prompts in one batch, what they share computed once; a completion has one for each place where its choices part."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ def with_chances(
         if request.chances
         for one in _asked(place, codec, request, done)
     ]
-    for start in range(0, len(asked), _AT_ONCE):
-        part = asked[start : start + _AT_ONCE]
-        for one, told in zip(part, _told(model, part), strict=True):
-            texts = one.language.texts
-            found[one.place][one.field] = {text: _chance(one.language, one.lead + text, told) for text in texts}
+    for one, told in zip(asked, _told(model, asked), strict=True):
+        texts = one.language.texts
+        found[one.place][one.field] = {text: _chance(one.language, one.lead + text, told) for text in texts}
     return [replace(done, chances=chances) for done, chances in zip(completions, found, strict=True)]
 
 
@@ -71,17 +69,17 @@ def _told(model: Any, asked: Sequence[_Asked]) -> list[dict[bytes, dict[int, flo
     """For each field: state in which there is a choice -> token -> its log-probability over the whole vocabulary."""
     rows = [(at, state, ids) for at, one in enumerate(asked) for state, ids in one.language.forks.items()]
     found: list[dict[bytes, dict[int, float]]] = [{} for _ in asked]
-    if not rows:  # fields of one choice
-        return found
-    # One id is to be predicted behind each; which one does not matter, as all that may come are asked for.
-    moves = [list(asked[at].language.moves(state)) for at, state, _ in rows]
-    pairs = [Pair((*asked[at].before, *ids), tokens[:1]) for (at, _, ids), tokens in zip(rows, moves, strict=True)]
-    wide = max(map(len, moves))
-    ids_nK = torch.tensor([tokens + [-1] * (wide - len(tokens)) for tokens in moves], device=model.device)
-    with evaluating(model):
-        told_nK, _ = log_probs(model, collate([pairs]), ids_nK)
-    for (at, state, _), tokens, told_K in zip(rows, moves, told_nK.tolist(), strict=True):
-        found[at][state] = dict(zip(tokens, told_K, strict=False))
+    for start in range(0, len(rows), _ROWS):
+        some = rows[start : start + _ROWS]
+        moves = [list(asked[at].language.moves(state)) for at, state, _ in some]
+        # One id is to be predicted behind each; which one does not matter, as all that may come are asked for.
+        pairs = [Pair((*asked[at].before, *ids), tokens[:1]) for (at, _, ids), tokens in zip(some, moves, strict=True)]
+        wide = max(map(len, moves))
+        ids_nK = torch.tensor([tokens + [-1] * (wide - len(tokens)) for tokens in moves], device=model.device)
+        with evaluating(model):
+            told_nK, _ = log_probs(model, collate([pairs]), ids_nK)
+        for (at, state, _), tokens, told_K in zip(some, moves, told_nK.tolist(), strict=True):
+            found[at][state] = dict(zip(tokens, told_K, strict=False))
     return found
 
 

@@ -42,7 +42,7 @@ class Prompt:
     instruction: str
     demos: tuple[Demo, ...] = field(default=())
     form: str = ""
-    calibration: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    calibration: Mapping[str, Mapping[str, float]] = field(default_factory=dict, hash=False)
 
     def to_dict(self) -> dict[str, Any]:
         own: dict[str, Any] = {"form": self.form} if self.form else {}

@@ -143,7 +143,7 @@ def arrange(parser: LightningArgumentParser, group: str) -> None:
     parser.usage = f"cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]"
     parser.description = (
         f"{_SAID[command]} Options go into YAML files, as --print_config writes them, or on the command line after "
-        "these. For the options of another class than those below: --data.help Iris, --trainer.logger.help WandbLogger."
+        "these. Other classes than those below show theirs with --data.help Iris, --trainer.logger.help WandbLogger."
     )
     for action in parser._actions:
         action.help = _HELP.get(action.dest, action.help)

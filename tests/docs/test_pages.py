@@ -83,7 +83,7 @@ def test_its_python_runs(page: Path, reader: Path, tiny_model: Path, monkeypatch
     save_files(page, reader)
     scripts = [block for block in blocks(page) if block.language == "python" and not block.file]
     if any("runs/" in block.text and "load(" in block.text for block in scripts):
-        name = "first" if page.name == "quickstart.md" else "iris"
+        name = {"quickstart.md": "first", "README.md": "demo"}.get(page.name, "iris")
         assert main([*fit(tiny_model, schedule="p", name=name)]) == 0
     names: dict[str, Any] = {"__name__": "__page__"}
     for block in scripts:

@@ -163,7 +163,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
         (["--model.lm.quantization", "nf5"], "'nf5' is not allowed; allowed is nf4 or fp4 or int8 or null."),
         (
             ["--alternate.search", "RandomDemoSerch"],
-            'alternate.search: there is no class "RandomDemoSerch"; known are FormSearch, JointSearch, RandomDemo',
+            'alternate.search: there is no class "RandomDemoSerch"; known are CalibratedSearch, FormSearch, Joint',
         ),
         (["--data", "Irs"], 'data: there is no class "Irs"; known are Banking77'),
         (["--trainer.logger", "WandbLoger"], "Did you mean WandbLogger?"),
@@ -413,7 +413,7 @@ def test_the_key_of_a_logger_is_in_no_file_of_the_run(
 
 def test_own_modules_are_found_in_the_working_folder(run: Run) -> None:
     """From a shell, too: tests/docs/test_your_own_program.py starts processes."""
-    Path("own_metrics.py").write_text("def metric(example, prediction):\n    return 1.0\n")
-    said = run("fit", "--config", IRIS, "--data.metric", "own_metrics.metric", "--print_config")
+    Path("metric_here.py").write_text("def metric(example, prediction):\n    return 1.0\n")
+    said = run("fit", "--config", IRIS, "--data.metric", "metric_here.metric", "--print_config")
     assert said.code == 0, said.err
-    assert "metric: own_metrics.metric" in said.out
+    assert "metric: metric_here.metric" in said.out

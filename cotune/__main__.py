@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -123,9 +124,14 @@ def _run_small(name: str, words: Sequence[str]) -> int:
     options = command.parse(words) if hasattr(command, "parse") else command.parser().parse_args(words)
     if name in _LIGHT:  # they answer at once, and doctor where the imports of the others fail
         try:
-            return int(command.main(options))
+            code = int(command.main(options))
+            sys.stdout.flush()
+            return code
         except CotuneError as error:
             return reported(error)
+        except BrokenPipeError:  # whoever read it, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+            return 128 + signal.SIGPIPE
     from cotune.fit.guard import guarded
 
     return guarded(lambda: command.main(options))

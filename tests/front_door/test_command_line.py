@@ -417,3 +417,10 @@ def test_own_modules_are_found_in_the_working_folder(run: Run) -> None:
     said = run("fit", "--config", IRIS, "--data.metric", "metric_here.metric", "--print_config")
     assert said.code == 0, said.err
     assert "metric: metric_here.metric" in said.out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "cotune", "configs"], stdout=write, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")

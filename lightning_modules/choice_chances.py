@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from cotune.datamodules.collate import Pair, collate
+from cotune.datamodules.collate import Pair
 from cotune.inference.automata import CalibratedChoices
 from cotune.inference.codec import Codec
 from cotune.inference.local.engine import evaluating
-from cotune.lightning_modules.training.loss import log_probs
+from cotune.lightning_modules.training.choosing import decoded, told_of
 from cotune.programs.layout import Choices, Field
 from cotune.programs.lm import Completion, Request
 
@@ -31,7 +30,6 @@ class _Asked:
     before: tuple[int, ...]
 
 
-@torch.no_grad()
 def with_chances(
     model: Any, codec: Codec, requests: Sequence[Request], completions: Sequence[Completion]
 ) -> list[Completion]:
@@ -46,7 +44,7 @@ def with_chances(
     for one, told in zip(asked, _told(model, asked), strict=True):
         texts = one.language.texts
         found[one.place][one.field] = {text: _chance(one.language, one.lead + text, told) for text in texts}
-    return [replace(done, chances=chances) for done, chances in zip(completions, found, strict=True)]
+    return [replace(d, chances=chances) if chances else d for d, chances in zip(completions, found, strict=True)]
 
 
 def _asked(place: int, codec: Codec, request: Request, done: Completion) -> list[_Asked]:
@@ -72,14 +70,12 @@ def _told(model: Any, asked: Sequence[_Asked]) -> list[dict[bytes, dict[int, flo
     for start in range(0, len(rows), _ROWS):
         some = rows[start : start + _ROWS]
         moves = [list(asked[at].language.moves(state)) for at, state, _ in some]
-        # One id is to be predicted behind each; which one does not matter, as all that may come are asked for.
+        # One id is to be predicted after each; which one does not matter, as all that may come are asked for.
         pairs = [Pair((*asked[at].before, *ids), tokens[:1]) for (at, _, ids), tokens in zip(some, moves, strict=True)]
-        wide = max(map(len, moves))
-        ids_nK = torch.tensor([tokens + [-1] * (wide - len(tokens)) for tokens in moves], device=model.device)
         with evaluating(model):
-            told_nK, _ = log_probs(model, collate([pairs]), ids_nK)
-        for (at, state, _), tokens, told_K in zip(some, moves, told_nK.tolist(), strict=True):
-            found[at][state] = dict(zip(tokens, told_K, strict=False))
+            told = told_of(model, pairs, moves)
+        for (at, state, _), of_state in zip(some, told, strict=True):
+            found[at][state] = of_state
     return found
 
 
@@ -95,11 +91,5 @@ def _chance(language: CalibratedChoices, text: str, told: Mapping[bytes, Mapping
 
 def _taken(language: CalibratedChoices, state: bytes, told: Mapping[int, float], token: int | None) -> float:
     """The log-probability that decoding takes this token in this state; None for the end of the value."""
-    lifted = {move: told[move] + nats for move, nats in language.added(state).items()}
-    # What is no part of the value ends it, where it may end: all the rest of the vocabulary.
-    rest = max(1.0 - math.fsum(map(math.exp, told.values())), 1e-30) if language.may_end(state) else 0.0
-    highest = max(*lifted.values(), math.log(rest)) if rest else max(lifted.values())
-    whole = highest + math.log(
-        rest * math.exp(-highest) + math.fsum(math.exp(nats - highest) for nats in lifted.values())
-    )
-    return (math.log(rest) if token is None else lifted[token]) - whole
+    going_on, ending = decoded(told, language.added(state), may_end=language.may_end(state))
+    return ending if token is None else going_on[token]

@@ -266,7 +266,8 @@ class LanguageModel(nn.Module, LM):
 
     def _judged(self, requests: Sequence[Request], done: Sequence[Completion], adapter: str) -> list[Completion]:
         """With scores and chances of choices, where they are asked for."""
-        with nullcontext() if adapter else base_alone(self.model):
+        asked = any(request.scores or request.chances for request in requests)
+        with base_alone(self.model) if asked and not adapter else nullcontext():
             return with_chances(self.model, self.codec, requests, with_scores(self.model, self.codec, requests, done))
 
     def use(self, engine: Engine) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from cotune.datamodules import Pair, PairMaker, Trace, collate
+from cotune.datamodules import Pair, PairMaker, Trace
 from cotune.inference.codec import Codec
 from cotune.inference.fields import Filling, Plan
-from cotune.lightning_modules.training.loss import log_probs
+from cotune.lightning_modules.training.choosing import decoded, told_of
 from cotune.programs.calibration import calibrated
 from cotune.programs.forms import form_of
 
@@ -34,7 +33,6 @@ class _Fork:
     may_end: bool
 
 
-@torch.no_grad()
 def with_offsets(traces: Sequence[Trace], maker: PairMaker, codec: Codec, model: Any) -> list[Trace]:
     """The traces, whose candidates and reference are, at such places, what decoding with calibrated prompts takes.
 
@@ -86,23 +84,17 @@ def _told(rows: Sequence[tuple[Pair, Mapping[int, _Fork]]], model: Any) -> list[
         Pair(pair.prompt_ids, pair.completion_ids, ce=[float(i in forks) for i in range(len(pair.completion_ids))])
         for pair, forks in rows
     ]
-    asked = [list(fork.nats) for _, forks in rows for fork in forks.values()]
-    wide = max(map(len, asked))
-    ids_nK = torch.tensor([tokens + [-1] * (wide - len(tokens)) for tokens in asked], device=model.device)
-    values, _ = log_probs(model, collate([pairs]), ids_nK)
-    return [dict(zip(tokens, row, strict=False)) for tokens, row in zip(asked, values.tolist(), strict=True)]
+    return told_of(model, pairs, [list(fork.nats) for _, forks in rows for fork in forks.values()])
 
 
 def _taught(trace: Trace, place: int, fork: _Fork, told: Mapping[int, float]) -> Trace:
     """The trace with this fork's probabilities; the likeliest tokens where there are more than candidates."""
-    lifted = {token: told[token] + nats for token, nats in fork.nats.items()}
-    rest = [math.log(max(1 - math.fsum(map(math.exp, told.values())), 1e-30))] if fork.may_end else []
-    whole = float(torch.tensor([*lifted.values(), *rest], dtype=torch.float64).logsumexp(0))
+    going_on, _ = decoded(told, fork.nats, may_end=fork.may_end)
     count = len(trace.candidates[place])
-    best = sorted(lifted, key=lambda token: -lifted[token])[:count]
-    own = lifted.get(trace.completion_ids[place], _NEVER + whole) - whole
+    best = sorted(going_on, key=lambda token: -going_on[token])[:count]
+    own = going_on.get(trace.completion_ids[place], _NEVER)
     left = count - len(best)
     candidates, reference = list(trace.candidates), list(trace.reference)
     candidates[place] = (*best, *[-1] * left)
-    reference[place] = (own, *(lifted[token] - whole for token in best), *[0.0] * left)
+    reference[place] = (own, *(going_on[token] for token in best), *[0.0] * left)
     return replace(trace, candidates=tuple(candidates), reference=tuple(reference))

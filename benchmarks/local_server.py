@@ -17,6 +17,8 @@ from cotune.lightning_modules import LanguageModel
 from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Field, Layout, Schema
 
+from cotune.front import write_json
+
 _GATHER = 0.05
 """Seconds for which a first request waits for others."""
 
@@ -116,12 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             said, status = self.server.answer(body), 200
         except Exception as error:
             said, status = {"error": {"message": f"{type(error).__name__}: {error}", "type": "server_error"}}, 500
-        content = json.dumps(said).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        write_json(self, status, said)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing: thousands of lines are no figure."""

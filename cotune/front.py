@@ -198,6 +198,16 @@ class Front(ThreadingHTTPServer):
         return f"it holds the program's inputs as JSON, {', '.join(self._required)}{optional}"
 
 
+def write_json(handler: BaseHTTPRequestHandler, status: int, value: Any) -> None:
+    """Answers a request with a value that JSON holds."""
+    content = json.dumps(value, ensure_ascii=False).encode()
+    handler.send_response(status)
+    handler.send_header("content-type", "application/json")
+    handler.send_header("content-length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: Front
     timeout = _IDLE
@@ -226,12 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, said = error.status, error.body
         except Exception as error:
             status, said = 500, RefusedError(500, f"{type(error).__name__}: {error}", "broken").body
-        content = json.dumps(said, ensure_ascii=False).encode()
-        self.send_response(status)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        write_json(self, status, said)
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import peft
 import torch
 import transformers
 import trl
@@ -15,20 +13,16 @@ from torch import Tensor
 
 from benchmarks.workers.clocks import Clock, forget_peak, peak
 from benchmarks.workers.protocol import serve
+from benchmarks.workers.trl_sides import KeptLosses, TRLSide, quiet_and_fast
 
 
-class Given(trl.GRPOTrainer):  # type: ignore[misc]
+class Given(KeptLosses, trl.GRPOTrainer):  # type: ignore[misc]
     """Takes the completions that it is given where it would generate and score some."""
 
     given: dict[str, Tensor]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Tensor]:
         return dict(self.given)
-
-    def training_step(self, *args: Any, **options: Any) -> Any:
-        loss = super().training_step(*args, **options)
-        self.losses = [*getattr(self, "losses", []), float(loss)]
-        return loss
 
 
 class StepClock(transformers.TrainerCallback):  # type: ignore[misc]
@@ -44,16 +38,8 @@ class StepClock(transformers.TrainerCallback):  # type: ignore[misc]
         self.clock.end()
 
 
-class Side:
-    """One model, whose adapter is put back before each run."""
-
-    def start(self, *, model: str, adapter: str, threads: int) -> dict[str, Any]:
-        torch.set_num_threads(threads)
-        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        self.model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        self.adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        return {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+class Side(TRLSide):
+    """The steps of one trainer."""
 
     def run(
         self,
@@ -66,13 +52,9 @@ class Side:
         rows_at_once: int,
     ) -> dict[str, Any]:
         """Steps on the same batch of (prompt ids, completion ids) rows of one length, accumulated from parts."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.adapter:
-                    parameter.copy_(self.adapter[name])
+        self.put_back()
         parts = len(rows) // rows_at_once
         settings = trl.GRPOConfig(
-            output_dir=tempfile.mkdtemp(prefix="cotune-benchmark-trl-"),
             max_steps=steps,
             per_device_train_batch_size=rows_at_once,
             gradient_accumulation_steps=parts,
@@ -84,14 +66,7 @@ class Side:
             lr_scheduler_type="constant",
             weight_decay=0.0,
             max_grad_norm=1.0,
-            # TRL's defaults trade time for memory that nobody lacks here.
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **quiet_and_fast(),
         )
         clock = StepClock()
         trainer = Given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,25 +35,19 @@ def train(
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from benchmarks.workers.trl_sides import quiet_and_fast
+
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
     pairs = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats]
     settings = trl.SFTConfig(
-        output_dir=tempfile.mkdtemp(prefix="cotune-benchmark-trl-"),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=rate,
         lr_scheduler_type="constant",
         completion_only_loss=True,
         packing=False,
-        # TRL's defaults trade time for memory that nobody lacks here.
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **quiet_and_fast(),
     )
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),

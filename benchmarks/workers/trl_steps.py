@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import peft
-import torch
 import transformers
 import trl
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 
 from benchmarks.workers.protocol import serve
+from benchmarks.workers.trl_sides import KeptLosses, TRLSide, quiet_and_fast
 
 
-class Clocked(trl.SFTTrainer):  # type: ignore[misc]
-    """Takes the rows in their order, and keeps the loss of each part of a step (their sum is the step's)."""
+class Clocked(KeptLosses, trl.SFTTrainer):  # type: ignore[misc]
+    """Takes the rows in their order."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
         return SequentialSampler(self.train_dataset)
-
-    def training_step(self, *args: Any, **options: Any) -> Any:
-        loss = super().training_step(*args, **options)
-        self.losses = [*getattr(self, "losses", []), float(loss)]
-        return loss
 
 
 class Clock(transformers.TrainerCallback):  # type: ignore[misc]
@@ -42,28 +35,16 @@ class Clock(transformers.TrainerCallback):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self._started)
 
 
-class Side:
-    """One model, whose adapter is put back before each run."""
-
-    def start(self, *, model: str, adapter: str, threads: int) -> dict[str, Any]:
-        torch.set_num_threads(threads)
-        base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-        self.model = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        self.adapter = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        return {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+class Side(TRLSide):
+    """The steps of one trainer."""
 
     def run(
         self, *, batches: Sequence[Sequence[Sequence[list[int]]]], rate: float, rows_at_once: int
     ) -> dict[str, Any]:
         """Steps on batches of (prompt ids, completion ids) rows, all batches of one size, accumulated from parts."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.adapter:
-                    parameter.copy_(self.adapter[name])
+        self.put_back()
         rows = [row for batch in batches for row in batch]
         settings = trl.SFTConfig(
-            output_dir=tempfile.mkdtemp(prefix="cotune-benchmark-trl-"),
             max_steps=len(batches),
             per_device_train_batch_size=rows_at_once,
             gradient_accumulation_steps=len(batches[0]) // rows_at_once,
@@ -75,14 +56,7 @@ class Side:
             packing=False,
             max_length=None,
             dataset_kwargs={"skip_prepare_dataset": True},  # ids and labels are given
-            # TRL's defaults trade time for memory that nobody lacks here.
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **quiet_and_fast(),
         )
         clock = Clock()
         trainer = Clocked(

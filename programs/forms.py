@@ -95,8 +95,12 @@ def forms_of(form: Form, prompts: Prompts) -> dict[str, Form]:
 
 
 def in_form(prompts: Prompts, forms: str | Mapping[str, Prompt]) -> dict[str, Prompt]:
-    """The prompts in a form: in the one of that name, or each in that of another's prompt of its stage."""
+    """The prompts in a form: in the one of that name, or each in that of another's prompt of its stage.
+
+    A calibration is of the form that it was computed in; in another there is none.
+    """
+    wanted = {stage: forms if isinstance(forms, str) else forms[stage].form for stage in prompts}
     return {
-        stage: replace(prompt, form=forms if isinstance(forms, str) else forms[stage].form)
+        stage: prompt if prompt.form == wanted[stage] else replace(prompt, form=wanted[stage], calibration={})
         for stage, prompt in prompts.items()
     }

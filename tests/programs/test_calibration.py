@@ -8,6 +8,7 @@ import pytest
 from cotune.programs import Predict, Prompt, Signature
 from cotune.programs.calibration import calibrated, is_calibrated, offsets_of
 from cotune.programs.form import ReasonThenFill
+from cotune.programs.forms import in_form
 from cotune.programs.json_form import Json
 from cotune.programs.layout import Choices, Field
 from cotune.programs.prompt import prompts_from_dict, prompts_id, prompts_to_dict
@@ -63,3 +64,9 @@ def test_it_goes_with_the_prompts_and_prompts_without_one_are_as_before() -> Non
     assert prompts_from_dict(prompts_to_dict(lifted)) == lifted
     assert prompts_id(lifted) != prompts_id(bare)
     assert "calibration" not in prompts_to_dict(bare)["predict"]
+
+
+def test_it_stays_behind_in_another_form() -> None:
+    lifted = {"predict": Prompt("Say.", calibration={"answer": {"a": 0.5}})}
+    assert in_form(lifted, "") == lifted
+    assert in_form(lifted, "json") == {"predict": Prompt("Say.", form="json")}

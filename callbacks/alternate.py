@@ -30,7 +30,8 @@ from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, plann
 from cotune.callbacks.setup_checks import check_setup, check_teachers, ours
 from cotune.callbacks.step_work import StepWork
 from cotune.errors import BadValueError, CotuneError
-from cotune.prompting import PromptSearch, RandomDemoSearch
+from cotune.programs import Program
+from cotune.prompting import CalibratedSearch, PromptSearch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
@@ -57,7 +58,7 @@ class Alternate(Callback):
         schedule: e.g. "p -> w -> p": p is a prompt step, the other letters are weight steps: w learns what passing
             runs wrote, d distils the prompts into the weights, k learns from passing and failing runs (KTO), g by
             policy gradient (GRPO), and there are those in `steps`.
-        search: the prompt optimiser.
+        search: the prompt optimiser; null: `CalibratedSearch` around `RandomDemoSearch`.
         steps: letter -> settings of its weight step; other settings are those of all weight steps.
         epochs: of each weight step.
         weights: whether a second weight step continues with adapter and optimiser, or starts fresh from the base.
@@ -129,7 +130,7 @@ class Alternate(Callback):
             )
         self.alternation = Alternation(planned(self.schedule, self.steps))
         self.state = State()
-        self.work = StepWork(Course(self.schedule, self.steps, options), search or RandomDemoSearch())
+        self.work = StepWork(Course(self.schedule, self.steps, options), search or CalibratedSearch())
         self.saver = Saver(SavePolicy(save_every), folder)
         self._resumed_from = "the checkpoint"
         self._early: list[tuple[EarlyStopping, dict[str, Any]]] = []  # each as it was before any epoch
@@ -142,7 +143,9 @@ class Alternate(Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
-        check_teachers(ours(trainer, pl_module)[0], self.schedule, self.steps)
+        module = ours(trainer, pl_module)[0]
+        check_teachers(module, self.schedule, self.steps)
+        self.narrow_search(module.program)
         # The alternation counts; Lightning goes on until it is told that nothing is left.
         trainer.fit_loop.max_epochs = -1
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -213,6 +216,10 @@ class Alternate(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state = self.alternation.resumed(state_dict, self._resumed_from)
         self.work.load_state_dict(state_dict)
+
+    def narrow_search(self, program: Program) -> None:
+        """Takes the part of the search that has something to do for this program; `setup` does so for each fit."""
+        self.work.search = self.search.for_program(program)
 
     # What others ask
 

@@ -288,7 +288,7 @@ _OPTIONS = (
     "model.max_error_rate", "model.form", "data", "data.metric", "data.sizes.train", "data.sizes.dev",
     "data.sizes", "data.batch_size", "data.bootstrapping.attempts", "data.bootstrapping.threshold",
     "data.bootstrapping.temperature", "data.bootstrapping.pairs", "data.bootstrapping.demo_share", "data.traces",
-    "alternate.schedule", "alternate.search", "alternate.search.num_candidates", "alternate.search.max_demos",
+    "alternate.schedule", "alternate.search", "alternate.search.inputs", "alternate.search.then.max_demos",
     "alternate.epochs", "alternate.weights", "alternate.keep", "alternate.save_every", "alternate.search_examples",
     "name", "runs_dir", "record.max_megabytes", "nonsense", "model.nonsense", "fresh", "ckpt_path",
 )  # fmt: skip

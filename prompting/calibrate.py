@@ -17,6 +17,9 @@ from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least
 _ROUNDS = 2
 """How often the program runs to calibrate several stages: later ones see what earlier ones answer once calibrated."""
 
+_FIRST = 2
+"""If no choice has chances in so many runs, none is to be expected, and no more of them are made."""
+
 _NOTHING = "nothing was calibrated: it takes a form with a place for each field, two inputs, and an LM in this process"
 
 
@@ -40,6 +43,9 @@ class CalibratedSearch(SearchAround):
         at_least(0, "anew", anew, "0 keeps the calibration that the search inside began with")
         self.inputs, self.anew = inputs, anew
 
+    def for_program(self, program: Program) -> PromptSearch:
+        return self if _has_choices(program) else self.then.for_program(program)
+
     def most_runs(self, train: int, dev: int) -> int | None:
         most = self.then.most_runs(train, dev)
         return None if most is None else most + (2 + self.anew) * (self._runs(train) + dev) + 2 * dev
@@ -49,8 +55,8 @@ class CalibratedSearch(SearchAround):
         return _ROUNDS * min(train, self.inputs)
 
     def search(self, task: SearchTask) -> Found:
-        if not _has_choices(task.runner.program):
-            return self.then.search(task)
+        if (search := self.for_program(task.runner.program)) is not self:
+            return search.search(task)
         calls = CountingLM(task.runner.lm)
         counted = replace(task, runner=replace(task.runner, lm=calls))
         initial = self._calibrated(counted, calls, task.initial)
@@ -89,7 +95,9 @@ class CalibratedSearch(SearchAround):
             if task.progress is not None:
                 task.progress.start(len(examples), "calibration")
             advance = None if task.progress is None else task.progress.advance
-            done = runner.run(examples, now, seed=task.seed, progress=advance)
+            done = runner.run(examples[:_FIRST], now, seed=task.seed, progress=advance)
+            if any(step.completion.chances for rollout in done for step in rollout.steps):
+                done = [*done, *runner.run(examples[_FIRST:], now, seed=task.seed, progress=advance)]
             told = _chances(done)
             for (stage, field), chances in told.items():
                 nats = offsets_of(chances, now[stage].calibration.get(field, {}))

@@ -227,6 +227,10 @@ class PromptSearch(ABC):
     def search(self, task: SearchTask) -> Found:
         """The best prompts found for the task; see the class for the contract."""
 
+    def for_program(self, program: Program) -> PromptSearch:
+        """The search that this program gets: this one, or a part of it where the rest has nothing to do."""
+        return self
+
     def most_runs(self, train: int, dev: int) -> int | None:
         """How often a search runs the program at most, for sets of these sizes; None where it cannot be said."""
         return None

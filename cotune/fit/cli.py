@@ -164,7 +164,9 @@ class CotuneCLI(PlainCLI):
         parser.add_lightning_class_args(LogProgram, "log")
         parser.add_class_arguments(Budget, "budget")
         parser.set_defaults({"model.lm": "cotune.lightning_modules.LanguageModel", **_TRAINER_DEFAULTS})
-        parser.set_defaults({"alternate.search": "cotune.prompting.RandomDemoSearch"})
+        inside = {"then": {"class_path": "cotune.RandomDemoSearch"}}
+        search = {"class_path": "cotune.CalibratedSearch", "init_args": inside}
+        parser.set_defaults({"alternate.search": search})
         for target in ("model.seed", "data.init_args.seed", "alternate.seed"):
             parser.link_arguments("seed_everything", target, compute_fn=int)
 

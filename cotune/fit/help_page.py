@@ -25,7 +25,7 @@ _SAID = {
     "test": "Scores a program on test: untuned, or a run's program with --ckpt_path last.",
 }
 _CLASSES = {
-    "alternate.search": "cotune.prompting.RandomDemoSearch",
+    "alternate.search": "cotune.prompting.CalibratedSearch",
     "model.lm": "cotune.lightning_modules.LanguageModel",
     "data": "cotune.datamodules.TraceDataModule",
 }
@@ -92,7 +92,7 @@ usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
 
   --alternate.schedule STEPS    p searches prompts, w trains weights (default: "p -> w -> p")
   --alternate.epochs N          of each weight step (default: 5)
-  --alternate.search CLASS      RandomDemoSearch (default), CalibratedSearch (labels), ReflectiveSearch, JointSearch,
+  --alternate.search CLASS      CalibratedSearch (default), RandomDemoSearch, ReflectiveSearch, JointSearch,
                                 FormSearch
 
   --trainer.accelerator NAME    cpu, gpu, mps or auto (default: auto)

@@ -22,7 +22,9 @@ def parts_of(words: Sequence[str]) -> Parts:
     """The parts of `cotune fit` with these words; exits with one line, as that would, if they are wrong."""
     cli = _Unrun(list(words[1:] if words[:1] == ["fit"] else words))
     options = counted_options(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, format="yaml")))
-    return Parts(cli.model, cli.datamodule, cast(Alternate, cli.config_init["alternate"]), options)
+    alternate = cast(Alternate, cli.config_init["alternate"])
+    alternate.narrow_search(cli.model.program)
+    return Parts(cli.model, cli.datamodule, alternate, options)
 
 
 class _Unrun(CotuneCLI):

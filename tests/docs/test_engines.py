@@ -57,7 +57,7 @@ def command(start: str) -> list[str]:
     """The words of the page's command that begins so, on few flowers."""
     (words,) = [words for words in commands(PAGE) if " ".join(words).startswith(start)]
     sizes = [word for part in ("train", "dev", "val", "test") for word in (f"--data.sizes.{part}", "3")]
-    search = ["max_runs", "6"] if "roles.yaml" in words else ["num_candidates", "1"]
+    search = ["max_runs", "6"] if "roles.yaml" in words else ["then.num_candidates", "1"]
     small = [f"--alternate.search.{search[0]}", search[1], "--trainer.enable_progress_bar", "false"]
     return [*words, *sizes, *small] if words[0] == "fit" else words
 

@@ -22,6 +22,7 @@ from cotune.fit.cli import CotuneCLI
 from cotune.fit.parse_errors import OWN_COMMANDS
 
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+SEARCH = ("--alternate.search", "--alternate.search.num_candidates")
 RUN_ELSEWHERE = {"your-own-program.md", "engines.md"}
 """Pages whose files and commands a test of their own runs as they stand."""
 
@@ -162,7 +163,7 @@ def test_the_capitals_and_the_sums_can_be_tuned(reader: Path, tiny_model: Path) 
 def test_the_wordings_can_be_searched(reader: Path, tiny_model: Path) -> None:
     save_files(DOCS / "prompt-search.md", reader)
     (words,) = [words for words in commands(DOCS / "prompt-search.md") if "wordings.yaml" in words]
-    options = on_the_tiny_model(tiny_model, "--name", "--data.metric", "--alternate.search.num_candidates")
+    options = on_the_tiny_model(tiny_model, "--name", "--data.metric", *SEARCH)
     assert main([*words, *options, "--data.sizes.test", "0"]) == 0, "and without a test set"
     assert "Name the species" in Path("runs/wordings/boundaries/1.json").read_text()
 
@@ -171,6 +172,6 @@ def test_instructions_can_be_rewritten_and_joined_with_demos(reader: Path, tiny_
     save_files(DOCS / "prompt-search.md", reader)
     for name in ("told", "joint"):
         (words,) = [words for words in commands(DOCS / "prompt-search.md") if words[-1] == name]
-        options = on_the_tiny_model(tiny_model, "--name", "--data.metric", "--alternate.search.num_candidates")
+        options = on_the_tiny_model(tiny_model, "--name", "--data.metric", *SEARCH)
         assert main([*words, *options]) == 0
         assert Path(f"runs/{name}/boundaries/1.json").is_file()

@@ -231,7 +231,7 @@ def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.Mo
         ),
         ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
-        ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
+        ("alternate.search.then.max_demos", "0", "max_demos 0 is below 1"),
         ("ckpt_path", "best", "A finished run's last one holds its best prefix: give --ckpt_path last"),
         ("model.lm.dtype", "null", 'dtype "None" is none of float32, bfloat16, float16.'),
         ("model.program.signature", "two\nlines", 'signature "two lines" has 0 arrows.'),

@@ -31,7 +31,7 @@ def test_what_it_writes_is_tuned_by_the_command_that_it_prints(
     small = [
         "--alternate.schedule",
         "p",
-        "--alternate.search.num_candidates",
+        "--alternate.search.then.num_candidates",
         "1",
         "--data.bootstrapping.attempts",
         "1",

@@ -81,9 +81,11 @@ def test_calls_for_calibration_are_counted() -> None:
 def test_an_lm_that_tells_no_chances_is_searched_as_it_is_and_that_is_said() -> None:
     lm = FakeLM(lambda _: "good")
     found = CalibratedSearch(RandomDemoSearch(num_candidates=1)).search(task(lm=lm))
-    plain = RandomDemoSearch(num_candidates=1).search(task(lm=FakeLM(lambda _: "good")))
+    other = FakeLM(lambda _: "good")
+    plain = RandomDemoSearch(num_candidates=1).search(task(lm=other))
     assert found.prompts == plain.prompts
     assert any("nothing was calibrated" in note for note in found.notes)
+    assert lm.calls - other.calls == 2
 
 
 def test_a_program_without_choices_costs_nothing_more() -> None:

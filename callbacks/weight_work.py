@@ -202,7 +202,7 @@ class WeightWork:
         others = rounds > 0 and weights is not own
         if others:
             module.lm.load_adapter_state(weights)
-        found = module.referenced(traces, prompts, adapter=reference.weights != "base", top_k=reference.top_k)
+        found = module.referenced(traces, prompts, reference)
         if others:
             module.lm.load_adapter_state(own)
         if len(found) < len(traces):

@@ -46,7 +46,8 @@ def embedded_job(folder: Path, *more: str) -> Job:
         *("fit", "--config", str(ROOT / "configs" / "iris.yaml"), "--name", NAME),
         *(word for part, size in sizes.items() for word in (f"--data.sizes.{part}", str(size))),
         *("--data.metric", "tiny_fit.digest", "--alternate.schedule", "p -> w", "--alternate.epochs", "2"),
-        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1", "--data.bootstrapping.attempts", "4", "--data.batch_size", "2"),
+        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1"),
+        *("--data.bootstrapping.attempts", "4", "--data.batch_size", "2"),
         *("--model.sampling.max_new_tokens", "10", "--model.lm.lora.r", "4", "--trainer.accelerator", "cpu"),
         *("--trainer.enable_progress_bar", "false", *more),
     )

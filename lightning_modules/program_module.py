@@ -17,6 +17,7 @@ from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.learning_rate import LearningRate, rate_for
 from cotune.lightning_modules.lightning_internals import give_all_rows
 from cotune.lightning_modules.objectives import Objective, Rejection
+from cotune.lightning_modules.objectives.objective import Reference
 from cotune.lightning_modules.quantization import refuse_plugin
 from cotune.lightning_modules.text_lm import NoWeightsError, TextLM, no_weights
 from cotune.lightning_modules.torch_ranks import TorchRanks
@@ -211,17 +212,16 @@ class ProgramModule(LightningModule):
             vocabulary=self.vocabulary,
         )
 
-    def referenced(self, traces: Sequence[Trace], prompts: Prompts, *, adapter: bool, top_k: int) -> list[Trace]:
-        """The traces with what the LM says of them behind these prompts, less those that would not fit its window.
-
-        Args:
-            adapter: with it, or of the base alone.
-        """
-        model, off = self.weights.model, nullcontext() if adapter else self.weights.model.disable_adapter()
+    def referenced(self, traces: Sequence[Trace], prompts: Prompts, by: Reference) -> list[Trace]:
+        """The traces with what the LM says of them behind these prompts, less those that would not fit its window."""
+        model = self.weights.model
+        off = model.disable_adapter() if by.weights == "base" else nullcontext()
         with evaluating(model), off, self.trainer.precision_plugin.train_step_context():
-            maker, score = self.pair_maker(prompts), functools.partial(self._gradients.likeliest, model, count=top_k)
+            maker, score = self.pair_maker(prompts), functools.partial(self._gradients.likeliest, model, count=by.top_k)
             found = with_reference(traces, maker, score)
-            return with_offsets(found, maker, self.weights.codec, model) if top_k else found
+            if not by.top_k:
+                return found
+            return with_offsets(found, maker, self.weights.codec, model, by.choice_temperature)
 
     def begin_weight_step(self, *, steps: int, done: int = 0) -> None:
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""

@@ -44,7 +44,8 @@ def fit(model: Path, *more: str, schedule: str = "p -> w -> p", name: str = "tin
     return [
         *("fit", "--config", str(ROOT / "configs" / "iris.yaml"), *tiny(model), *sizes),
         *("--name", name, "--alternate.schedule", schedule, "--alternate.epochs", "2"),
-        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1", "--data.bootstrapping.attempts", "2"),
+        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1"),
+        *("--data.bootstrapping.attempts", "2"),
         *("--alternate.gate", "false", "--model.sampling.max_new_tokens", "6"),
         *("--trainer.enable_progress_bar", "false", *more),
     ]

@@ -33,9 +33,9 @@ class Distil(Objective):
             moving "average" of those at the rounds' starts, of which the newest counts 1 - `decay`.
         runs: of each example.
         temperature: of these runs.
-        teacher_temperature: the teacher's probabilities are taken to the power of 1 / `teacher_temperature`. Below 1 the
-            student learns what the teacher would decide rather than how sure it is; calibrated choices need that, for
-            their probabilities are close to each other.
+        choice_temperature: where calibrated prompts decide a choice, the teacher's probabilities are taken at this
+            temperature. They are close to each other there, however much better the likeliest is, so that as they are
+            they teach the student little about which to choose. Elsewhere they stay as they are.
         alpha: 0 for KL(teacher || student), 1 for KL(student || teacher); between them the generalised Jensen-Shannon
             divergence: alpha KL(teacher || m) + (1 - alpha) KL(student || m), m being that mixture of the two.
     """
@@ -48,19 +48,16 @@ class Distil(Objective):
         decay: float = 0.9,
         runs: int = 1,
         temperature: float = 1.0,
-        teacher_temperature: float = 1.0,
+        choice_temperature: float = 0.1,
         alpha: float = 0.0,
     ) -> None:
         if top_k < 1:
             raise BadValueError(f"top_k {top_k} is below 1: there would be nothing to compare.")
         if not 0 <= alpha <= 1:
             raise BadValueError(f"alpha {alpha:g} is outside [0, 1].")
-        if not 0 < teacher_temperature <= 1:
-            # Above 1 the outcomes that are no candidates would gain, each by an amount that their sum does not tell.
-            raise BadValueError(f"teacher_temperature {teacher_temperature:g} is outside (0, 1].")
-        self.alpha, self.teacher_temperature = alpha, teacher_temperature
+        self.alpha = alpha
         self.runs = Runs(runs, temperature, prompts="initial")
-        self.reference = Reference(teacher, "before", top_k, decay)
+        self.reference = Reference(teacher, "before", top_k, decay, choice_temperature)
 
     def rows(self, collected: Collected) -> list[Trace]:
         """Every stage call of every run in which the LM chose a token; what was put there weighs nothing."""
@@ -72,8 +69,7 @@ class Distil(Objective):
         # Column 0 is the token that was written; the candidates stand behind it, fewer than K where -1 fills up.
         nobody_nK = tokens.ids[:, 1:] < 0
         student = _with_tail(log_probs[:, 1:].masked_fill(nobody_nK, _NEVER))
-        told = _with_tail(tokens.reference[:, 1:].masked_fill(nobody_nK, _NEVER))
-        teacher = (told / self.teacher_temperature).log_softmax(dim=1) if self.teacher_temperature < 1 else told
+        teacher = _with_tail(tokens.reference[:, 1:].masked_fill(nobody_nK, _NEVER))
         return (tokens.kl * self._divergence(student, teacher)).sum()
 
     def reads(self, tokens: Bearing) -> Sequence[Literal["policy", "reference"]]:

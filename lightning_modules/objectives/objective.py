@@ -23,18 +23,22 @@ class Reference:
             were drawn with. What these say of the tokens takes the place of `sampled`, to be compared with later.
         prompts: "rows", which stand in the training rows, or "before", those in force when the step began.
         top_k: ids that it finds likeliest at each token become the row's candidates.
+        choice_temperature: of the probabilities with which calibrated prompts decide a choice, in (0, 1].
     """
 
     weights: Literal["start", "base", "average", "round"] = "start"
     prompts: Literal["rows", "before"] = "rows"
     top_k: int = 0
     decay: float = 0.9
+    choice_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.top_k < 0:
             raise BadValueError(f"top_k {self.top_k} is below 0; 0 takes no candidates.")
         if not 0 <= self.decay < 1:
             raise BadValueError(f"decay {self.decay:g} of the average is outside [0, 1).")
+        if not 0 < self.choice_temperature <= 1:
+            raise BadValueError(f"choice_temperature {self.choice_temperature:g} is outside (0, 1].")
 
 
 class Objective(ABC):

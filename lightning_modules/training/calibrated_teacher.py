@@ -33,13 +33,16 @@ class _Fork:
     may_end: bool
 
 
-def with_offsets(traces: Sequence[Trace], maker: PairMaker, codec: Codec, model: Any) -> list[Trace]:
+def with_offsets(
+    traces: Sequence[Trace], maker: PairMaker, codec: Codec, model: Any, temperature: float = 1.0
+) -> list[Trace]:
     """The traces, whose candidates and reference are, at such places, what decoding with calibrated prompts takes.
 
     Args:
         traces: with candidates and reference of the same prompts, uncalibrated.
         maker: of the prompts; those without a calibration leave their stage's traces as they are.
         model: the teacher.
+        temperature: of the probabilities at these places, in (0, 1].
     """
     plans = {
         stage: Plan(
@@ -60,7 +63,7 @@ def with_offsets(traces: Sequence[Trace], maker: PairMaker, codec: Codec, model:
         told = iter(_told([(maker.pair(traces[at]), forks) for at, forks in some], model))
         for at, forks in some:
             for place, fork in forks.items():
-                found[at] = _taught(found[at], place, fork, next(told))
+                found[at] = _taught(found[at], place, fork, next(told), temperature)
     return found
 
 
@@ -87,9 +90,11 @@ def _told(rows: Sequence[tuple[Pair, Mapping[int, _Fork]]], model: Any) -> list[
     return told_of(model, pairs, [list(fork.nats) for _, forks in rows for fork in forks.values()])
 
 
-def _taught(trace: Trace, place: int, fork: _Fork, told: Mapping[int, float]) -> Trace:
+def _taught(trace: Trace, place: int, fork: _Fork, told: Mapping[int, float], temperature: float) -> Trace:
     """The trace with this fork's probabilities; the likeliest tokens where there are more than candidates."""
-    going_on, _ = decoded(told, fork.nats, may_end=fork.may_end)
+    going_on, ending = decoded(told, fork.nats, may_end=fork.may_end)
+    whole = float((torch.tensor([*going_on.values(), ending], dtype=torch.float64) / temperature).logsumexp(0))
+    going_on = {token: log_p / temperature - whole for token, log_p in going_on.items()}
     count = len(trace.candidates[place])
     best = sorted(going_on, key=lambda token: -going_on[token])[:count]
     own = going_on.get(trace.completion_ids[place], _NEVER)

@@ -32,7 +32,8 @@ def fit(server: EndpointServer, *more: str) -> list[str]:
     return [
         *("fit", "--config", str(ROOT / "configs" / "iris.yaml"), "--model.lm", "OpenAILM", "--model.lm.model", "m"),
         *("--model.lm.endpoint", server.url, *sizes, "--name", "hosted", "--alternate.schedule", "P"),  # in either case
-        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1", "--trainer.enable_progress_bar", "false", *more),
+        *("--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "1"),
+        *("--trainer.enable_progress_bar", "false", *more),
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from cotune.datamodules import PairMaker, Trace
 from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.training.calibrated_teacher import with_offsets
@@ -69,6 +70,16 @@ def test_where_a_choice_is_decided_the_teacher_is_the_lm_with_the_offsets(lm: La
                 assert values[ids.index(trace.completion_ids[place])] == own
     assert forks >= 40
     assert {len(trace.candidates[0]) for trace in taught} == {6}
+
+
+def test_a_choice_is_taught_as_sharply_as_is_asked(lm: LanguageModel) -> None:
+    rows = [trace for trace, _ in written(lm, LIFTED, 10)]
+    whole, sharp = (with_offsets(rows, maker(lm, LIFTED), lm.codec, lm.model, t) for t in (1.0, 0.25))
+    for one, other in zip(whole, sharp, strict=True):
+        assert one.candidates[0] == other.candidates[0]
+        known = [at for at, token in enumerate(one.candidates[0], 1) if token >= 0]
+        plain, raised = (torch.tensor([trace.reference[0][at] for at in known]) for trace in (one, other))
+        assert raised.tolist() == pytest.approx((plain / 0.25).log_softmax(0).tolist(), abs=1e-4)
 
 
 def test_other_ways_of_writing_a_choice_are_taught_against_and_plain_prompts_teach_as_they_are(

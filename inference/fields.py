@@ -250,10 +250,14 @@ class Filling:
         return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
     def _whole_characters(self) -> str:
-        """The field's text. Where more follows, without the first bytes of a character that was not finished."""
+        """The field's text. Where more follows, without the first bytes of a character that was not finished.
+
+        Some tokenizers read neighbouring byte tokens as one, and such bytes spoil the fixed text's before them: so too.
+        """
         decode, count = self._codec.decode, len(self.written)
         texts = [decode(self.written[: count - n]) for n in range(min(4, count - self._start + 1))]
-        whole = texts[0] if self._is_last else next((t for t in texts if not t.endswith("\ufffd")), texts[0])
+        keep = self._is_last and texts[0].startswith(self._before)
+        whole = texts[0] if keep else next((t for t in texts if not t.endswith("\ufffd")), texts[0])
         return whole[len(self._before) :]
 
     @property
@@ -336,7 +340,10 @@ class Filling:
 
     def _finish(self, finished: Finished) -> None:
         ended = finished == "eos" and self.written[-1:] and self.written[-1] in self._codec.ends
-        self.text, self.finished = self._codec.decode(self.written[:-1] if ended else self.written), finished
+        text, before = self._codec.decode(self.written[:-1] if ended else self.written), self._before
+        # As in `_whole_characters`, where more was written behind the half of a character.
+        self.text = text if text.startswith(before) else before + text[len(before) :]
+        self.finished = finished
 
 
 def _check(layout: Layout) -> None:

@@ -128,7 +128,8 @@ class _Reflecting:
         self.pooled: set[str] = set()  # ids of prompts that were in the pool or tried as a merge
         self.rejected: list[Rejected] = []
         self.counts: Counter[str] = Counter()
-        self.drawn = self.round = self.merged = self.idle = self.barren = 0
+        self.most_asked = options.about_proposals(len(self.stages), len(task.dev))
+        self.asked = self.drawn = self.round = self.merged = self.idle = self.barren = 0
 
     def found(self) -> Found:
         first = [Proposal(self.task.incumbent, "incumbent")]
@@ -155,18 +156,19 @@ class _Reflecting:
             self.counts[f"ended after {self.idle} minibatches in a row that were all right"] += 1
         elif self.barren >= BARREN:
             self.counts[f"ended after {BARREN} rounds in a row without a proposal that was worth a run"] += 1
-        elif self.spent.total < self.task.lm_calls:
-            return False
+        elif self.spent.total >= self.task.lm_calls and self.asked >= self.most_asked:
+            self.counts[f"ended after {self.asked} proposals"] += 1
         else:
             return self._slots() < 1
         return True
 
     def _slots(self) -> int:
         """Proposals that the runs left allow for: each takes two minibatches, and one of them all of dev."""
+        # A text of no use leaves its second minibatch unrun; that does not allow for more of them.
         if self.spent.total < self.task.lm_calls:
             return self.options.proposals
         left = self.options.max_runs - self.runs.made - len(self.task.dev)
-        return min(self.options.proposals, left // (2 * self.options.minibatch))
+        return min(self.options.proposals, left // (2 * self.options.minibatch), self.most_asked - self.asked)
 
     # A round
 
@@ -242,6 +244,7 @@ class _Reflecting:
             rules = self.proposer.rules(prompt.instruction)
             asked.append(reflection(self.task.runner.program, attempt.stage, prompt, attempt.before, rules=rules))
             places.append((attempt.stage, prompt.instruction))
+        self.asked += len(asked)
         seeds = [proposal_seed(self.task.seed, f"{self.round} {attempt.slot}") for attempt in attempts]
         usable = []
         texts = self.proposer.read_all(self.proposer.write(asked, seeds), places, self.tried)

@@ -190,6 +190,19 @@ def test_a_proposer_of_no_use_costs_no_run_and_is_given_up(proposal: str | Compl
     assert "ended after 10 rounds in a row without a proposal that was worth a run" in found.notes
 
 
+def test_a_proposer_that_is_seldom_of_use_is_not_asked_without_end() -> None:
+    seen: list[str] = []
+
+    def seldom(text: str) -> str:
+        seen.append(text)
+        return "" if len(seen) % 8 else f"```\nDo it in way {len(seen)}.\n```"
+
+    lm = Roles(seldom)
+    found = search(lm)
+    assert len(lm.reflections) == ReflectiveSearch(max_runs=400).about_proposals(2, len(DEV)) == 66
+    assert "ended after 66 proposals" in found.notes
+
+
 def test_the_same_text_for_ever_is_tried_once_a_stage() -> None:
     found = search(Roles(lambda text: "Do it well."))
     whys = [one.why for one in found.rejected]
@@ -399,6 +412,7 @@ def test_the_contract_holds_and_the_budget_too(
     assert len({candidate.id for candidate in found.candidates}) == len(found.candidates)
     assert all(len(candidate.scores) == len(DEV) for candidate in found.candidates)
     assert found.calls == {"program": 2 * runs, "proposer": len(lm.reflections)}
+    assert len(lm.reflections) <= options.about_proposals(2, len(DEV))
     assert options.search(task(Roles(), seed=s)) == found
     json.dumps([one.to_dict() for one in (*found.candidates, *found.rejected)])
 

@@ -359,7 +359,7 @@ def test_broken_feedback_is_a_fault_that_is_counted() -> None:
     found = search(metric=now_and_then, options={"max_runs": 50})
     assert found.faults["metric"].example == "103"
     assert found.faults["metric"].count == len(found.candidates)
-    with pytest.raises(FaultyProgramError, match="which is no text"):
+    with pytest.raises(FaultyProgramError, match="which is not text"):
         search(metric=lambda example, prediction: Score(0.5, 7))  # type: ignore[arg-type]
 
 

@@ -182,7 +182,7 @@ class ChoicesAutomaton(Automaton[bytes]):
         self._ends = {text: self._live_places(text) for text in self._shown}
         dead = [text for text in texts if 0 not in self._ends[(lead + text).encode()]]
         if dead:
-            raise BadValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; write it with other characters.")
+            raise BadValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; use other characters.")
         self.room = max(map(len, self._shown))
         self.reserve = max(len(codec.encode(text)) for text in self._shown.values()) + 1
 

@@ -238,9 +238,7 @@ class Endpoint:
                 str(fault), f"the key is read from the environment variable {self.key_variable}: {where}?"
             )
         if fault.status == 402 or (fault.status == 429 and _SPENT.search(fault.text)):
-            raise self._error(
-                str(fault), "the account is out of credit; add some and start the same command again."
-            )
+            raise self._error(str(fault), "the account is out of credit; add some and start the same command again.")
         if fault.status == 404:
             raise self._error(
                 str(fault), "does the address end with the API's version (/v1), and does the server have that model?"

@@ -177,7 +177,7 @@ class OpenAILM(LM):
     def _note_model(self, answering: str) -> None:
         """Counts the model that answered, and says so once if it is another than was asked."""
         if answering not in self.answered_by and not _same_model(self.model, answering):
-            print(f'{self._endpoint.url}: "{answering}" answers in place of "{self.model}"; the scores are those of "{answering}".')
+            print(f'{self._endpoint.url}: "{answering}" answers in place of "{self.model}", so scores are its own.')
         self.answered_by[answering] += 1
 
 

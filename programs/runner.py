@@ -79,7 +79,9 @@ class Runner:
         """
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
-            raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one set, or one per example.")
+            raise BadValueError(
+                f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one per example."
+            )
         run = functools.partial(self._run, seed=seed, attempt=attempt, progress=progress)
         if self.ranks.count == 1:
             done = run(examples, sets)

@@ -104,8 +104,8 @@ def check_type(kind: Any) -> None:
         for text in texts:
             if not text.strip() or text != text.strip() or "\n" in text:
                 raise FieldTypeError(
-                    f"choice {text!r} of a field is empty, has white space at an end or has more than one line; write one "
-                    "line without them."
+                    f"choice {text!r} of a field is empty, has white space at an end or has more than one line; write "
+                    "one line without them."
                 )
     elif kind not in _TEXTS and kind not in (int, float, bool, datetime.date):
         _adapter(kind)

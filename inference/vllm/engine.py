@@ -130,7 +130,7 @@ class VLLMServer(Engine):
             VLLMError: no server answers, or one answers by other weights.
         """
         if sampling.log_probs and sampling.top_p < 1:
-            raise BadValueError(f"vLLM gives log-probabilities after top-p, so top_p must be 1, not {sampling.top_p}, to use them.")
+            raise BadValueError(f"vLLM gives log-probabilities after top-p, so top_p must be 1, not {sampling.top_p}.")
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = []
         for place, prompt in enumerate(prompts):
@@ -271,7 +271,7 @@ def _checked(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
         raise BadValueError(
-            f'"{parts.scheme}://{parts.hostname}" is not the address of a vLLM server, such as "http://127.0.0.1:8000". '
-            "Put a key into the environment variable that key_variable names."
+            f'"{parts.scheme}://{parts.hostname}" is not the address of a vLLM server, such as "http://127.0.0.1:8000"; '
+            "put a key into the environment variable that key_variable names."
         )
     return url.rstrip("/").removesuffix("/v1")

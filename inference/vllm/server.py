@@ -212,8 +212,8 @@ class Server:
             wrong = f"it gives no log-probabilities ({error!r})"
         if wrong:
             raise VLLMError(
-                f'{self.url} does not answer with the weights of this process. Asked for "{serving.name}" on the probe, '
-                f"{wrong}. Check that it serves the same base in the same precision (--dtype, no quantization); "
+                f'{self.url} does not answer with the weights of this process. Asked for "{serving.name}" on the '
+                f"probe, {wrong}. Check that it serves the same base in the same precision (--dtype, no quantization); "
                 "model.engine.init_args.tolerance sets how far rounding may differ."
             )
 
@@ -250,8 +250,8 @@ class Server:
         if (written := written_of(said, asked)) is not None:
             return written
         raise VLLMError(
-            f'{self.url} was asked for token ids from "{serving.name}" and answered {str(said)[:200]}: no ids, those of '
-            "another prompt, or another model. cotune needs vLLM 0.22 or newer, and no proxy that changes requests."
+            f'{self.url} was asked for token ids from "{serving.name}" and answered {str(said)[:200]}: no ids, those '
+            "of another prompt, or another model. cotune needs vLLM 0.22 or newer, and no proxy that changes requests."
         )
 
     def _check_forgotten(self, serving: Serving, error: RefusedError) -> None:

@@ -221,7 +221,7 @@ def test_nobody_listening_is_one_error(lm_at: Any) -> None:
             {"message": f"Incorrect API key provided: {KEY}"},
             r"key is read from .* OPENAI_API_KEY: is it the right",
         ),
-        (404, {"message": 'The model "m" does not exist'}, r'The model "m" does not exist.*does the server have that model'),
+        (404, {"message": 'The model "m" does not exist'}, r'"m" does not exist.*does the server have that model'),
         (402, {"message": "pay"}, "out of credit"),
         (429, {"message": "You exceeded your current quota", "code": "insufficient_quota"}, "out of credit"),
         (400, {"message": "Unknown parameter: reasoning_effort"}, "refuses every request .* reasoning_effort"),

@@ -120,10 +120,10 @@ class Approval:
             for row in rows.values():
                 answer = "" if row["answer"] is None else str(row["answer"]).strip().lower()
                 if answer and answer not in _ANSWERS:
-                    raise ApprovalNeededError(f'"{self.path}": the answer "{row["answer"]}" is neither y nor n.')
+                    raise ApprovalNeededError(f'"{self.path}": the answer is "{row["answer"]}"; write y or n.')
                 row |= {"answer": _ANSWERS.get(answer, ""), "proposed": str(row["proposed"])}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            raise ApprovalNeededError(f'"{self.path}" cannot be read, mend it and go on: {error!r}') from error
+            raise ApprovalNeededError(f'"{self.path}" cannot be read; fix it: {error!r}') from error
         return rows
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:

@@ -118,7 +118,7 @@ def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answer
     faults = sum(getattr(report, kind) for kind in KINDS)
     read = report.wrong + report.cut
     if faults == report.runs:
-        return "Mend the program or the metric: they failed on every run."
+        return "Fix the program or the metric: they failed on every run."
     if report.too_long + faults == report.runs:
         return "No prompt fits the model's window, however often it is tried: take shorter inputs, or another model."
     ways = []

@@ -43,9 +43,11 @@ def read_rows(
     if not path.is_file():
         raise DataError(_no_file(path))
     if reader is None:
-        raise DataError(f'"{path}" is of no known format; allowed are {", ".join(_FORMATS)} and, but for parquet, .gz.')
+        raise DataError(
+            f'"{path}" has an unknown format; allowed are {", ".join(_FORMATS)}, each but parquet also as .gz.'
+        )
     if split is not None or config is not None:
-        raise DataError(f'"{path}" is a file, and split and config are for Hub data sets; leave them out.')
+        raise DataError(f'"{path}" is a file; leave out split and config, which are for Hub data sets.')
     return _parquet_rows(path, columns) if reader == ".parquet" else _TEXT_READERS[reader](_text(path), str(path))
 
 

@@ -89,8 +89,8 @@ class Ranks:
         if other := next((rank for rank, one in enumerate(given) if one != given[0]), None):
             raise RanksDifferError(
                 f"nothing was run, because processes differ: process {other} is about to {given[other][0]}, process 0 "
-                f"to {given[0][0]}, not with the same content. Something in the program, the search or the data differs "
-                "between processes: the order of a set or of files, the clock, a random draw without a seed. Sort it "
+                f"to {given[0][0]}, not with the same content. Something in the program, the search or the data "
+                "differs between processes: the order of a set or of files, the clock, an unseeded random draw. Sort "
                 "or seed it, and start the same command again; PYTHONHASHSEED=0 fixes the order of sets."
             )
 

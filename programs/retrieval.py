@@ -203,8 +203,8 @@ def _unit_rows(vectors: Any, count: int) -> Any:
     matrix = np.asarray(vectors, dtype=np.float32)
     if matrix.ndim != 2 or len(matrix) != count or not np.isfinite(matrix).all():
         raise BadValueError(
-            f"the encoder returned shape {matrix.shape} for {count} texts; it must return one row of finite numbers per "
-            "text."
+            f"the encoder returned shape {matrix.shape} for {count} texts; it must return one row of finite numbers "
+            "per text."
         )
     return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
 

@@ -271,7 +271,7 @@ def _checked(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
         raise BadValueError(
-            f'"{parts.scheme}://{parts.hostname}" is not the address of a vLLM server, such as "http://127.0.0.1:8000"; '
-            "put a key into the environment variable that key_variable names."
+            f'"{parts.scheme}://{parts.hostname}" is not the address of a vLLM server, such as '
+            '"http://127.0.0.1:8000"; put a key into the environment variable that key_variable names.'
         )
     return url.rstrip("/").removesuffix("/v1")

@@ -82,7 +82,7 @@ def test_from_every_record_a_run_goes_on_to_the_same_end(steps: list[Step]) -> N
 
 
 def test_an_event_that_ends_nothing_is_refused() -> None:
-    with pytest.raises(StateError, match="RoundEnded in the middle of"):
+    with pytest.raises(StateError, match="RoundEnded cannot happen in"):
         Alternation([W]).after(State(), RoundEnded())
 
 

@@ -99,7 +99,7 @@ def test_the_plan_knows_what_a_round_costs(whole: Fit) -> None:
 
 
 def test_without_a_prompt_step_before_it_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'schedule "d -> p": step d distils the prompts in force.* "p -> d -> p"'):
+    with pytest.raises(ValueError, match=r'schedule "d -> p": step d distils the prompts that p found.* "p -> d -> p"'):
         tiny_fit(tiny_model, tmp_path, "d -> p").run()
 
 
@@ -110,4 +110,4 @@ def test_plain_prompts_have_nothing_to_teach(
     before: Any = fit.run().alternate.history[1]
     assert fit.trainer.global_step == 0
     assert fit.alternate.history[2]["prompts"] == before["prompts"]
-    assert "the prompts in force are the plain ones, so there is nothing to distil" in capsys.readouterr().out
+    assert "the prompts are still the program's own, so there is nothing to distil" in capsys.readouterr().out

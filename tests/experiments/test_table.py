@@ -108,7 +108,7 @@ def test_a_part_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"tasks": {}}, "tasks is {}"),
-        ({"tasks": {"a b": []}}, "the name 'a b' may hold letters"),
+        ({"tasks": {"a b": []}}, "the name 'a b' also names folders"),
         ({"lms": {"x": ["nowhere.yaml"]}}, "there is no config .*nowhere.yaml"),
         ({"seeds": ["0"]}, "seeds is"),
         ({"strategies": ["p -> x"]}, 'unknown step "x"'),

@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken_and_without_an
     for path in whole:
         path.write_bytes(b"PK")
     for more in ([], ["--ckpt_path", "last"]):
-        assert error(run(*words, *more)).startswith("no checkpoint can be trusted: runs/tiny/checkpoints/last")
+        assert error(run(*words, *more)).startswith("no checkpoint is intact: runs/tiny/checkpoints/last")
     assert "previous.ckpt is not what was written" in error(run(*words, "--ckpt_path", str(previous)))
     previous.write_bytes(whole[previous])
     data = bytearray(whole[last])

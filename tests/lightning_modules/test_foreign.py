@@ -111,7 +111,7 @@ def test_a_bad_model_is_refused_in_one_line_that_says_why(tmp_path: Path, name: 
 def test_a_broken_template_is_refused_as_one(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(ChatTemplateError, match=r"is no valid Jinja \(line 1: .*\)\. Mend chat_template\.jinja"):
+    with pytest.raises(ChatTemplateError, match=r"is no valid Jinja \(line 1: .*\)\. Fix chat_template\.jinja"):
         LanguageModel(str(folder), device="cpu").load()
 
 

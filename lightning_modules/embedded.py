@@ -283,7 +283,7 @@ def _main() -> int:
     except (EmbeddedModelError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"SmolLM2-135M-Instruct {'stands already' if standing else 'is ready'} at {folder}")
+    print(f"SmolLM2-135M-Instruct {'was already' if standing else 'is ready'} at {folder}")
     return 0
 
 

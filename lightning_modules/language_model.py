@@ -238,7 +238,7 @@ class LanguageModel(nn.Module, LM):
         results = [Completion("")] * len(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             if adapter not in ADAPTERS:
-                raise BadValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
+                raise BadValueError(f'there is no adapter "{adapter}"; use "default", or "" for the base alone.')
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             done = [self._completion(prompts[i], generated) for i, generated in zip(places, made, strict=True)]

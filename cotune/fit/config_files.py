@@ -114,7 +114,7 @@ def _check_mappings(path: Path, node: yaml.Node) -> None:
             )
         if name in seen and key.tag != "tag:yaml.org,2002:merge":
             raise ConfigFileError(
-                f'config "{path}": {name!r} stands on line {seen[name]} and again on line {line}, and only the last '
+                f'config "{path}": {name!r} is on line {seen[name]} and again on line {line}, and only the last '
                 "would count; remove one."
             )
         seen[name] = line

@@ -178,7 +178,7 @@ def test_fast_dev_run_walks_the_schedule_and_keeps_nothing(
     monkeypatch.chdir(tmp_path)
     said = cotune(fit(tiny_model, "--trainer.fast_dev_run=true", schedule="w -> p -> w"), capsys)
     assert said.code == 0, said.err
-    assert "fast_dev_run: w -> p -> w runs through. Nothing of it is kept." in said.out
+    assert "fast_dev_run: w -> p -> w ran to its end. Nothing of it is kept." in said.out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -110,7 +110,7 @@ def test_a_finished_run_shows_its_table_and_is_not_touched(run: Run, tiny_model:
     before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
     said = run(*words)
     assert said.code == 0, said.err
-    assert "runs/tiny is finished; --fresh starts over and keeps it aside." in said.out
+    assert "runs/tiny is finished; --fresh archives it and starts over." in said.out
     assert said.out.partition("finished")[2].count("test score") == 1
     assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == before
     again = run(*words, "--fresh")

@@ -156,7 +156,7 @@ def test_the_command_answers_in_one_line_without_torch(cache: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"SmolLM2-135M-Instruct stands already at {folder}\n"
+    assert done.stdout == f"SmolLM2-135M-Instruct was already at {folder}\n"
 
 
 def test_a_damaged_folder_is_named_not_used(cache: Path) -> None:

@@ -228,7 +228,7 @@ def test_frozen_stages_stay() -> None:
     found = search(options={"frozen": ["plan"], "max_runs": 150})
     assert {candidate.prompts["plan"].instruction for candidate in found.candidates} == {"Plan."}
     assert "round" in found.prompts["work"].instruction
-    with pytest.raises(ValueError, match='frozen stage "check" is none of'):
+    with pytest.raises(ValueError, match='frozen stage "check" is not in'):
         search(options={"frozen": ["check"]})
 
 

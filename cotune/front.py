@@ -164,9 +164,7 @@ class Front(ThreadingHTTPServer):
         if not isinstance(body, Mapping):
             raise RefusedError(400, "a request is a JSON object with model and messages.", "invalid_json")
         if body.get("model") != self.name:
-            raise RefusedError(
-                404, f'there is no model "{body.get("model")}"; there is "{self.name}".', "model_not_found"
-            )
+            raise RefusedError(404, f'there is no model "{body.get("model")}", only "{self.name}".', "model_not_found")
         if body.get("stream") or body.get("n") not in (None, 1) or body.get("tools"):
             raise RefusedError(400, "stream, n above 1 and tools are not served.", "unsupported")
         match body.get("messages"):

@@ -200,9 +200,7 @@ def _check_base(folder: Path, base: Mapping[str, Any], lm: LanguageModel) -> Non
         )
     # Under the name that it had, it is the same; otherwise its files say, which takes as long as reading them.
     if "identity" in base and lm.name != base["model"] and lm.base_identity() != base["identity"]:
-        raise ExportError(
-            f'"{folder}" was tuned on "{base["name"]}", whose files differ from those of "{lm.name}". {fix}'
-        )
+        raise ExportError(f'"{folder}" was tuned on "{base["name"]}", but "{lm.name}" has other files. {fix}')
 
 
 def program_inputs(program: Program) -> tuple[list[str], list[str]]:

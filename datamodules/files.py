@@ -43,9 +43,7 @@ def read_rows(
     if not path.is_file():
         raise DataError(_no_file(path))
     if reader is None:
-        raise DataError(
-            f'"{path}" has an unknown format; allowed are {", ".join(_FORMATS)}, each but parquet also as .gz.'
-        )
+        raise DataError(f'"{path}" has an unknown format; allowed are {", ".join(_FORMATS)} and, except parquet, .gz.')
     if split is not None or config is not None:
         raise DataError(f'"{path}" is a file; leave out split and config, which are for Hub data sets.')
     return _parquet_rows(path, columns) if reader == ".parquet" else _TEXT_READERS[reader](_text(path), str(path))

@@ -111,9 +111,7 @@ def _engine(options: argparse.Namespace) -> VLLMServer | None:
         raise BadValueError("--engine local takes neither --python nor --url.")
     if not (python or options.url):
         if options.engine == "vllm":
-            raise BadValueError(
-                "there is no command vllm here: give --python of its environment, or --url of a server."
-            )
+            raise BadValueError("there is no command vllm here: give --python of its environment, or a server's --url.")
         return None
     from cotune.inference.vllm import VLLMServer
 

@@ -74,7 +74,7 @@ def test_many_questions_at_once_get_the_programs_answers(tuned: Tuned, url: str)
         ("setosa", {}, 400, "no JSON object: it holds the program's inputs as JSON, petal_length, petal_width, sepal"),
         ({"petal_length": "1"}, {}, 400, "petal_width"),
         ({**FLOWERS[0], "colour": "red"}, {}, 400, "colour: no input"),
-        (FLOWERS[0], {"model": "gpt"}, 404, 'there is no model "gpt"; there is "tiny"'),
+        (FLOWERS[0], {"model": "gpt"}, 404, 'there is no model "gpt", only "tiny"'),
         (FLOWERS[0], {"stream": True}, 400, "stream"),
         (FLOWERS[0], {"messages": []}, 400, "one message of the user"),
         (FLOWERS[0], {"key": "guessed"}, 401, "key"),

@@ -190,5 +190,5 @@ def test_an_export_is_refused_on_another_tokenizer_and_on_another_base_of_the_sa
     with pytest.raises(ExportError, match=r"tuned on .*, whose tokenizer differs from that of .*backwards"):
         cotune.load(finished.export, module=ProgramModule(program, CurtLM(str(backwards), device="cpu")))
     other = save_tiny_model(tmp_path / "other", seed=9)
-    with pytest.raises(ExportError, match=r"tuned on .*whose files differ from those of .*other"):
+    with pytest.raises(ExportError, match=r"tuned on .*other\" has other files"):
         cotune.load(finished.export, module=ProgramModule(program, CurtLM(str(other), device="cpu")))

@@ -78,7 +78,7 @@ def test_any_stratified_split_is_disjoint_and_within_two_of_proportion(
     rows = [Example.of({}, {"kind": k}, id=f"{k}-{n}") for k, count in enumerate(kinds) for n in range(count)]
     asked[0] = max(1, asked[0])
     if sum(asked) > len(rows):
-        with pytest.raises(ValueError, match=f"{len(rows)} exist"):
+        with pytest.raises(ValueError, match=f"{len(rows)} in the examples"):
             split(rows, Sizes(*asked), seed=seed, stratify="kind")
         return
     splits = split(rows, Sizes(*asked), seed=seed, stratify="kind")
@@ -170,7 +170,7 @@ def test_keep_takes_all_and_says_how_many_leak() -> None:
 
 
 def test_duplicates_do_not_hide_that_too_few_are_left() -> None:
-    with pytest.raises(ValueError, match=r"4 exist in a\.csv"):
+    with pytest.raises(ValueError, match=r"4 in a\.csv"):
         split([*examples(4), *examples(4)], Sizes(5, 0, 0, 0), seed=0, duplicates="drop", where="a.csv")
 
 

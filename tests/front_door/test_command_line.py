@@ -298,7 +298,7 @@ data:
         ("question\n1\n2\n3\n", "rows.csv, row 1: field 'answer' is missing; the row has 'question'. (3 of 3 rows"),
         ("question,answer\n1,2\n2,\n3,4\n", "rows.csv, row 2: field 'answer' is empty; a label is what the metric"),
         ("question,answer\n1,2\n2\n3,4\n", "rows.csv, row 2: it has 1 cells, the header 2"),
-        ("question,answer\n1,2\n", "too few examples: 1 exist"),
+        ("question,answer\n1,2\n", "too few examples: 1 in"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(run: Run, tiny_model: Path, rows: str, named: str) -> None:

@@ -143,7 +143,7 @@ def _json_rows(text: str, where: str) -> list[dict[str, Any]]:
     try:
         rows = _json(text)
     except DataError as fault:
-        raise DataError(f"{where}: {fault} A file with an object a line is named .jsonl.") from fault
+        raise DataError(f"{where}: {fault} A file with one object per line is named .jsonl.") from fault
     if not isinstance(rows, list):
         raise DataError(f"{where} holds one value of type {type(rows).__name__}; a .json file is a list of objects.")
     faults = [

@@ -297,8 +297,8 @@ def _refused(pools: Mapping[str, Sequence[Example]], repeats: Sequence[tuple[_Pl
     how = "are equal" if equal else "have the same inputs and different labels"
     such = f"{len(repeats)} row{'s are' if len(repeats) > 1 else ' is'} such"
     return (
-        f"{one}, {rows} {how} ({such}: {_labels_too(pools, repeats)}). An example that stands twice may be trained on "
-        "and tested with: data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
+        f"{one}, {rows} {how} ({such}: {_labels_too(pools, repeats)}). A repeated example may be in train and test: "
+        "data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
     )
 
 

@@ -202,7 +202,7 @@ class LanguageModel(nn.Module, LM):
         left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
         if left_out:
             begins.append(
-                f"its generation_config asks for {', '.join(left_out)}: left out, its own probabilities decide"
+                f"its generation_config asks for {', '.join(left_out)}: ignored, so its own probabilities decide"
             )
         return begins + findings(self.model).remarks
 

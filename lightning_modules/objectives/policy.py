@@ -95,7 +95,7 @@ class GRPO(Objective):
     def said(self, collected: Collected, traces: Sequence[Trace]) -> str:
         groups = collected.siblings
         flat = sum(len({run.rollout.score for run in runs}) == 1 for runs in groups)
-        return f"all runs of {flat} of {len(groups)} examples scored alike, and are left out"
+        return f"{flat} of {len(groups)} examples are left out, as all their runs have the same score"
 
     def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
         own = log_probs[:, 0]

@@ -204,7 +204,7 @@ def test_parquet_is_read_and_class_indices_become_names(tmp_path: Path) -> None:
         ("a.jsonl", "[" * 100_000, "row 1: it is not JSON"),
         ("a.json", '{"data": []}', "holds one value of type dict; a .json file is a list of objects"),
         ("a.json", "[{}, 3]", "row 2: it is of type int"),
-        ("a.json", '{"q": 1}\n{"q": 2}', "A file with an object a line is named .jsonl"),
+        ("a.json", '{"q": 1}\n{"q": 2}', "A file with one object per line is named .jsonl"),
         ("a.txt", "q", r"has an unknown format; allowed are .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.parquet", "q", "cannot be read as parquet"),
     ],

@@ -35,7 +35,7 @@ def test_a_good_file_passes_and_one_that_is_not_there_is_named(tmp_path: Path) -
         (GOOD.replace("'a, b -> c'", "a, b -> c"), "line 4: 'b -> c' reads as a key.*signature: \"a, b -> c\""),
         (GOOD.replace("Name it.", "Name it, now"), 'instruction: "Name it, now"'),
         (GOOD.replace("Name it.", "Name it: now"), "line 4 is not YAML"),
-        (GOOD + "seed: @5\n", "line 5 is not YAML.*stands in quotes"),
+        (GOOD + "seed: @5\n", "line 5 is not YAML.*needs quotes"),
         (GOOD + "name: u\n", "'name' is on line 1 and again on line 5"),
         (GOOD + "\tx: 1\n", "line 5 is not YAML.*no tabs"),
         (GOOD + "x: [1, 2\n", "is not YAML.*bracket"),

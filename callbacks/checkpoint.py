@@ -68,8 +68,8 @@ class Checkpoints:
                 wrong.append(f"{path} is not what was written (its SHA-256 is not in {self.folder / 'SHA256SUMS'})")
         if wrong:
             raise CheckpointError(
-                f"no checkpoint can be trusted: {'; '.join(wrong)}. Start over with --fresh, which keeps this run "
-                "aside; completions that are stored are not generated again."
+                f"no checkpoint is intact: {'; '.join(wrong)}. Start over with --fresh, which archives this run; "
+                "stored completions are not generated again."
             )
         return None, []
 

@@ -88,8 +88,8 @@ def check_fields(program: Program, metric: Metric, examples: Sequence[Example]) 
             if wrong:
                 example, why = wrong[0]
                 raise ContradictionError(
-                    f"example {example.id}: the label {name} {quoted(example.labels[name], limit=80)} can be no answer:"
-                    f" {why} {len(wrong)} of {len(examples)} labels are such. Mend the data, or the field's type."
+                    f"example {example.id}: the label {name} {quoted(example.labels[name], limit=80)} cannot be "
+                    f"an answer: {why} This holds for {len(wrong)} of {len(examples)} labels. Fix these or the type."
                 )
 
 
@@ -110,7 +110,7 @@ def check_texts(program: Program, form: Form, examples: Sequence[Example]) -> li
                 f"it is read back: {wrong[0][1]}. So it is with {len(wrong)} of {len(labels)} labels"
             )
             if len(wrong) == len(labels):
-                raise ContradictionError(f"{message}. Mend the data, or take another model.form.")
+                raise ContradictionError(f"{message}. Fix the data, or use another model.form.")
             found.append(f"{message}; they are never shown as demos")
     return list(dict.fromkeys(found))
 
@@ -173,8 +173,8 @@ def check_window(done: Sequence[Rollout], window: int, max_new_tokens: int) -> N
     reasons += [f"{len(filled)} of {len(done)} prompts leave next to nothing of it for an answer"] if filled else []
     raise ContradictionError(
         f"the model's window of {window:,} tokens is too small: {'; '.join(reasons)} (the prompts have "
-        f"{min(long + filled):,} to {max(long + filled):,} tokens, and up to {max_new_tokens:,} are to be written). "
-        "Take a model with a longer window, or shorter inputs, passages and instructions."
+        f"{min(long + filled):,} to {max(long + filled):,} tokens, and up to {max_new_tokens:,} more are generated). "
+        "Use a model with a longer window, or shorten inputs, passages and instructions."
     )
 
 
@@ -293,6 +293,6 @@ def _below_one(metric: Metric, wrong: Sequence[tuple[Example, Any]], asked: int,
     why = f" ({score.feedback})" if getattr(score, "feedback", "") else ""
     return (
         f"example {example.id}: the metric {name} scores the right answer itself ({labels}) {float(score):g}{why}, so "
-        f"no run on it can reach {threshold:g}. So it is with {len(wrong)} of {asked} labels. Mend the labels or the "
+        f"no run on it can reach {threshold:g}. This holds for {len(wrong)} of {asked} labels. Fix the labels or the "
         "metric; where less is enough, lower data.bootstrapping.threshold."
     )

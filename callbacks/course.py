@@ -32,9 +32,9 @@ class Options:
         if self.epochs < 1:
             raise BadValueError(f"epochs {self.epochs} is below 1; leave w out of the schedule to train nothing.")
         if self.search_examples is not None and self.search_examples < 1:
-            raise BadValueError(f"search_examples {self.search_examples} is below 1; null takes the whole train set.")
+            raise BadValueError(f"search_examples {self.search_examples} is below 1; null uses the whole train set.")
         if self.average_last < 0 or self.average_last == 1 or self.average_last > self.epochs:
-            raise BadValueError(f"average_last {self.average_last} is none of 0 (off) and 2 to epochs ({self.epochs}).")
+            raise BadValueError(f"average_last {self.average_last} must be 0 (off) or 2 to epochs ({self.epochs}).")
 
 
 class Course:

@@ -64,7 +64,7 @@ def nothing_gained(done: Sequence[Rollout], before: Mapping[str, float]) -> str:
     mean, was = mean_score(done), math.fsum(then for _, then in pairs) / max(len(pairs), 1)
     return (
         f"nothing gained: val score {mean:.3f} against {was:.3f} before ({better} examples better, {worse} worse); "
-        "weights and prompts as before"
+        "weights and prompts are unchanged"
     )
 
 
@@ -76,10 +76,10 @@ def sampled_apart(traces: Sequence[Trace]) -> str:
     rows = [zip(trace.sampled, trace.reference, strict=True) for trace in traces if trace.sampled]
     apart = [abs(drawn - known[0]) for row in rows for drawn, known in row if drawn]
     if not apart:
-        return "the sampler's log-probabilities cannot be compared with the trainer's: no token was drawn among all."
+        return "the sampler's log-probabilities cannot be compared with the trainer's: a form limited every token."
     most = max(apart)
-    warning = "" if most < 1e-4 else ": more than 1e-4, which is what 16-bit weights give, or a fault"
-    return f"sampler and trainer differ by at most {most:.1e} nats on {len(apart):,} tokens drawn among all{warning}"
+    warning = "" if most < 1e-4 else ": above 1e-4, which is normal with 16-bit weights and otherwise a fault"
+    return f"sampler and trainer differ by at most {most:.1e} nats on {len(apart):,} unconstrained tokens{warning}"
 
 
 def trace_coverage(traces: Sequence[Trace], examples: Sequence[Example]) -> dict[str, Any]:
@@ -118,14 +118,14 @@ def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answer
     faults = sum(getattr(report, kind) for kind in KINDS)
     read = report.wrong + report.cut
     if faults == report.runs:
-        return "Mend the program or the metric: they failed on every run."
+        return "Fix the program or the metric: they failed on every run."
     if report.too_long + faults == report.runs:
         return "No prompt fits the model's window, however often it is tried: take shorter inputs, or another model."
     ways = []
     if report.cut_off:
         ways.append(f"{report.cut_off} of the runs were cut off: raise model.sampling.max_new_tokens")
     if options.temperature == 0 and not options.fresh_demos and options.attempts > 1:
-        ways.append("set data.bootstrapping.temperature above 0, for as it is all attempts are alike")
+        ways.append("set data.bootstrapping.temperature above 0, since at 0 all attempts are the same")
     elif read or report.runs > report.too_long + report.cut_off + faults:
         ways.append(
             f"raise data.bootstrapping.attempts (now {options.attempts}) or its temperature ({options.temperature:g})"

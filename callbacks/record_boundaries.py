@@ -35,7 +35,7 @@ class RecordBoundaries(Callback, BoundaryListener):
         if max_megabytes < 0:
             raise BadValueError(f"max_megabytes {max_megabytes} is below 0; 0 records no rollouts.")
         if max_characters < 100:
-            raise BadValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
+            raise BadValueError(f"max_characters {max_characters} is below 100, too few to show a text.")
         self.folder, self.max_megabytes, self.max_characters = folder, max_megabytes, max_characters
         self._fits = False
 

@@ -128,11 +128,11 @@ def _budget(ledger: Ledger, calls: float) -> list[str]:
     """What may be spent, and whether that is less than the run's runs take with one call for each stage."""
     if ledger.budget == Budget():
         return []
-    spent = f", of which are spent {ledger.spent}" if ledger.roles else ""
+    spent = f", of which {ledger.spent} are spent" if ledger.roles else ""
     bound = ledger.budget.lm_calls
     short = bound is not None and bound < calls
     least = (
-        f": it takes about {calls:,.0f} calls at least, so the run ends early, with the best so far" if short else ""
+        f": the run needs at least about {calls:,.0f} calls, so it ends early, with the best so far" if short else ""
     )
     return [f"  budget    {ledger.budget}{spent}{least}"]
 
@@ -182,11 +182,11 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
         settings = alternate.steps[letter]
         wanted = settings.learns.runs
         if wanted is not None:
-            traces = f"{wanted.each} run{'s' if wanted.each > 1 else ''} an example"
+            traces = f"{wanted.each} run{'s' if wanted.each > 1 else ''} per example"
         elif data.reused_traces:
             traces = "reused traces"
         else:
-            traces = f"up to {data.bootstrapping.attempts} attempts an example"
+            traces = f"up to {data.bootstrapping.attempts} attempts per example"
         what = "round" if settings.rounds else "epoch"
         count = settings.epochs_or_rounds
         parts.append(f"{letter}: {count} {what}{'s' if count > 1 else ''} on {traces}")
@@ -217,7 +217,7 @@ def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> li
     if not proposals:
         return []
     runs = search.most_runs(min(alternate.options.search_examples or train, train), dev) or 0
-    calls = f"up to {runs * stages:,} LM calls of the program at one a stage"
+    calls = f"up to {runs * stages:,} LM calls of the program at one per stage"
     return [f"  search    in a prompt step {calls}, about {proposals:,} of the proposer"]
 
 

@@ -40,8 +40,8 @@ class WeightStep:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.rounds is not None:
             raise BadValueError(
-                f"epochs {self.epochs} and rounds {self.rounds} of one step: give epochs for one collection at the "
-                "start, or rounds for one in each."
+                f"a step has epochs {self.epochs} and rounds {self.rounds}; give one: epochs collect once at the "
+                "start, rounds collect in each."
             )
         for name in ("epochs", "rounds"):
             value = getattr(self, name)
@@ -92,7 +92,7 @@ def weight_steps(settings: Mapping[str, WeightStep | None] | None, *, epochs: in
         if letter == PROMPTS:
             raise BadValueError('steps: "p" is the prompt step, which alternate.search sets; give it no settings here.')
         if not letter.isidentifier() or letter != letter.lower():
-            raise BadValueError(f'steps: "{letter}" is no letter of a schedule; take small letters, e.g. "d".')
+            raise BadValueError(f'steps: "{letter}" is not a letter of a schedule; use lower-case letters, e.g. "d".')
         step = given or WeightStep()
         if step.objective is None and letter in PRESETS:
             step = replace(step, objective=PRESETS[letter].objective)

@@ -39,27 +39,27 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         )
     if trainer.world_size > 1 and isinstance(module.lm, TextLM):
         raise BadValueError(
-            f"this fit has {trainer.world_size} processes, each on a device of its own, and {module.lm.name} runs on "
-            "none of them. Set trainer.devices to 1; more requests at once are model.lm.concurrency."
+            f"this fit has {trainer.world_size} processes, one per device, but {module.lm.name} uses no device here. "
+            "Set trainer.devices to 1; to send more requests at once, raise model.lm.concurrency."
         )
     if any(step.rounds for step in alternation.steps):
         _ = module.weights
     _check_trainer(trainer, sum(step.rounds for step in alternation.steps))
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
-            raise BadValueError(f"the {name} set is empty, and steps are chosen by its scores; set data.sizes.{name}.")
+            raise BadValueError(f"the {name} set is empty, but its scores choose between steps; set data.sizes.{name}.")
     if data.val_samples > 1 and module.sampling.temperature == 0:
         raise BadValueError(
-            f"data.val_samples is {data.val_samples}, and at model.sampling.temperature 0 all runs of an example are "
+            f"data.val_samples is {data.val_samples}, but at model.sampling.temperature 0 all runs of an example are "
             "the same; set a temperature above 0, or val_samples to 1."
         )
     if data.bootstrapping.gold_answers and not _labels_fill_a_stage(module.program, data):
         labels = sorted({name for example in data.splits.train for name in example.labels})
         stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())
         raise BadValueError(
-            "data.bootstrapping.gold_answers is true, but the labels give no stage all that it writes "
+            "data.bootstrapping.gold_answers is true, but no stage has labels for all its outputs "
             f"(labels: {', '.join(labels) or 'none'}; stages: {stages}). Set it to false; for stages "
-            "that reason there is data.bootstrapping.hints."
+            "that reason, use data.bootstrapping.hints."
         )
 
 
@@ -75,8 +75,8 @@ def check_teachers(module: ProgramModule, schedule: Sequence[str], steps: Mappin
             continue
         if prompts_id(module.prompts) == prompts_id(module.initial_prompts):
             raise BadValueError(
-                f'schedule "{" -> ".join(schedule)}": step {letter} distils the prompts in force into the weights, and '
-                f"before it they are the program's own, which the student has anyway. Put a p before it, "
+                f'schedule "{" -> ".join(schedule)}": step {letter} distils the prompts that p found into the weights, '
+                f"but no p comes before it, so teacher and student would have the same prompts. Put a p before it, "
                 f'e.g. "p -> {letter} -> p".'
             )
 

@@ -113,7 +113,7 @@ class StopSignals:
         if not self.patient:
             raise Stopped(number)
         if self.first:
-            _say("stopping after this batch; once more to stop at once.")
+            _say("stopping after this batch; a second Ctrl-C or signal stops at once.")
 
 
 class StopOnSignal(Callback):

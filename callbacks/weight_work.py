@@ -74,7 +74,7 @@ class WeightWork:
         reference = self.objective.reference
         if reference and reference.prompts == "before" and prompts_id(prompts) == prompts_id(self.course.incumbent):
             title = self.course.title("weight step")
-            say(f"{title}: the prompts in force are the plain ones, so there is nothing to distil")
+            say(f"{title}: the prompts are still the program's own, so there is nothing to distil")
             self.report, self.coverage = Report(), {}
             return False
         try:
@@ -146,7 +146,7 @@ class WeightWork:
         if as_drawn:  # by runs that need not have passed
             self.coverage["taught"] = len({trace.example for trace in traces})
         if silent := set(module.program.stages) - {trace.stage for trace in traces}:
-            say(f"no row is of stage {', '.join(sorted(silent))}: it learns only what the other stages' rows teach.")
+            say(f"no training row is of stage {', '.join(sorted(silent))}: it learns only from the other stages' rows.")
         maker = module.pair_maker(module.prompts)
         left_out = data.begin_weight_step(traces, maker, step=self.course.position, epoch=rounds, as_drawn=as_drawn)
         if left_out:
@@ -175,7 +175,7 @@ class WeightWork:
                 collected = collect_runs(train, runner, prompts, runs=objective.runs, **given)
             traces = objective.rows(collected)
             if not traces and module.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                progress.say("no run of so few examples is learnt from, so training is tried on made-up scores")
+                progress.say("these few examples gave nothing to train on, so training is tried with made-up scores")
                 traces = objective.rows(_made_up(collected))
             self.report = collected.report(traces)
             remark = objective.said(collected, traces)
@@ -207,9 +207,9 @@ class WeightWork:
             module.lm.load_adapter_state(own)
         if len(found) < len(traces):
             left_out = f"{len(traces) - len(found)} of {len(traces)} calls"
-            say(f"{left_out} do not fit the window behind the prompts that teach, and are left out.")
+            say(f"{left_out} do not fit the model's window after the teacher's prompts and are left out.")
         if not found:
-            raise NoTracesError("weight step: no call fits the model's window behind the prompts that would teach.")
+            raise NoTracesError("weight step: no call fits the model's window after the teacher's prompts.")
         if reference.weights == "round":
             say(sampled_apart(found))
             found = drawn_by(found)

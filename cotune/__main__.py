@@ -66,8 +66,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if unread := sorted({name for name in os.environ if name.startswith("COTUNE_")} - {*_VARIABLES, *_OF_TESTS}):
         print(
-            f"cotune: {', '.join(unread)}: no such environment variable is read; those of cotune are "
-            f"{', '.join(_VARIABLES)}. Options stand in YAML files or on the command line.",
+            f"cotune: {', '.join(unread)}: cotune reads no such environment variable, only "
+            f"{', '.join(_VARIABLES)}. Put options into YAML files or on the command line.",
             file=sys.stderr,
         )
     if words[0] not in (*LIGHTNINGS, *OWN_COMMANDS):

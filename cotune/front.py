@@ -157,14 +157,14 @@ class Front(ThreadingHTTPServer):
 
     def check_key(self, header: str) -> None:
         if self._key and not hmac.compare_digest(header.removeprefix("Bearer ").encode(), self._key.encode()):
-            raise RefusedError(401, "the request bears no key, or a wrong one.", "invalid_api_key")
+            raise RefusedError(401, "the request has no key, or a wrong one.", "invalid_api_key")
 
     def _example(self, body: Any) -> Example:
         """The program's inputs."""
         if not isinstance(body, Mapping):
             raise RefusedError(400, "a request is a JSON object with model and messages.", "invalid_json")
         if body.get("model") != self.name:
-            raise RefusedError(404, f'there is no model "{body.get("model")}", but "{self.name}".', "model_not_found")
+            raise RefusedError(404, f'there is no model "{body.get("model")}", only "{self.name}".', "model_not_found")
         if body.get("stream") or body.get("n") not in (None, 1) or body.get("tools"):
             raise RefusedError(400, "stream, n above 1 and tools are not served.", "unsupported")
         match body.get("messages"):
@@ -173,7 +173,7 @@ class Front(ThreadingHTTPServer):
             ]:
                 return self._example_of(text)
         raise RefusedError(
-            400, f"messages is to be one message of the user with text: {self._wanted()}.", "invalid_messages"
+            400, f"messages must be one message of the user with text: {self._wanted()}.", "invalid_messages"
         )
 
     def _example_of(self, text: str) -> Example:
@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> Any:
         length = self.headers.get("content-length", "")
         if not length.isdecimal() or int(length) > _LONGEST:
-            raise RefusedError(413, f"a request says its length, which is {_LONGEST} bytes at most.", "too_large")
+            raise RefusedError(413, f"a request needs a Content-Length, at most {_LONGEST} bytes.", "too_large")
         try:
             return json.loads(self.rfile.read(int(length)))
         except ValueError as error:

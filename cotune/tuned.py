@@ -118,7 +118,7 @@ def _load_weights(module: ProgramModule, folder: Path, base: Mapping[str, Any]) 
     lm = module.weights
     if lm.model is not None:
         raise ExportError(
-            "the LM of the given module is loaded already; give a module that is not, or use it as it is."
+            "the LM of the given module is already loaded; give a module whose LM is not, or use this one as it is."
         )
     _check_base(folder, base, lm)
     lm.adapter = str(folder / "adapter")
@@ -172,7 +172,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     """
     for name in ("program.json", "prompts.json"):
         if not (folder / name).is_file():
-            raise ExportError(f'"{folder}" is no whole export: it has no {name}.')
+            raise ExportError(f'"{folder}" is an incomplete export: it has no {name}.')
     described = dict(_json(folder / "program.json"))
     fix = "Load it with the version that exported it, or a newer one."
     check_format(folder / "program.json", described.get("format", 1), FORMAT, fix=fix)
@@ -186,7 +186,7 @@ def _check_weights(folder: Path) -> None:
         ours = name.startswith("adapter/") and name.endswith(".safetensors")
         if ours and (not weights.is_file() or file_sum(weights) != digest):
             raise ExportError(
-                f'"{weights}" is not what was exported (its SHA-256 differs). Copy it or export it again.'
+                f'"{weights}" has changed since its export (its SHA-256 differs). Copy it or export it again.'
             )
 
 
@@ -196,11 +196,11 @@ def _check_base(folder: Path, base: Mapping[str, Any], lm: LanguageModel) -> Non
     fix = "Load the export with the LM that it was tuned on."
     if base.get("tokenizer", own := lm.encode.vocabulary(lm.name).tokenizer) != own:
         raise ExportError(
-            f'"{folder}" was tuned on "{base["name"]}", whose tokenizer is another than that of "{lm.name}". {fix}'
+            f'"{folder}" was tuned on "{base["name"]}", whose tokenizer differs from that of "{lm.name}". {fix}'
         )
     # Under the name that it had, it is the same; otherwise its files say, which takes as long as reading them.
     if "identity" in base and lm.name != base["model"] and lm.base_identity() != base["identity"]:
-        raise ExportError(f'"{folder}" was tuned on "{base["name"]}", and "{lm.name}" has other files. {fix}')
+        raise ExportError(f'"{folder}" was tuned on "{base["name"]}", but "{lm.name}" has other files. {fix}')
 
 
 def program_inputs(program: Program) -> tuple[list[str], list[str]]:
@@ -222,7 +222,7 @@ def _build(folder: Path, config: Mapping[str, Any] | None, trust_remote_code: bo
     if config is None:
         raise ExportError(
             f'"{folder}" was exported from Python, so it does not say how to build its program: '
-            "give it, load(folder, module=ProgramModule(program, lm))."
+            "pass it, load(folder, module=ProgramModule(program, lm))."
         )
     config = {**config, "lm": _trusted(config["lm"], trust_remote_code), "engine": None}
     return build_module(config, where=str(folder / "program.json"))
@@ -242,7 +242,7 @@ def _check_stages(folder: Path, exported: Mapping[str, Mapping[str, Sequence[str
     wrong = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
     if wrong:
         raise ExportError(
-            f'"{folder}" is of a program with other stages: stage "{wrong[0]}" is {theirs.get(wrong[0], "absent")} in '
+            f'"{folder}" was made for other stages: stage "{wrong[0]}" is {theirs.get(wrong[0], "absent")} in '
             f"the export and {mine.get(wrong[0], 'absent')} in {type(program).__name__}. "
             "Load it with the program as it was, or tune the new one."
         )

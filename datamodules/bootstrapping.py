@@ -58,7 +58,7 @@ class Bootstrapping:
                 "gives one trace at most."
             )
         if self.hints < 0:
-            raise BadValueError(f"hints {self.hints} is below 0; it is a number of attempts, 0 gives none.")
+            raise BadValueError(f"hints {self.hints} is below 0; it is a number of attempts, and 0 turns hints off.")
         if self.fresh_demos < 0:
             raise BadValueError(f"fresh_demos {self.fresh_demos} is below 0.")
         if not 0 < self.threshold <= 1:
@@ -87,8 +87,8 @@ class Runs:
 
     def __post_init__(self) -> None:
         if self.each < 1:
-            raise BadValueError(f"{self.each} runs an example are too few; at least 1.")
+            raise BadValueError(f"{self.each} runs per example is below 1.")
         if self.temperature < 0 or (self.temperature == 0 and self.each > 1):
             raise BadValueError(
-                f"temperature {self.temperature:g} with {self.each} runs an example: all would be alike; take more."
+                f"temperature {self.temperature:g} is too low for {self.each} runs per example: at 0 all are the same."
             )

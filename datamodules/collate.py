@@ -55,7 +55,7 @@ class Pair:
             if given not in (0, len(self.completion_ids)):
                 raise BadValueError(
                     f"{self.name or 'a training row'}: {name} has {given} entries for {len(self.completion_ids)} "
-                    "completion tokens; give one a token, or none."
+                    "completion tokens; give one per token, or none at all."
                 )
 
     @cached_property

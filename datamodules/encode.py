@@ -299,12 +299,12 @@ def _template(tokenizer: Any) -> str:
     if not template:
         raise ChatTemplateError(
             f'the tokenizer of "{name}" has no chat template. '
-            "Take an instruct model, or put a chat_template.jinja beside its tokenizer."
+            "Use an instruct model, or put a chat_template.jinja next to its tokenizer."
         )
     if not isinstance(template, str) and "default" not in template:
         raise ChatTemplateError(
             f'the tokenizer of "{name}" has chat templates named {", ".join(sorted(template))}, and none named '
-            '"default". Put the one to use into chat_template.jinja beside it.'
+            '"default". Put the one to use into chat_template.jinja next to it.'
         )
     source = template if isinstance(template, str) else template["default"]
     from jinja2 import TemplateSyntaxError
@@ -313,7 +313,7 @@ def _template(tokenizer: Any) -> str:
         tokenizer.apply_chat_template([{"role": "user", "content": "x"}], chat_template=source, tokenize=False)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(
-            f'the chat template of "{name}" is no valid Jinja (line {error.lineno}: {error.message}). Mend '
+            f'the chat template of "{name}" is no valid Jinja (line {error.lineno}: {error.message}). Fix '
             "chat_template.jinja (or tokenizer_config.json) beside the tokenizer, or copy that of the base model."
         ) from error
     except Exception:

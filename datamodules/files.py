@@ -43,9 +43,9 @@ def read_rows(
     if not path.is_file():
         raise DataError(_no_file(path))
     if reader is None:
-        raise DataError(f'"{path}" is of no known format; allowed are {", ".join(_FORMATS)} and, but for parquet, .gz.')
+        raise DataError(f'"{path}" has an unknown format; allowed are {", ".join(_FORMATS)} and, except parquet, .gz.')
     if split is not None or config is not None:
-        raise DataError(f'"{path}" is a file, and split and config are for Hub data sets; leave them out.')
+        raise DataError(f'"{path}" is a file; leave out split and config, which are for Hub data sets.')
     return _parquet_rows(path, columns) if reader == ".parquet" else _TEXT_READERS[reader](_text(path), str(path))
 
 
@@ -143,7 +143,7 @@ def _json_rows(text: str, where: str) -> list[dict[str, Any]]:
     try:
         rows = _json(text)
     except DataError as fault:
-        raise DataError(f"{where}: {fault} A file with an object a line is named .jsonl.") from fault
+        raise DataError(f"{where}: {fault} A file with one object per line is named .jsonl.") from fault
     if not isinstance(rows, list):
         raise DataError(f"{where} holds one value of type {type(rows).__name__}; a .json file is a list of objects.")
     faults = [

@@ -88,8 +88,8 @@ class PairMaker:
         """The trace as this LM would write it: its outputs in this run's form, in this LM's ids."""
         if trace.ce is not None or trace.pg or trace.kl or trace.candidates:
             raise BadValueError(
-                f'{_name(trace)}: this trace weighs the tokens of another tokenizer ("{trace.base or "unknown"}"), '
-                "and a text cannot keep such weights. Collect with this LM, without data.traces."
+                f'{_name(trace)}: it has weights for tokens of another tokenizer ("{trace.base or "unknown"}"), '
+                "which do not fit this LM's tokens. Collect with this LM: leave data.traces out."
             )
         form = form_of(self.form, self.prompts[trace.stage])
         text = form.write(self.program.stages[trace.stage].signature, trace.outputs)

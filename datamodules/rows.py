@@ -137,7 +137,7 @@ def _check_text(value: str) -> None:
     except UnicodeEncodeError as error:
         raise DataError(
             f"has half a surrogate pair ({value[error.start]!a}) at character {error.start}: "
-            "no text in UTF-8 holds one. Write the data again from its source."
+            "no text in UTF-8 holds one. Export the data again from its source."
         ) from None
 
 
@@ -166,4 +166,4 @@ def _check_columns(inputs: Mapping[str, str], labels: Mapping[str, str]) -> None
                 f'rename it with a mapping, e.g. {{"question": "{column}"}}.'
             )
         if column in labels.values():
-            raise DataError(f'column "{column}" is an input and a label: the program would be shown its answer.')
+            raise DataError(f'column "{column}" is an input and a label: the program would see its answer. Remove one.')

@@ -126,8 +126,8 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
     pool = sorted((*splits.train, *splits.dev, *splits.val), key=lambda e: (str(dict(e.labels)), _order(seed, e)))
     if not 3 <= folds <= len(pool) or not 0 <= fold < folds:
         raise BadValueError(
-            f"fold {fold} of {folds} folds, over {len(pool)} examples: folds is at least 3 (train, dev and val) and at "
-            "most the number of examples, and fold counts from 0."
+            f"fold {fold} of {folds} folds, over {len(pool)} examples: folds must be at least 3 (train, dev and val) "
+            "and at most the number of examples; fold counts from 0 and must be below folds."
         )
     parts = [tuple(sorted(pool[k::folds], key=lambda e: _order(seed, e))) for k in range(folds)]
     train = [e for k in range(2, folds) for e in parts[(fold + k) % folds]]
@@ -235,7 +235,7 @@ def _check_enough(have: int, wanted: Mapping[str, int], where: str) -> None:
         total = f" = {asked}" if len(terms) > 1 else ""
         lower = " or ".join(f"sizes.{name}" for name in terms)
         raise BadValueError(
-            f"too few examples: {have} exist in {where}, {message}{total} are asked. Lower {lower} by {asked - have}"
+            f"too few examples: {have} in {where}, but {message}{total} are needed. Lower {lower} by {asked - have}"
             f"{' in all' if len(terms) > 1 else ''}."
         )
 
@@ -297,8 +297,8 @@ def _refused(pools: Mapping[str, Sequence[Example]], repeats: Sequence[tuple[_Pl
     how = "are equal" if equal else "have the same inputs and different labels"
     such = f"{len(repeats)} row{'s are' if len(repeats) > 1 else ' is'} such"
     return (
-        f"{one}, {rows} {how} ({such}: {_labels_too(pools, repeats)}). An example that stands twice may be trained on "
-        "and tested with: data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
+        f"{one}, {rows} {how} ({such}: {_labels_too(pools, repeats)}). A repeated example may be in train and test: "
+        "data.duplicates drop takes each once, data.duplicates keep takes all and says how many leak."
     )
 
 

@@ -43,7 +43,7 @@ def teach(
         try:
             made = asking.run(examples[part], prompts[part], seed=seed, attempt=attempt)
         except RoleSpentError as spent:
-            print(f"the teacher has run {len(done)} of {len(examples)} examples that were not solved: {spent.bound}.")
+            print(f"the teacher stopped after {len(done)} of {len(examples)} unsolved examples: {spent.bound}.")
             break
         done += made
     return [

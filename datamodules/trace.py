@@ -118,8 +118,8 @@ def load_traces(folder: str | Path, program: Program) -> list[Trace]:
 
     if why := damaged_file(Path(folder)):
         raise DamagedFileError(
-            f"{why}. Start over with --fresh, which keeps this run aside; completions that are stored are not "
-            "generated again. If you changed them on purpose, save them to a folder of their own, for data.traces."
+            f"{why}. Start over with --fresh, which archives this run; stored completions are not generated again. "
+            "If you changed the traces on purpose, save them to another folder and give it as data.traces."
         )
     try:
         rows = load_from_disk(str(folder)).to_list()

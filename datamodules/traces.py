@@ -258,8 +258,8 @@ class TraceDataModule(LightningDataModule, ABC):
         if foreign := sum(map(maker.is_foreign, traces)):
             names = ", ".join(sorted({f'"{trace.base}"' for trace in traces if trace.base})) or "another LM"
             print(
-                f"{foreign} of {len(traces)} traces are of another tokenizer ({names}): they are trained on as their "
-                "outputs, written in this run's form and this LM's tokens."
+                f"{foreign} of {len(traces)} traces are of another tokenizer ({names}): only their outputs are used, "
+                "written in this run's form and this LM's tokens."
             )
         fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
         if not fitting:

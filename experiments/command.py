@@ -79,7 +79,7 @@ class TableCommand:
         print(self.folder / "table.md")
         broken = [run for run in failed if read_outcome(self.runs_folder / run.name).get("state") != NO_TRACES]
         for run in broken:
-            print(f"not finished: {run.name}; {self.runs_folder / 'logs' / run.name}.txt says why")
+            print(f"not finished: {run.name}; the reason is in {self.runs_folder / 'logs' / run.name}.txt")
         return 1 if broken else 0
 
     def run_one(self, name: str) -> int:
@@ -87,7 +87,7 @@ class TableCommand:
         runner = Runner(self.config, self.runs_folder)
         run = next((run for run in self.runs if run.name == name), None)
         if run is None:
-            raise TableError(f'--run "{name}" is no run of this table; its first is {self.runs[0].name}.')
+            raise TableError(f'--run "{name}" is not a run of this table; its first is {self.runs[0].name}.')
         cell = self._parts_of(self.config.words(run.cell.task, run.cell.lm, run.cell.preset))
         return runner.run_here(run, fit=self._fit, stored=isinstance(cell.module.lm, LanguageModel))
 
@@ -96,18 +96,14 @@ class TableCommand:
         self._write()
         left = [r.run for r in results if not r.finished and not read_outcome(self.runs_folder / r.run.name)]
         if waiting := under_way(self.folder):
-            say(
-                f"under way: {', '.join(waiting)}; {len(left)} runs are not finished. Nothing is submitted beside them."
-            )
+            say(f"still running: {', '.join(waiting)}; {len(left)} runs are not finished. Nothing new is submitted.")
             return 0
         if not left:
             say(f"nothing is left to submit; {self.folder / 'table.md'}")
             return 0
         words = [*_table_words(self.options), "--folder", str(self.folder.resolve())]
         jobs = submit(left, self.folder, words, name=self.config.name, options=self.options.sbatch)
-        say(
-            f"{len(left)} runs submitted: job {' and '.join(jobs)}. The same command again shows what has come of them."
-        )
+        say(f"{len(left)} runs submitted: job {' and '.join(jobs)}. The same command again shows how they ended.")
         return 0
 
     def _parts(self) -> dict[Cell, Parts]:
@@ -118,7 +114,7 @@ class TableCommand:
             try:
                 found[cell] = self._parts_of(self.config.words(cell.task, cell.lm, cell.preset))
             except SystemExit:
-                print(f"cotune: that was the config of {cell}")
+                print(f"cotune: the error is in the config of {cell}")
                 raise
         return found
 
@@ -165,7 +161,7 @@ class TableCommand:
         for cell in dict.fromkeys(run.cell for run in runs):
             name = parts[cell].module.lm.name
             if self.options.dry_run and not (name == EMBEDDED or Path(name).expanduser().exists()):
-                say(f"  {cell}: counts only, since a dry run fetches no weights ({name})")
+                say(f"  {cell}: counts only, since a dry run downloads no weights ({name})")
                 continue
             say(f"  measuring the pace of {cell}")
             words = self.config.words(cell.task, cell.lm, cell.preset)

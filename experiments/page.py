@@ -133,7 +133,7 @@ def _caption(cell: Mapping[str, Any], *, equal: bool) -> str:
     )
     if equal:
         message += (
-            " Equal calls: p → p whose second search goes on trying random demo sets until the run has made as many LM "
+            " Equal calls: p → p whose second search keeps trying random demo sets until the run has made as many LM "
             "calls as p → w → p of the same seed; what training costs beside LM calls is not counted there."
         )
     return f"{message} Paper: {SOURCE}." if cell["papers_task"] else message

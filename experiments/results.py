@@ -183,8 +183,8 @@ def _tested(own: Path, record: Mapping[str, Any]) -> Tested:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise TableError(
-            f"{path} cannot be read ({error}). A table needs it: leave record.max_megabytes above 0. Remove the folder "
-            f"{own} to run it again; completions that are stored are not generated again."
+            f"{path} cannot be read ({error}). A table needs it: keep record.max_megabytes above 0. Remove the folder "
+            f"{own} to run it again; stored completions are not generated again."
         ) from error
     unreadable = sum((row["error"] or {}).get("kind") in ("format", "type") for row in rows)
     return Tested({row["example"]: float(row["score"]) for row in rows}, unreadable)

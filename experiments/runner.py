@@ -191,7 +191,7 @@ class Runner:
         if count > _MAX_RESTARTS:
             self._put_outcome(run, "failed", f"it was killed ({how}) {count} times without saving anything new")
             return False
-        say(f"{run.name}: killed ({how}); it goes on from its last save")
+        say(f"{run.name}: killed ({how}); it resumes from its last checkpoint")
         return True
 
     def _put_outcome(self, run: Run, state: str, message: str) -> None:

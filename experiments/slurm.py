@@ -45,7 +45,7 @@ def submit(
         TableError: there is no sbatch, or it refuses.
     """
     if shutil.which("sbatch") is None:
-        raise TableError("--submit slurm needs sbatch, which is not here: start the table where jobs are submitted.")
+        raise TableError("--submit slurm needs sbatch, which was not found: start this on a machine that has it.")
     jobs: list[str] = []
     for wave in ([run for run in runs if not run.equal], [run for run in runs if run.equal]):
         if not wave:

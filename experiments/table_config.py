@@ -142,7 +142,7 @@ def _table(made: Mapping[str, Any], path: Path) -> TableConfig:
     for name, task in tasks.items():
         if unknown := sorted(set(task.presets) - set(presets)):
             raise TableError(
-                f'task "{name}" lays something over preset "{unknown[0]}"; there are {", ".join(presets)}.'
+                f'task "{name}" changes an unknown preset, "{unknown[0]}"; there are {", ".join(presets)}.'
             )
     equal = made.get("equal_calls", True)
     if not isinstance(equal, bool):
@@ -165,7 +165,7 @@ def _named(made: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         raise TableError(f"{key} is {found!r}; it maps at least one name to its configs.")
     for name in found:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise TableError(f'{key}: the name {name!r} may hold letters, digits, "." and "-" only: folders have it.')
+            raise TableError(f'{key}: the name {name!r} also names folders, so use only letters, digits, "." and "-".')
     return found
 
 
@@ -200,7 +200,7 @@ def _task(made: Any, folder: Path, name: str) -> Task:
 def _options(made: Mapping[str, Any], where: str) -> dict[str, Any]:
     found = made.get("options") or {}
     if not isinstance(found, Mapping):
-        raise TableError(f"{where}: options is {found!r}; it maps option names, with dots, to values.")
+        raise TableError(f"{where}: options is {found!r}; it must map option names, with dots, to values.")
     return {str(name).removeprefix("--"): value for name, value in found.items()}
 
 

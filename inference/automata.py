@@ -174,7 +174,7 @@ class ChoicesAutomaton(Automaton[bytes]):
     def __init__(self, codec: Codec, texts: Sequence[str], lead: str, *, spaced: bool = False) -> None:
         super().__init__(codec)
         if not texts or "" in texts or len(set(texts)) < len(texts):
-            raise BadValueError(f"the choices {list(texts)} are to be one or more texts, none empty and none twice.")
+            raise BadValueError(f"the choices are {list(texts)}; give one or more texts, none empty and none twice.")
         self.texts = tuple(texts)
         self._shown = {(lead + text).encode(): lead + text for text in texts}
         if spaced:  # decoding drops a space here, so it may be written or not
@@ -182,7 +182,7 @@ class ChoicesAutomaton(Automaton[bytes]):
         self._ends = {text: self._live_places(text) for text in self._shown}
         dead = [text for text in texts if 0 not in self._ends[(lead + text).encode()]]
         if dead:
-            raise BadValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; name it by other characters.")
+            raise BadValueError(f"the tokenizer has no tokens for the choice {dead[0]!r}; use other characters.")
         self.room = max(map(len, self._shown))
         self.reserve = max(len(codec.encode(text)) for text in self._shown.values()) + 1
 

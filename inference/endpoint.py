@@ -238,12 +238,10 @@ class Endpoint:
                 str(fault), f"the key is read from the environment variable {self.key_variable}: {where}?"
             )
         if fault.status == 402 or (fault.status == 429 and _SPENT.search(fault.text)):
-            raise self._error(
-                str(fault), "the account is out of credit; when it has some, start the same command again."
-            )
+            raise self._error(str(fault), "the account is out of credit; add some and start the same command again.")
         if fault.status == 404:
             raise self._error(
-                str(fault), "does the address end with the API's version (/v1), and is that a model there?"
+                str(fault), "does the address end with the API's version (/v1), and does the server have that model?"
             )
         if fault.wait > _LONGEST_ORDER:
             raise self._error(f"{fault}; it asks to wait {fault.wait:.0f} s", "start the same command again later.")
@@ -373,8 +371,8 @@ def _check_url(url: str) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:
         raise BadValueError(
-            f"the endpoint's URL at {parts.hostname} holds a user, a password or a query; a key belongs into an "
-            "environment variable (key_variable)."
+            f"the endpoint's URL at {parts.hostname} holds a user, a password or a query; put a key into the "
+            "environment variable that key_variable names."
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadValueError(f'endpoint "{url}" is no http or https URL; e.g. "http://127.0.0.1:8000/v1".')

@@ -349,4 +349,4 @@ class Filling:
 def _check(layout: Layout) -> None:
     kinds = [isinstance(part, Field) for part in layout]
     if not any(kinds) or any(a == b for a, b in pairwise(kinds)):
-        raise BadValueError(f"a layout is fixed texts and fields by turns, with one field at least; this is {layout}.")
+        raise BadValueError(f"a layout alternates fixed texts and fields, with at least one field; this is {layout}.")

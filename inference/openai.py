@@ -135,16 +135,16 @@ class OpenAILM(LM):
                 "the options of the LM (model, extra), and what this server takes."
             )
         if not self.usage.refused:
-            print(f"{self._endpoint.url} refuses a request, which gets no answer: {refused[0]}")
+            print(f"{self._endpoint.url} refused a request, which therefore has no completion: {refused[0]}")
         self.usage += Usage(refused=len(refused))
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         """What is sent. A response format needs no stops: JSON says where it ends."""
         if is_calibrated(request.layout):
             raise BadValueError(
-                "the prompts are calibrated, and an endpoint takes no offsets for choices: it would answer others than "
-                "those that were tuned. Run them on a LanguageModel (its rollouts may be on vLLM), or take "
-                '"calibration" out of the prompts.'
+                "the prompts have a calibration, and an endpoint cannot add its offsets to the choices, so its answers "
+                "would differ from the tuned ones. Run them on a LanguageModel (its rollouts may be on vLLM), or "
+                'remove "calibration" from the prompts.'
             )
         form = response_format(request.layout) if self.response_format == "auto" else None
         stops = [] if form else _stops(request)[:_MAX_STOPS]
@@ -169,7 +169,7 @@ class OpenAILM(LM):
         if dollars is None:
             dollars = (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
         if guessed and not self.usage.estimated:
-            print(f"{self._endpoint.url} does not say how many tokens it used; they are guessed from the texts.")
+            print(f"{self._endpoint.url} does not report how many tokens it used; they are estimated from the texts.")
         self._note_model(answer.model)
         self.usage += Usage(1, 0, tokens_in, tokens_out, dollars, estimated=int(guessed))
         return _completion(request, answer, formatted=self.response_format == "auto")
@@ -177,7 +177,7 @@ class OpenAILM(LM):
     def _note_model(self, answering: str) -> None:
         """Counts the model that answered, and says so once if it is another than was asked."""
         if answering not in self.answered_by and not _same_model(self.model, answering):
-            print(f'{self._endpoint.url}: "{self.model}" was asked and "{answering}" answers: scores are of that one.')
+            print(f'{self._endpoint.url}: "{answering}" answers in place of "{self.model}", so scores are its own.')
         self.answered_by[answering] += 1
 
 

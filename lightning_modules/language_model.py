@@ -202,7 +202,7 @@ class LanguageModel(nn.Module, LM):
         left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
         if left_out:
             begins.append(
-                f"its generation_config asks for {', '.join(left_out)}: left out, its own probabilities decide"
+                f"its generation_config asks for {', '.join(left_out)}: ignored, so its own probabilities decide"
             )
         return begins + findings(self.model).remarks
 
@@ -238,7 +238,7 @@ class LanguageModel(nn.Module, LM):
         results = [Completion("")] * len(requests)
         for adapter in dict.fromkeys(request.adapter for request in requests):
             if adapter not in ADAPTERS:
-                raise BadValueError(f'there is no adapter "{adapter}"; there is "default", and "" is the base alone.')
+                raise BadValueError(f'there is no adapter "{adapter}"; use "default", or "" for the base alone.')
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
             made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             done = [self._completion(prompts[i], generated) for i, generated in zip(places, made, strict=True)]

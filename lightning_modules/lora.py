@@ -47,17 +47,15 @@ class LoRA:
         if self.r < 1:
             raise BadValueError(f"LoRA rank r {self.r} is below 1.")
         if self.alpha <= 0:
-            raise BadValueError(f"LoRA alpha {self.alpha} is not above 0: the adapter could change nothing.")
+            raise BadValueError(f"LoRA alpha {self.alpha} must be above 0: at 0 the adapter changes nothing.")
         if not 0 <= self.dropout < 1:
             raise BadValueError(f"LoRA dropout {self.dropout} is outside [0, 1).")
         if not self.targets:
             raise BadValueError('LoRA targets name no layer; "all-linear" takes every one.')
         if self.also and self.targets != "all-linear":
-            raise BadValueError(
-                f"LoRA also {self.also} goes with targets all-linear; name the layers in targets instead."
-            )
+            raise BadValueError(f"LoRA also {self.also} needs targets all-linear; name the layers in targets instead.")
         if "experts" in self.also and self.dropout:
-            raise BadValueError("LoRA dropout cannot act on experts that are held as one parameter; set it to 0.")
+            raise BadValueError("LoRA dropout does not work with experts stored as one parameter; set it to 0.")
 
 
 def attach(base: Any, lora: LoRA, *, seed: int) -> Any:

@@ -227,8 +227,8 @@ class ProgramModule(LightningModule):
         """Starts the learning rate's course for a weight step of `steps` optimiser steps, `done` of them taken."""
         if self.learning_rate.warmup >= steps and not done:
             print(
-                f"model.learning_rate.warmup is {self.learning_rate.warmup} and this weight step has {steps} optimiser "
-                f"steps, so the full rate is never held; set it to {steps // 10} or so, or alternate.epochs higher."
+                f"model.learning_rate.warmup is {self.learning_rate.warmup} but this weight step has only {steps} "
+                f"optimiser steps, so all of it is warm-up; set it to about {steps // 10}, or raise alternate.epochs."
             )
         self.optimiser_step, self.optimiser_steps = done, steps
 
@@ -369,8 +369,8 @@ class ProgramModule(LightningModule):
         made = checkpoint.get("lm", {"tokenizer": self.vocabulary.tokenizer})  # not named before format 2 of traces
         if made["tokenizer"] != self.vocabulary.tokenizer:
             raise BadValueError(
-                f'the checkpoint\'s adapter was trained with "{made["base"]}", whose tokenizer is another than that of '
-                f'"{self.vocabulary.base}". Load it on the LM that it belongs to (model.lm.model).'
+                f'the checkpoint\'s adapter was trained with "{made["base"]}", whose tokenizer differs from that of '
+                f'"{self.vocabulary.base}". Set model.lm.model to the LM that it was trained on.'
             )
         self.prompts = prompts_from_dict(checkpoint["prompts"])
         self.optimiser_step, self.optimiser_steps = checkpoint["weight_step"]

@@ -118,8 +118,8 @@ class TextLM:
         """
         if state:
             raise BadValueError(
-                f"this holds weights that were trained, and {self.name} is an LM without any here. Load it on the LM "
-                "that it belongs to (model.lm.model)."
+                f"the state holds trained weights, but {self.name} is an LM without weights in this process. Set "
+                "model.lm.model to the LM that they belong to."
             )
 
     def close(self) -> None:

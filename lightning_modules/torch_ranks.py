@@ -63,6 +63,6 @@ def _lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLostError(
-            "another process of this run has ended; if it could say why, it stands above. What was saved is whole: "
-            "give the same command again to go on from there."
+            "another process of this run has ended; its message, if it wrote one, is above. The saved files are "
+            "intact: start the same command again to resume."
         ) from error

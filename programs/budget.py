@@ -28,8 +28,8 @@ class BudgetSpentError(LMUnavailableError):
         self.bound = bound
         option = bound.split()[0]
         super().__init__(
-            f"the budget is spent: {bound} (so far {spent}, {minutes:.1f} minutes). What was answered is kept; set a "
-            f"larger {option} to go on from there."
+            f"the budget is spent: {bound} (so far {spent}, {minutes:.1f} minutes). Answers so far are kept; set a "
+            f"larger {option} to resume."
         )
 
 

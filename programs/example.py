@@ -29,8 +29,8 @@ class Example:
         unknown = [name for name in named if name not in ("id", "inputs", "labels")]
         if unknown:
             raise WrongTypeError(
-                f'an Example has inputs and labels, and no "{unknown[0]}" of its own. Write '
-                f'Example.of({{"{unknown[0]}": ...}}, {{"answer": ...}}): what the program reads, then the labels.'
+                f'Example has the arguments inputs and labels, not "{unknown[0]}". Write '
+                f'Example.of({{"{unknown[0]}": ...}}, {{"answer": ...}}): the inputs first, then the labels.'
             )
         return super().__new__(cls)
 

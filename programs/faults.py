@@ -93,7 +93,7 @@ def check_errors(done: Sequence[Rollout], *, max_error_rate: float) -> None:
         )
         raise FaultyProgramError(
             f"{failed}, more than max_error_rate {max_error_rate:g} allows. {firsts}. "
-            "Mend it, or set model.max_error_rate higher to score such examples 0 and go on."
+            "Fix the code, or raise model.max_error_rate: such examples then score 0 and the run continues."
         )
 
 

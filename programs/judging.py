@@ -71,15 +71,15 @@ def _valid_score(given: Any, program: Program) -> Score:
     if not isinstance(given, Score):
         return Score(_unit(given, "the metric returned {}, which is not a number in [0, 1]"))
     if not isinstance(given.feedback, str):
-        raise _BadScoreError(f"the metric's feedback is {quoted(given.feedback)}, which is no text")
+        raise _BadScoreError(f"the metric's feedback is {quoted(given.feedback)}, which is not text")
     objectives = {
         str(name): _unit(value, f'the metric\'s objective "{name}" is {{}}, which is not a number in [0, 1]')
         for name, value in given.objectives.items()
     }
     for stage, feedback in given.stages.items():
         if stage not in program.stages or not isinstance(feedback, str):
-            known = f"texts by stage ({', '.join(program.stages)})"
-            raise _BadScoreError(f"the metric's feedback {quoted(feedback)} for {quoted(stage)} is none of {known}")
+            known = f"it must be text for a stage of the program ({', '.join(program.stages)})"
+            raise _BadScoreError(f"the metric's feedback for {quoted(stage)} is {quoted(feedback)}; {known}")
     value = _unit(given.value, "the metric returned a Score of {}, which is not a number in [0, 1]")
     return Score(value, given.feedback, objectives, given.stages)
 

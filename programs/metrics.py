@@ -96,7 +96,7 @@ def first_line_number(example: Example, prediction: Mapping[str, Any]) -> Score:
         ValueError: there is no label "answer", or it holds no number.
     """
     if "answer" not in example.labels:
-        raise ValueError(f'example {example.id} has no label "answer"; first_line_number compares with that')
+        raise ValueError(f'example {example.id} has no label "answer"; first_line_number needs it')
     gold = [_gold_number(example, one, last_number) for one in _answers(example.labels["answer"])]
     lines = as_text(prediction.get("answer", "")).strip().splitlines()
     right = bool(lines) and last_number(lines[0]) in gold

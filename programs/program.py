@@ -107,14 +107,14 @@ class Stage:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "scores", scores)
         if scores and "scores" in signature.outputs:
-            raise ValueError(f'the stage {signature} has a field "scores", under which scores=True gives its own.')
+            raise ValueError(f'the stage {signature} has a field "scores", and scores=True adds one; rename the field.')
         if scores and not any(isinstance(syntax_of(signature.type_of(name)), Choices) for name in signature.outputs):
             raise ValueError(f"scores=True: no output of {signature} has choices; give one the type Literal[...].")
 
     def __set_name__(self, owner: type, name: str) -> None:
         if self.name and self.name != name:
             raise StageError(
-                f'{owner.__name__}.{name} is the stage already named "{self.name}"; make a Stage of its own for each.'
+                f'{owner.__name__}.{name} is the stage already named "{self.name}"; create one Stage per attribute.'
             )
         object.__setattr__(self, "name", name)
 
@@ -184,7 +184,7 @@ class Program(ABC):
             WrongTypeError: an input is given without its name.
         """
         if unnamed:
-            raise WrongTypeError("inputs are given by name, as run() has them, e.g. program(question=..., lm=...).")
+            raise WrongTypeError("pass the inputs of run() by name, e.g. program(question=..., lm=...).")
         from cotune.programs.example import Example
         from cotune.programs.form import ReasonThenFill
         from cotune.programs.lm import Sampling
@@ -211,7 +211,7 @@ class Program(ABC):
             for attribute, value in attributes.items():
                 if isinstance(value, Stage):
                     if value.name != attribute:
-                        raise StageError(f'stage "{value.name}" stands under a second name, "{attribute}".')
+                        raise StageError(f'stage "{value.name}" has a second name, "{attribute}"; assign it once.')
                     found[attribute] = value
                 elif where := _hidden(value):
                     raise StageError(f"{type(self).__name__}.{attribute}: stages in {where} have no name. {_NAMED}")

@@ -88,10 +88,10 @@ class Ranks:
         given = self.gather((what, hashlib.sha256(text.encode(errors="replace")).hexdigest()))
         if other := next((rank for rank, one in enumerate(given) if one != given[0]), None):
             raise RanksDifferError(
-                f"process {other} is about to {given[other][0]} with other content than process 0, which is about to "
-                f"{given[0][0]}, so nothing was run. Something in the program, the search or the data depends on the "
-                "process: the order of a set or of files, a clock, an unseeded draw. Sort it or seed it, and give the "
-                "same command again; PYTHONHASHSEED=0 makes the order of sets the same everywhere."
+                f"nothing was run, because processes differ: process {other} is about to {given[other][0]}, process 0 "
+                f"to {given[0][0]}, not with the same content. Something in the program, the search or the data "
+                "differs between processes: the order of a set or of files, the clock, an unseeded random draw. Sort "
+                "or seed it, and start the same command again; PYTHONHASHSEED=0 fixes the order of sets."
             )
 
     def together(self, call: Callable[[], _T]) -> list[_T]:

@@ -72,7 +72,7 @@ class DescribeThenDecide(Program):
         )
         unknown = sorted(set(about) - set(second.inputs) - set(second.outputs))
         if unknown:
-            raise BadValueError(f'description of "{unknown[0]}", which is no field of {signature} or "description".')
+            raise BadValueError(f'"{unknown[0]}" is described, but is no field of {signature} and not "description".')
         self.describe, self.decide = Stage(first), Stage(second)
 
     def run(self, **inputs: Any) -> Generator[Call, Outputs, Mapping[str, Any]]:

@@ -43,9 +43,9 @@ def retrieve(retriever: Retriever, query: str, k: int) -> list[str]:
         raise RetrieverError(f"the retriever returned {quoted(found)}, which is not a sequence of passages")
     wrong = [passage for passage in found if not isinstance(passage, str)]
     if wrong:
-        raise RetrieverError(f"the retriever returned a passage that is no text: {quoted(wrong[0])}")
+        raise RetrieverError(f"the retriever returned a passage that is not text: {quoted(wrong[0])}")
     if len(found) > k:
-        raise RetrieverError(f"the retriever returned {len(found)} passages, at most {k} were asked for")
+        raise RetrieverError(f"the retriever returned {len(found)} passages, but at most {k} were requested")
     return list(found)
 
 
@@ -203,8 +203,8 @@ def _unit_rows(vectors: Any, count: int) -> Any:
     matrix = np.asarray(vectors, dtype=np.float32)
     if matrix.ndim != 2 or len(matrix) != count or not np.isfinite(matrix).all():
         raise BadValueError(
-            f"the encoder gave an array of shape {matrix.shape} for {count} texts; it gives one row of finite numbers "
-            "for each."
+            f"the encoder returned shape {matrix.shape} for {count} texts; it must return one row of finite numbers "
+            "per text."
         )
     return matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-12)
 
@@ -220,7 +220,7 @@ def _read_passages(path: Path) -> list[str]:
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise BadValueError(f'passage file "{path}" cannot be read as UTF-8 text: {error}.') from error
     if not passages:
-        raise BadValueError(f'passage file "{path}" holds no passages; it needs one JSON object a line.')
+        raise BadValueError(f'passage file "{path}" holds no passages; it needs one JSON object per line.')
     return list(dict.fromkeys(passages))  # one that stands twice would take two of the k places
 
 

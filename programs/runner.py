@@ -79,7 +79,9 @@ class Runner:
         """
         sets = [prompts] * len(examples) if isinstance(prompts, Mapping) else list(prompts)
         if len(sets) != len(examples):
-            raise BadValueError(f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one for each.")
+            raise BadValueError(
+                f"{len(sets)} sets of prompts for {len(examples)} examples; give one, or one per example."
+            )
         run = functools.partial(self._run, seed=seed, attempt=attempt, progress=progress)
         if self.ranks.count == 1:
             done = run(examples, sets)
@@ -133,9 +135,9 @@ class Runner:
             _report(progress, before - len(pending))
         if changed := [name for name, size in _class_state(self.program).items() if size != shared.get(name)]:
             warnings.warn(
-                f"{type(self.program).__name__}.{changed[0]} belongs to the class, and runs changed it: they share "
-                "it, so that scores depend on what ran before, with other prompts and weights. Assign it in __init__, "
-                "and each run has its own.",
+                f"{type(self.program).__name__}.{changed[0]} belongs to the class, and a run changed it. All runs "
+                "share it, so scores depend on what ran before, with other prompts and weights. Assign it in __init__ "
+                "to give each run its own.",
                 stacklevel=1,  # so that it is said once
             )
         pairs = [(run.example, run.prediction or {}) for run in runs if run.error is None]
@@ -206,7 +208,7 @@ class _Run:
             made: Any = self.own.run(**copy.deepcopy(dict(self.example.inputs)))
             if not isinstance(made, Generator):
                 message = f"{made.not_yielded()}" if isinstance(made, Call) else "yield the stage calls"
-                raise TypeError(f"run is no generator, it returned {quoted(made)}; {message}")
+                raise TypeError(f"run is not a generator, it returned {quoted(made)}; {message}")
             self.generator = made
         return self.generator
 

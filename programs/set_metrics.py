@@ -80,8 +80,8 @@ def set_metric(name: str) -> SetMetric:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise BadValueError(
-            f'there is no set metric "{name}" ({error}); there are {", ".join(SET_METRICS)}, and one of your own is '
-            "written module.function."
+            f'there is no set metric "{name}" ({error}); use one of {", ".join(SET_METRICS)}, or your own, '
+            "written as module.function."
         ) from None
     made: SetMetric = found
     return made

@@ -54,7 +54,7 @@ class Signature:
             if not name.isidentifier():
                 raise BadValueError(f'signature field "{name}" is not a Python name. {_SHORT_FORM}')
             if names.count(name) > 1:
-                raise BadValueError(f'signature field "{name}" stands more than once; every field needs its own name.')
+                raise BadValueError(f'signature field "{name}" occurs more than once; every field needs its own name.')
         if not self.outputs:
             raise BadValueError(f"a signature needs at least one output field. {_SHORT_FORM}")
         for what, given in (("description", self.descriptions), ("type", self.types)):
@@ -114,7 +114,7 @@ class Signature:
         wrong = [name for name, mark in marks.items() if not isinstance(mark, (In, Out))]
         if wrong:
             raise BadValueError(
-                f'field "{wrong[0]}" of {described.__name__} is assigned {marks[wrong[0]]!r}; fields are assigned '
+                f'field "{wrong[0]}" of {described.__name__} is assigned {marks[wrong[0]]!r}; assign '
                 'In("what it is"), Out("what it is") or nothing.'
             )
         return cls(

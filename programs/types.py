@@ -104,8 +104,8 @@ def check_type(kind: Any) -> None:
         for text in texts:
             if not text.strip() or text != text.strip() or "\n" in text:
                 raise FieldTypeError(
-                    f"choice {text!r} of a field is empty, has white space at an end or more than one line; name it "
-                    "without."
+                    f"choice {text!r} of a field is empty, has white space at an end or has more than one line; write "
+                    "one line without them."
                 )
     elif kind not in _TEXTS and kind not in (int, float, bool, datetime.date):
         _adapter(kind)
@@ -128,7 +128,7 @@ def choices_of(kind: Any) -> dict[str, Any] | None:
         return None
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise FieldTypeError(f"two choices of {type_name(kind)} are written alike; each needs a text of its own.")
+        raise FieldTypeError(f"two choices of {type_name(kind)} have the same text; give each its own.")
     return found
 
 

@@ -154,5 +154,5 @@ def _notes(task: SearchTask, done: Sequence[Rollout], solved: int, attempts: int
     errors = Counter(r.error.kind for r in done if r.error is not None)
     notes += [f"bootstrap: {count} {kind} errors" for kind, count in sorted(errors.items())]
     if tries < attempts:
-        notes.append(f"bootstrap: attempts 2 to {attempts} not run, temperature 0 would repeat the first word for word")
+        notes.append(f"bootstrap: attempts 2 to {attempts} not run, since at temperature 0 they would equal the first")
     return notes

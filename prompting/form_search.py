@@ -28,7 +28,7 @@ class FormSearch(SearchAround):
         self, forms: Sequence[str] = (f"reason then fill{STRAIGHT}", "lines", "tags"), then: PromptSearch | None = None
     ) -> None:
         if not forms:
-            raise BadValueError("forms is empty: name the forms to try, or take the search behind it alone.")
+            raise BadValueError("forms is empty: name the forms to try, or use the search in `then` alone.")
         for name in forms:
             form_named(name)
         super().__init__(then)

@@ -85,7 +85,7 @@ class Proposer:
         for stage in self.frozen:
             if stage not in known:
                 raise BadValueError(
-                    f'frozen stage "{stage}" is none of {type(program).__name__}\'s: {", ".join(known)}.'
+                    f'frozen stage "{stage}" is not in {type(program).__name__}, which has {", ".join(known)}.'
                 )
         free = [stage for stage in known if stage not in self.frozen]
         if not free:
@@ -253,10 +253,10 @@ class Spent:
         """
         codec = getattr(task.runner.lm, "codec", None)
         if proposer.max_instruction_tokens is not None and codec is None:
-            raise BadValueError("max_instruction_tokens needs an LM with a tokenizer in this process; see max_chars.")
+            raise BadValueError("max_instruction_tokens needs an LM with a tokenizer in this process; use max_chars.")
         if proposer.approve and task.reviewer is None:
             raise BadValueError(
-                "approve asks a person, and this SearchTask has no reviewer; give it one, or leave it out."
+                "approve asks a person, but this SearchTask has no reviewer; give it one, or leave approve out."
             )
         load = getattr(proposer.lm, "load", None)
         if callable(load):

@@ -264,8 +264,8 @@ def _check_disjoint(train: Sequence[Example], dev: Sequence[Example]) -> None:
     shared = sorted({example.id for example in train} & {example.id for example in dev})
     if shared:
         raise BadValueError(
-            f"train and dev share {len(shared)} examples, the first is {shared[0]}: demos from it would be scored on "
-            "itself. Split so that every id stands in one of the two."
+            f"train and dev share {len(shared)} examples, the first is {shared[0]}: its demos would be scored on "
+            "itself. Remove it from one of them."
         )
 
 

@@ -192,8 +192,8 @@ def _history_path(folder: Path) -> Path:
         return path
     if (folder / "config.yaml").is_file():
         raise ReportError(
-            f'"{folder}" has no history.jsonl: the run has not come to its first boundary, the score of the program as '
-            "it came. Wait for it, or look into the run's output."
+            f'"{folder}" has no history.jsonl: the run has not reached its first boundary, the val score of the '
+            "untuned program. Wait for it, or look at the run's output."
         )
     runs = ", ".join(sorted(str(path.parent) for path in folder.glob("*/history.jsonl"))[:5])
     hint = f"Did you mean one of {runs}?" if runs else "Give the folder of a run, e.g. runs/iris."
@@ -321,5 +321,5 @@ def _read_line(line: str, where: str) -> Json:
         raise ReportError(f"{where} is damaged: {error}") from error
     known = isinstance(row, dict) and (row.keys() >= _HISTORY or row.keys() >= _ROLLOUT)
     if not known:
-        raise ReportError(f"{where} is no record of cotune's: {line[:80]}")
+        raise ReportError(f"{where} is not a record of cotune: {line[:80]}")
     return dict(row)

@@ -227,10 +227,10 @@ def as_not_written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cause = os.strerror(error.errno) if error.errno else str(error)
-        fix = "Make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend that"
+        fix = "Make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Fix that"
         raise NotWrittenError(
-            f"{path} could not be written: {cause}. What was there before still is. {fix}, and start the same command "
-            "again."
+            f"{path} could not be written: {cause}. What it held before is unchanged. {fix}, and start the same "
+            "command again."
         ) from error
 
 

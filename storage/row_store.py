@@ -60,7 +60,7 @@ class RowStore:
         good = {key: value for key, value, checksum in rows if _checksum(key, value) == checksum}
         if len(good) < len(rows):
             if not self.damaged:
-                print(f"{self.path}: damaged rows are taken as absent, and written anew.")
+                print(f"{self.path}: damaged rows are ignored, and written again.")
             self.damaged += len(rows) - len(good)
         return good
 
@@ -101,9 +101,8 @@ class RowStore:
         except (sqlite3.Error, OSError) as error:
             self.close()
             raise CompletionStoreError(
-                f"the completion store {self.path} cannot be used: {error}. What it held it still holds. Make room or "
-                f"mend that and start the same command again, or keep completions elsewhere ({self.option}: "
-                "another path, or off)."
+                f"the completion store {self.path} cannot be used: {error}. Its content is unchanged. Make room or "
+                f"fix that and start the same command again, or set {self.option} to another path or to off."
             ) from error
 
     def _opened(self) -> sqlite3.Connection:
@@ -139,7 +138,7 @@ class RowStore:
             self.path.rename(aside)
         for beside in ("-wal", "-shm"):
             self.path.with_name(self.path.name + beside).unlink(missing_ok=True)
-        print(f"{self.path} cannot be read ({why}); it is kept as {aside.name}, and a new one is begun.")
+        print(f"{self.path} cannot be read ({why}); it is kept as {aside.name}, and a new one is started.")
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -74,12 +74,12 @@ class RunFolder:
             lock.close()
             raise RunFolderError(
                 f"{self.path} is on a file system without locks ({error.strerror}), where two runs could mix their "
-                "files. Give a --runs_dir on another."
+                "files. Give a --runs_dir on another file system."
             ) from error
         if holder and f" on {socket.gethostname()}" not in holder:
             print(
-                f"{self.path} was last held by {holder}, which has let go of it. If that process still runs, stop "
-                "one of the two: some network file systems do not carry locks between machines."
+                f"{self.path} was last used by {holder}, which no longer locks it. If that process is still running, "
+                "stop one of the two: some network file systems do not share locks between machines."
             )
         self._lock = lock
         try:
@@ -97,7 +97,7 @@ class RunFolder:
         while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
             number += 1
         self.path.rename(aside)
-        print(f"the earlier run is kept as {aside}")
+        print(f"the earlier run is archived as {aside}")
 
 
 def _boot() -> str:

@@ -81,10 +81,10 @@ def read_identity(folder: Path) -> RunIdentity | None:
         return None
     except DamagedFileError as error:
         raise DamagedFileError(
-            f"{error} So nobody can tell whether this is the same run. Start over with --fresh, which keeps it aside, "
+            f"{error} So cotune cannot tell whether this is the same run. Start over with --fresh, which archives it, "
             "or give this one another --name."
         ) from error
-    fix = "Go on with the version that made the run, or start over with --fresh, which keeps it aside."
+    fix = "Continue with the version that made the run, or start over with --fresh, which archives it."
     check_format(folder / _FILE, record.pop("format", 1), FORMAT, fix=fix)
     return RunIdentity(**record)
 

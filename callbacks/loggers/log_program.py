@@ -61,7 +61,7 @@ class LogProgram(Callback, BoundaryListener):
         if max_rows < 0:
             raise BadValueError(f"max_rows {max_rows} is below 0; 0 logs no rollouts.")
         if max_characters < 100:
-            raise BadValueError(f"max_characters {max_characters} is below 100, too little to read anything in.")
+            raise BadValueError(f"max_characters {max_characters} is below 100, too few to show a text.")
         self.artifacts, self.max_rows, self.max_characters = artifacts, max_rows, max_characters
         self._artifacts: dict[int, ProgramArtifacts] = {}  # by the logger's place in the trainer's list
 

@@ -129,7 +129,7 @@ class ProgramArtifacts:
             try:
                 self.run.use_artifact(artifact.wait(timeout=_WAIT))
             except wandb.Error as error:  # the network; a run of hours goes on without an edge in a graph
-                say(f"W&B did not mark {artifact.name} as used ({error}); its metadata names it all the same.")
+                say(f"W&B did not mark {artifact.name} as used ({error}); its metadata still names it.")
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.own / name, text)

@@ -46,8 +46,8 @@ class RunLogger(WandbLogger):
                 return super().experiment
         except Error as error:  # no key, a key that is refused, no connection
             raise WandbError(
-                f"W&B cannot be logged to ({' '.join(str(error).split())}) Run `wandb login`, set WANDB_API_KEY, or "
-                "keep the run's log here with WANDB_MODE=offline, for `wandb sync` later."
+                f"cannot log to W&B ({' '.join(str(error).split())}) Run `wandb login`, set WANDB_API_KEY, or set "
+                "WANDB_MODE=offline to log to a local folder and upload it later with `wandb sync`."
             ) from error
 
     def log_again(self, rows: Sequence[Mapping[str, float]]) -> None:

@@ -72,7 +72,7 @@ def main(options: argparse.Namespace) -> int:
     if sum(given) != 1:
         wrong = options.inputs[0].removeprefix("--") if options.inputs else ""
         near = did_you_mean(wrong, ("export", "config", "program"), "--")
-        raise AskError(f"name a tuned program with --export, or one as it comes with --config or --program.{near}")
+        raise AskError(f"name a tuned program with --export, or an untuned one with --config or --program.{near}")
     folder = export_folder(options.export) if options.export else None
     config = read_export(folder)["model"] if folder else _as_it_comes(options)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())

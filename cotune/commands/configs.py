@@ -57,7 +57,7 @@ def _copied(name: str, folder: Path) -> Path:
     if found is None:
         raise ConfigsError(f'there is no shipped config "{name}"; cotune configs lists them.')
     if found.parent.name == "table":
-        raise ConfigsError(f'"{name}" names configs beside it; copy them together: cotune configs copy all {folder}')
+        raise ConfigsError(f'"{name}" needs other configs; copy them all: cotune configs copy all {folder}')
     target = folder / found.name
     if target.exists():
         raise ConfigsError(f"{target} is there already; remove it, or copy into another folder.")

@@ -233,7 +233,7 @@ def disk_findings(runs_dir: Path) -> Iterator[Finding]:
     for name, folder in (("runs", runs_dir.resolve()), ("cache", cache_folder())):
         yield _space(name, folder)
     if embedded_stands():
-        yield Finding("disk", "embedded model", "ok", f"stands in {cache_folder()}")
+        yield Finding("disk", "embedded model", "ok", f"is in {cache_folder()}")
     else:
         fetch = "python -m cotune.lightning_modules.embedded fetches it (93 MB); the first run would do the same"
         yield Finding("disk", "embedded model", "note", "not fetched yet", fetch)

@@ -109,8 +109,8 @@ def write_export(
     described = _with_base(read_export(export), base_model)
     if "asked" in described["base"]:
         raise ExportError(
-            f'"{export}" is of an LM without weights here, {described["base_model"]}: prompts.json and program.json '
-            "are all that it takes, and cotune predict and cotune ask read them as they are."
+            f'"{export}" has only prompts, since {described["base_model"]} has no weights here: prompts.json and '
+            "program.json are the whole export, and cotune predict and cotune ask read them as they are."
         )
     if not (export / "adapter" / "adapter_config.json").is_file():
         raise ExportError(f'"{export}" has no adapter/, so nothing can be made of it; give the run\'s own folder.')
@@ -148,8 +148,8 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
     base = _json(out / "program.json")["base"]
     if what != "merged" and not base["on_hub"]:
         raise ExportError(
-            f'the adapter\'s base is "{base["name"]}" on this machine, where nobody else finds it. Name it as the Hub '
-            "knows it, --base-model USER/MODEL, or push merged weights, --what merged."
+            f'the adapter\'s base is "{base["name"]}" on this machine, which others cannot load. Give its name on '
+            "the Hub, --base-model USER/MODEL, or push merged weights, --what merged."
         )
     parts = {"adapter": ["adapter/*"], "merged": ["merged/*"], "all": ["adapter/*", "merged/*"]}[what]
     try:
@@ -165,7 +165,7 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
             f'the Hub did not take "{repo}" ({first}). Log in with `hf auth login` or set HF_TOKEN to a token that may '
-            "write, and name the repository USER/REPO. What was exported stands in "
+            "write, and name the repository USER/REPO. The export is in "
             f"{out}."
         ) from error
     return f"pushed to {url}"

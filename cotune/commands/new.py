@@ -44,13 +44,13 @@ def main(options: argparse.Namespace) -> int:
     """
     folder = Path(options.folder)
     if folder.exists():
-        raise NewTaskError(f"{folder} is there already; give a folder that is not.")
+        raise NewTaskError(f"{folder} already exists; give a new folder.")
     rows: Sequence[Mapping[str, Any]] = _read(options.data) if options.data else _sketch()
     columns = list(dict.fromkeys(name for row in rows for name in row))
     labels = _columns(options.labels, columns) or columns[-1:]
     inputs = _columns(options.inputs, columns) or [name for name in columns if name not in labels]
     if not inputs or set(inputs) & set(labels):
-        raise NewTaskError(f"a column is an input or a label; the inputs are {inputs}, the labels {labels}.")
+        raise NewTaskError(f"a column is either an input or a label; the inputs are {inputs}, the labels {labels}.")
     data = str(Path(options.data).resolve()) if options.data else "data.jsonl"
     task = "" if options.data else "Which team should answer this message of a customer?"
     files = _task_files(folder.name, rows, inputs=inputs, labels=labels, data=data, task=task)

@@ -205,5 +205,5 @@ def _pair_prompts(module: ProgramModule, traces: Path, data: TraceDataModule) ->
     if not path.is_file() and data.bootstrapping.pairs == "initial":
         return module.initial_prompts
     if not path.is_file():
-        raise PreviewError(f'"{path}" is missing: it holds the prompts that stood in the training pairs.')
+        raise PreviewError(f'"{path}" is missing: it holds the prompts of the training pairs.')
     return prompts_from_dict(json.loads(path.read_text(encoding="utf-8")))

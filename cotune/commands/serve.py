@@ -70,14 +70,14 @@ def main(options: argparse.Namespace) -> int:
     folder = export_folder(options.run)
     key = os.environ.get(options.key_variable, "") if options.key_variable else ""
     if options.key_variable and not key:
-        raise BadValueError(f"--key_variable {options.key_variable}: no such variable is set.")
+        raise BadValueError(f"--key_variable {options.key_variable}: this environment variable is not set.")
     engine, name = _engine(options), options.name or _name(folder)
     stopped = threading.Event()
     try:
         front = Front(options.host, options.port, name=name, key=key)
     except OSError as error:
         raise BadValueError(
-            f"{options.host}:{options.port} cannot be listened on ({error.strerror}); --port."
+            f"cannot listen on {options.host}:{options.port} ({error.strerror}); give another --port."
         ) from error
     try:
         given: dict[str, Any] = {"device": options.device or ("cpu" if engine else None)}
@@ -111,7 +111,7 @@ def _engine(options: argparse.Namespace) -> VLLMServer | None:
         raise BadValueError("--engine local takes neither --python nor --url.")
     if not (python or options.url):
         if options.engine == "vllm":
-            raise BadValueError("there is no command vllm here: name --python of its environment, or a server's --url.")
+            raise BadValueError("there is no command vllm here: give --python of its environment, or a server's --url.")
         return None
     from cotune.inference.vllm import VLLMServer
 

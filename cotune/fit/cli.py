@@ -230,7 +230,7 @@ class CotuneCLI(PlainCLI):
         assert self.run_folder is not None
         checkpoint, wrong = Checkpoints(self.run_folder.path / "checkpoints").newest()
         for why in wrong:
-            print(f"{why}; the one before it is taken.")
+            print(f"{why}; using the one before it.")
         return None if checkpoint is None else str(checkpoint)
 
     def _dumped(self) -> dict[str, Any]:
@@ -354,7 +354,7 @@ class CotuneCLI(PlainCLI):
         if self.datamodule.splits.test:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         if self._scratch is not None:
-            print(f"fast_dev_run: {' -> '.join(alternate.schedule)} runs through. Nothing of it is kept.")
+            print(f"fast_dev_run: {' -> '.join(alternate.schedule)} ran to its end. Nothing of it is kept.")
             return
         if not self.first:
             return
@@ -387,7 +387,7 @@ def run(words: Sequence[str]) -> int:
         except RunFinishedError as finished:
             from cotune.reporting.closing_table import closing_table
 
-            print(f"{finished} is finished; --fresh starts over and keeps it aside.")
+            print(f"{finished} is finished; --fresh archives it and starts over.")
             closing_table(Path(str(finished)))
         return 0
 

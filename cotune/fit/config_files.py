@@ -85,9 +85,9 @@ def _not_yaml(path: Path, text: str, error: yaml.MarkedYAMLError) -> str:
     if "\t" in (lines[mark.line] if line and mark else "") and "token" in str(error.problem):
         why = "YAML takes no tabs; indent with spaces"
     elif "mapping values are not allowed" in str(error.problem):
-        why = "a text with a colon and a space in it stands in quotes"
+        why = "a text with a colon and a space in it needs quotes"
     elif re.search(r":\s*[@`%*&!]", line):
-        why = "a text that begins with one of @ ` % * & ! stands in quotes"
+        why = "a text that begins with one of @ ` % * & ! needs quotes"
     elif "did not find expected" in str(error.problem) or "expected" in str(error.problem):
         why = "a bracket, brace, quote or indentation does not fit"
     else:
@@ -114,7 +114,7 @@ def _check_mappings(path: Path, node: yaml.Node) -> None:
             )
         if name in seen and key.tag != "tag:yaml.org,2002:merge":
             raise ConfigFileError(
-                f'config "{path}": {name!r} stands on line {seen[name]} and again on line {line}, and only the last '
+                f'config "{path}": {name!r} is on line {seen[name]} and again on line {line}, and only the last '
                 "would count; remove one."
             )
         seen[name] = line

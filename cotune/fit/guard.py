@@ -45,7 +45,7 @@ def _guarded(command: Callable[[], int]) -> int:
         return command()
     except OutOfTime as stopped:
         print(
-            "\ncotune: stopped: trainer.max_time is over, this start's and earlier ones' together. The same command "
+            "\ncotune: stopped: trainer.max_time is over, earlier starts of this run included. The same command "
             "with more time resumes from here.",
             file=sys.stderr,
         )

@@ -123,7 +123,7 @@ def wanted(words: Sequence[str]) -> str | None:
             continue
         group = found[1] or found[2]
         if group not in ("all", *GROUPS):
-            raise HelpError(f'there is no group "{group}" of options; there are all, {", ".join(GROUPS)}.')
+            raise HelpError(f'there is no group "{group}" of options; write all or one of {", ".join(GROUPS)}.')
         return group
     return None
 

@@ -93,7 +93,7 @@ def _unknown_argument(message: str, options: Options) -> str:
         return ""
     word = found[1].split("=")[0]
     if not word.startswith("--"):
-        return f'"{found[1]}" is no option; options begin with --, and a value with spaces stands in quotes.'
+        return f'"{found[1]}" is no option; options begin with --, and a value with spaces needs quotes.'
     return f"unknown option {word}." + did_you_mean(word[2:], _option_names(options), "--")
 
 

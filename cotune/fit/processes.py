@@ -60,8 +60,8 @@ def check_started(devices: Any, nodes: Any) -> None:
         stray = _number("SLURM_PROCID") > 0 and (one or not by_srun())
     if stray:
         raise OptionError(
-            f"{by} has started this command {times} times, and this run is one process. Give --trainer.devices as many "
-            f"processes as {by} starts on each machine (docs/scaling.md), or have it start one."
+            f"{by} has started this command {times} times, but this run has one process. Set --trainer.devices to the "
+            f"number that {by} starts on each machine (docs/scaling.md), or let it start only one."
         )
 
 

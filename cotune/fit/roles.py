@@ -36,8 +36,8 @@ def open_ledger(budget: Budget, folder: Path, *, keep: bool = True) -> Ledger:
             ledger.load(json.loads(read_durably(path)))
         except DamagedFileError as error:
             raise DamagedFileError(
-                f"{error} So nobody can tell what the run has spent. Remove the file to count from nothing again, or "
-                "start over with --fresh, which keeps the run aside."
+                f"{error} So cotune cannot tell what the run has spent. Remove the file to count from 0 again, or "
+                "start over with --fresh, which archives the run."
             ) from error
     return ledger
 

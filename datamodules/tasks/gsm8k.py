@@ -72,5 +72,5 @@ def gold_number(solution: str) -> str:
     _, mark, number = solution.rpartition(_MARK)
     number = number.strip().replace(",", "")
     if not mark or not number.removeprefix("-").replace(".", "", 1).isdecimal():
-        raise ValueError(f'the answer has no number behind "{_MARK}": …{solution[-40:]!r}.')
+        raise ValueError(f'the answer has no number after "{_MARK}": …{solution[-40:]!r}.')
     return number

@@ -154,7 +154,7 @@ class Decoder:
             for row in rows:
                 row.restart()
             warnings.warn(
-                f"out of memory with {slots} completions at a time: going on with {max(slots // 2, 1)}.", stacklevel=2
+                f"out of memory with {slots} completions at a time: continuing with {max(slots // 2, 1)}.", stacklevel=2
             )
 
     def _run_alone(self, row: Row) -> None:
@@ -199,8 +199,8 @@ class Decoder:
             ).logits[0]
         if len(packed.own.layers) != self.model.config.get_text_config().num_hidden_layers:
             raise BadValueError(
-                f"only {len(packed.own.layers)} layers of {type(self.model).__name__} attend to keys and values of "
-                "their own. cotune generates with models all of whose layers do; recurrent layers are not known to it."
+                f"only {len(packed.own.layers)} layers of {type(self.model).__name__} have keys and values of "
+                "their own, and cotune generates only with models in which every layer has. Use another model."
             )
         return logits
 

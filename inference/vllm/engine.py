@@ -78,8 +78,8 @@ class VLLMServer(Engine):
         self.urls = [_checked(url) for url in ([urls] if isinstance(urls, str) else urls)]
         if bool(python) == bool(self.urls) or len(set(self.urls)) < len(self.urls):
             raise BadValueError(
-                f"urls {self.urls} are to be one or more addresses, none twice; or python is to be that of an "
-                "environment with vLLM, in which a server is started."
+                f"urls is {self.urls}: give the addresses of one or more servers, none twice, or set python to that of "
+                "an environment with vLLM to start one."
             )
         self.python, self.options, self.sleep = python, list(options), sleep
         for name, value in (("concurrency", concurrency), ("timeout", timeout), ("tolerance", tolerance)):
@@ -108,7 +108,7 @@ class VLLMServer(Engine):
         refusals = vllm_refusals(_adapter_config(weights))
         if refusals:
             raise VLLMError(
-                f"vLLM takes no adapter like this one: {'; '.join(refusals)}. Take a plain LoRA (model.lm.lora), or "
+                f"vLLM cannot serve this adapter: {'; '.join(refusals)}. Use a plain LoRA (model.lm.lora), or "
                 "leave model.engine out."
             )
         if self.python:
@@ -130,7 +130,7 @@ class VLLMServer(Engine):
             VLLMError: no server answers, or one answers by other weights.
         """
         if sampling.log_probs and sampling.top_p < 1:
-            raise BadValueError(f"vLLM gives log-probabilities after top-p; top_p {sampling.top_p} must be 1 for them.")
+            raise BadValueError(f"vLLM gives log-probabilities after top-p, so top_p must be 1, not {sampling.top_p}.")
         results = [Generated([], "", "too_long")] * len(prompts)
         rows = []
         for place, prompt in enumerate(prompts):
@@ -271,7 +271,7 @@ def _checked(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
         raise BadValueError(
-            f'"{parts.scheme}://{parts.hostname}" is no address of a vLLM server, such as "http://127.0.0.1:8000"; a '
-            "key belongs into the environment variable that key_variable names."
+            f'"{parts.scheme}://{parts.hostname}" is not the address of a vLLM server, such as '
+            '"http://127.0.0.1:8000"; put a key into the environment variable that key_variable names.'
         )
     return url.rstrip("/").removesuffix("/v1")

@@ -72,7 +72,7 @@ class Pool:
             raise VLLMError(f"the vLLM servers differ: {'; '.join(f'{url} is {one}' for one, url in found.items())}.")
         for server in self.servers:
             if server.lost:
-                print(f"{server.url} does not answer: {server.lost}. The others do its work while it does not.")
+                print(f"{server.url} does not answer: {server.lost}. The other servers do its work until it does.")
         (about,) = found
         return about
 

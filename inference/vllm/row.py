@@ -105,7 +105,7 @@ class Row:
             token = expected[at]
             forbidden_V = filling.forbidden(self._width, _CPU)
             if not 0 <= token < self._width or (self._masked and forbidden_V is not None and forbidden_V[token]):
-                raise VLLMError(f"a vLLM server wrote the token {token}, which it was told not to, or which is none.")
+                raise VLLMError(f"a vLLM server wrote the token {token}, which was excluded or does not exist.")
             if forbidden_V is not None and not self._masked and (self._sampling.log_probs or forbidden_V[token]):
                 self._rejected = True
                 break

@@ -126,18 +126,18 @@ class Server:
             version = str((await self.ask("/version"))["version"])
         except (RefusedError, KeyError, TypeError) as error:
             raise VLLMError(
-                f"{self.url} is no vLLM server ({error!r}): it must know /v1/models and /version."
+                f"{self.url} is not a vLLM server ({error!r}): it must answer /v1/models and /version."
             ) from None
         bases = {one["id"]: one for one in listed if not one.get("parent")}
         if (model not in bases) if model else (len(bases) != 1):
             raise VLLMError(
-                f'{self.url} serves {", ".join(bases) or "no model"}, and "{model}" is asked. Name one of them: '
-                "model.engine.init_args.model."
+                f'{self.url} serves {", ".join(bases) or "no model"}, not "{model}". Set '
+                "model.engine.init_args.model to a model that it serves."
             )
         name = model or next(iter(bases))
         found = About(name, int(bases[name].get("max_model_len") or 0), version)
         if self.about not in (None, found):
-            raise VLLMError(f"{self.url} has become another server: {self.about} before, {found} now.")
+            raise VLLMError(f"{self.url} is now a different server: {self.about} before, {found} now.")
         self.about = found
         await self._wake()
         for old in filter(left_behind, (one["id"] for one in listed)):
@@ -212,9 +212,9 @@ class Server:
             wrong = f"it gives no log-probabilities ({error!r})"
         if wrong:
             raise VLLMError(
-                f'{self.url} does not answer by the weights of this process. Asked for "{serving.name}" on the probe, '
-                f"{wrong}. Does it serve the same base, in the same precision (--dtype, no quantization)? "
-                "model.engine.init_args.tolerance says how far rounding may go."
+                f'{self.url} does not answer with the weights of this process. Asked for "{serving.name}" on the '
+                f"probe, {wrong}. Check that it serves the same base in the same precision (--dtype, no quantization); "
+                "model.engine.init_args.tolerance sets how far rounding may differ."
             )
 
     async def check_log_probs(self, serving: Serving) -> None:
@@ -229,7 +229,7 @@ class Server:
         written = await self.complete({**GREEDY, **one}, serving)
         if abs(written.log_probs[0]) > 0.01:
             raise VLLMError(
-                f"{self.url} gives log-probabilities before the sampling's temperature and the field's constraint. "
+                f"{self.url} reports log-probabilities without the temperature and the field's constraint. "
                 "Start it with --logprobs-mode processed_logprobs."
             )
         self._normalises = True
@@ -250,8 +250,8 @@ class Server:
         if (written := written_of(said, asked)) is not None:
             return written
         raise VLLMError(
-            f'{self.url} was asked for ids by "{serving.name}" and answers {str(said)[:200]}: no ids, those of another '
-            "prompt, or another model. cotune takes vLLM from 0.22 on, reached without a proxy that changes requests."
+            f'{self.url} was asked for token ids from "{serving.name}" and answered {str(said)[:200]}: no ids, those '
+            "of another prompt, or another model. cotune needs vLLM 0.22 or newer, and no proxy that changes requests."
         )
 
     def _check_forgotten(self, serving: Serving, error: RefusedError) -> None:

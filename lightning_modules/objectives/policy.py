@@ -56,7 +56,7 @@ class GRPO(Objective):
         if variant not in _HIGHEST:
             raise BadValueError(f'variant "{variant}" is none of {", ".join(_HIGHEST)}.')
         if runs < 2:
-            raise BadValueError(f"runs {runs} of an example: at least 2, as one is judged by the others.")
+            raise BadValueError(f"runs {runs} is below 2; each run of an example is compared with its others.")
         for name, value in (("low", low), ("high", high or 0.0), ("kl", kl)):
             if value < 0:
                 raise BadValueError(f"{name} {value:g} is below 0.")
@@ -95,7 +95,7 @@ class GRPO(Objective):
     def said(self, collected: Collected, traces: Sequence[Trace]) -> str:
         groups = collected.siblings
         flat = sum(len({run.rollout.score for run in runs}) == 1 for runs in groups)
-        return f"all runs of {flat} of {len(groups)} examples scored alike, and are left out"
+        return f"{flat} of {len(groups)} examples are left out, as all their runs have the same score"
 
     def loss(self, log_probs: Tensor, tokens: Bearing) -> Tensor:
         own = log_probs[:, 0]

@@ -71,7 +71,7 @@ class BatchGradients:
         if rows_at_once is not None and rows_at_once < 1:
             raise BadValueError(f"micro_batch_size {rows_at_once} is below 1; null computes a batch at once.")
         if slices is not None and slices < 1:
-            raise BadValueError(f"gradient_slices {slices} is below 1; null makes one a process.")
+            raise BadValueError(f"gradient_slices {slices} is below 1; null makes one per process.")
         self.rows_at_once, self._slices = rows_at_once, slices
         self.ranks = Ranks()
 
@@ -170,8 +170,8 @@ class BatchGradients:
     def _halved(self, part: Batch) -> int:
         self.rows_at_once = part.rows // 2  # and so for all parts to come
         print(
-            f"memory ran out on {part.rows} rows at once: from here on {self.rows_at_once} are computed at once, with "
-            f"the same loss and gradients. Set model.micro_batch_size to {self.rows_at_once} to begin with it."
+            f"memory ran out on {part.rows} rows at once: continuing with {self.rows_at_once} at once, which gives the "
+            f"same loss and gradients. Set model.micro_batch_size to {self.rows_at_once} to start with that."
         )
         return self.rows_at_once
 

@@ -82,8 +82,8 @@ def padded_logits(model: Any, batch: Batch) -> Tensor:
     if not _checkpointing(model):
         return torch.cat([_padded_segment(model, segment) for segment in batch.segments])
     warnings.warn(
-        "gradient checkpointing drops caches, and this model cannot be trained on packed rows: every row computes "
-        "its whole prompt. Equal, but slow where prompts share much.",
+        "with gradient checkpointing and without packed rows, which this model does not support, every row computes "
+        "its whole prompt: the same result, but slower where prompts share long beginnings.",
         stacklevel=2,
     )
     return torch.cat([_padded_segment(model, Segment(0, segment.pairs)) for segment in batch.segments])

@@ -183,7 +183,7 @@ def rounds_products(device: torch.device) -> bool:
 
 def _only_padded(why: str) -> Abilities:
     warnings.warn(
-        f"this model cannot be trained on packed rows ({why.splitlines()[0]}); rows are padded instead: slower, equal.",
+        f"this model cannot be trained on packed rows ({why.splitlines()[0]}); rows are padded: slower, same result.",
         stacklevel=2,
     )
     return Abilities(False, False)

@@ -55,8 +55,8 @@ class Skips:
             return
         raise NonFiniteError(
             f"{said}. That makes {self.in_a_row} skipped steps in a row and {self.total} in all; the limits are "
-            f"model.skip_limits.in_a_row {self.limits.in_a_row} and total {self.limits.total}. The weights are as they "
-            f"were before. Ways out: a lower learning rate (now {learning_rate:.1e}); trainer.gradient_clip_val 1.0; "
+            f"model.skip_limits.in_a_row {self.limits.in_a_row} and total {self.limits.total}. The weights are "
+            f"unchanged. Try a lower learning rate (now {learning_rate:.1e}); trainer.gradient_clip_val 1.0; "
             "model.lm.dtype float32; look at these examples with `cotune preview` and take them out if they are broken."
         )
 

@@ -446,7 +446,7 @@ def _timeless(records: Sequence[dict[str, Any]], clock: Sequence[dict[str, Any]]
 
 
 def test_calls_to_spend_need_a_prompt_step_at_the_end() -> None:
-    with pytest.raises(ValueError, match='lm_calls is for a schedule that ends with "p"; this is "p -> w"'):
+    with pytest.raises(ValueError, match='lm_calls needs a schedule that ends with "p"; this is "p -> w"'):
         Alternate("p -> w", lm_calls=100)
 
 
@@ -488,7 +488,7 @@ def test_an_average_that_is_no_better_than_the_best_epoch_is_not_kept(
 
 @pytest.mark.parametrize("count", [-1, 1, 6])
 def test_an_average_of_one_epoch_or_of_more_than_there_are_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"average_last {count} is none of 0"):
+    with pytest.raises(ValueError, match=f"average_last {count} must be 0"):
         Alternate(epochs=5, average_last=count)
 
 

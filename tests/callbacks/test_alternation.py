@@ -82,7 +82,7 @@ def test_from_every_record_a_run_goes_on_to_the_same_end(steps: list[Step]) -> N
 
 
 def test_an_event_that_ends_nothing_is_refused() -> None:
-    with pytest.raises(StateError, match="RoundEnded in the middle of"):
+    with pytest.raises(StateError, match="RoundEnded cannot happen in"):
         Alternation([W]).after(State(), RoundEnded())
 
 
@@ -98,7 +98,7 @@ def test_a_record_of_another_format_is_refused_with_the_way_out(found: int | Non
 
 def test_a_record_of_another_schedule_is_refused() -> None:
     record = Alternation([P, W]).saved(State())
-    with pytest.raises(StateError, match=r"alternate.schedule p -> w, this run has p -> w -> p"):
+    with pytest.raises(StateError, match=r"alternate.schedule p -> w, but this run has p -> w -> p"):
         Alternation([P, W, P]).resumed(record)
-    with pytest.raises(StateError, match=r"alternate.epochs 2, this run has 3"):
+    with pytest.raises(StateError, match=r"alternate.epochs 2, but this run has 3"):
         Alternation([P, Step("w", rounds=3)]).resumed(record)

@@ -61,7 +61,7 @@ def test_answers_given_before_the_terminal_was_closed_are_kept(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: {stage: s, now: a, proposed: b, answer: perhaps}", "neither y nor n"), ("- a", "cannot be read")],
+    [("a: {stage: s, now: a, proposed: b, answer: perhaps}", "write y or n"), ("- a", "cannot be read")],
 )
 def test_a_file_that_was_filled_in_wrong_is_named(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(text)

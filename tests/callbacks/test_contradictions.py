@@ -60,7 +60,7 @@ def test_a_label_of_another_name_is_no_matter_to_another_metric_or_program() -> 
 @pytest.mark.parametrize("label", ["purple", ["purple", "pink"], 7])
 def test_a_label_that_its_fields_type_does_not_know_is_refused(label: object) -> None:
     program = Predict("question -> answer", types={"answer": ["red", "blue"]})
-    with pytest.raises(ContradictionError, match=r"example e1: the label answer .* 1 of 2 labels are such"):
+    with pytest.raises(ContradictionError, match=r"example e1: the label answer .* This holds for 1 of 2 labels"):
         check_fields(program, exact_match, labelled("red", label))
     check_fields(program, exact_match, labelled("Red", ["purple", "blue"]))
 
@@ -83,7 +83,7 @@ def test_labels_that_the_form_cannot_write_are_said_with_the_reason_and_refused_
     assert said.startswith("example e1: the form ReasonThenFill cannot write the label answer so that it is read back")
     assert "ends its field in this form: 'yes" in said
     assert "1 of 3 labels" in said
-    with pytest.raises(ContradictionError, match=r"2 of 2 labels\. Mend the data, or take another"):
+    with pytest.raises(ContradictionError, match=r"2 of 2 labels\. Fix the data, or use another"):
         check_texts(program, ReasonThenFill(), labelled(broken, broken))
     assert check_texts(program, Json(), labelled(broken, ["a", broken])) == []
 

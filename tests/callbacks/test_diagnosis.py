@@ -83,7 +83,7 @@ def test_a_gold_answer_is_no_passing_trace() -> None:
             "attempts",
         ),
         ({"wrong": 4, "format": 4, "cut_off": 4}, {}, "4 of the runs were cut off", "No prompt"),
-        ({"metric": 8}, {}, "Mend the program or the metric", "attempts"),
+        ({"metric": 8}, {}, "Fix the program or the metric", "attempts"),
         ({"wrong": 8}, {"temperature": 0.0, "fresh_demos": 0}, "temperature above 0", "attempts (now"),
     ],
 )

@@ -288,7 +288,7 @@ def test_a_checkpoint_cut_short_is_seen_and_the_one_before_it_taken(
     assert Checkpoints(folder).newest() == (folder / "last.ckpt", [])
     for name in ("last.ckpt", "previous.ckpt"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint can be trusted: .*last.ckpt .*previous.ckpt .*--fresh"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint is intact: .*last.ckpt .*previous.ckpt .*--fresh"):
         Checkpoints(folder).newest()
 
 
@@ -330,8 +330,8 @@ def test_a_disk_that_cannot_be_written_leaves_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"schedule": "p -> w"}, "alternate.schedule p -> w -> p, this run has p -> w. Continue with the same"),
-        ({"epochs": 3}, "alternate.epochs 2, this run has 3. Continue with the same, or start a new run"),
+        ({"schedule": "p -> w"}, "alternate.schedule p -> w -> p, but this run has p -> w. Set it back"),
+        ({"epochs": 3}, "alternate.epochs 2, but this run has 3. Set it back to resume, or start a new run"),
     ],
 )
 def test_a_changed_schedule_is_refused(changed: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path) -> None:

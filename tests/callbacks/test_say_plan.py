@@ -28,7 +28,7 @@ def test_the_first_lines_say_what_will_happen(
     assert lines[2:5] == [
         "  data      12 train, 6 dev, 10 val, 4 test examples; metric digest",
         "            1 of 150 rows has the inputs of another (1 with equal labels, 0 with others) and is kept",
-        "  schedule  p -> w -> p (p: RandomDemoSearch; w: 2 epochs on up to 2 attempts an example)",
+        "  schedule  p -> w -> p (p: RandomDemoSearch; w: 2 epochs on up to 2 attempts per example)",
     ]
     # vanilla 10; p: 12, 8 told the answer, 6 candidates of 6, 10, twice; w: 12 or 24 + 10 x (2 epochs + 2); test 4
     assert lines[5:7] == ["  rate      w: 2.0e-02 (as set)", "  in all    198 to 210 runs of the program"]
@@ -39,7 +39,7 @@ def test_a_search_that_has_an_lm_write_says_the_calls_of_each_role(tiny_model: P
     fit = tiny_fit(tiny_model, tmp_path / "small", "p", search=ReflectiveSearch(max_runs=66))
     fit.data.setup("fit")
     lines = plan("small", fit.module, fit.data, fit.alternate)
-    said = "in a prompt step up to 66 LM calls of the program at one a stage, about 10 of the proposer"
+    said = "in a prompt step up to 66 LM calls of the program at one per stage, about 10 of the proposer"
     assert f"  search    {said}" in lines
 
 

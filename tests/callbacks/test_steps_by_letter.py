@@ -59,9 +59,9 @@ def test_the_settings_of_w_may_be_given_as_well() -> None:
     ("settings", "said"),
     [
         ({"p": {}}, '"p" is the prompt step, which alternate.search sets'),
-        ({"two words": {}}, '"two words" is no letter of a schedule'),
+        ({"two words": {}}, '"two words" is not a letter of a schedule'),
         ({"d": {"epochs": 0}}, "epochs 0 of a weight step is below 1"),
-        ({"d": {"rounds": 2, "epochs": 2}}, "epochs 2 and rounds 2 of one step"),
+        ({"d": {"rounds": 2, "epochs": 2}}, "epochs 2 and rounds 2; give one"),
         ({"d": {"lr": 0.0}}, "lr 0 of a weight step must be above 0"),
     ],
 )

@@ -25,7 +25,7 @@ def test_the_first_signal_waits_where_work_is_under_way(
         with pytest.raises(Stopped) as stopped:
             signals.check()
     assert stopped.value.exit_code == 128 + number
-    assert "cotune: stopping after this batch; once more to stop at once." in capfd.readouterr().err
+    assert "cotune: stopping after this batch; a second Ctrl-C or signal stops at once." in capfd.readouterr().err
     assert signal.getsignal(number) is before
 
 

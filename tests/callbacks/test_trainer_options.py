@@ -178,7 +178,7 @@ def test_fast_dev_run_walks_the_schedule_and_keeps_nothing(
     monkeypatch.chdir(tmp_path)
     said = cotune(fit(tiny_model, "--trainer.fast_dev_run=true", schedule="w -> p -> w"), capsys)
     assert said.code == 0, said.err
-    assert "fast_dev_run: w -> p -> w runs through. Nothing of it is kept." in said.out
+    assert "fast_dev_run: w -> p -> w ran to its end. Nothing of it is kept." in said.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +234,7 @@ def test_a_fit_that_something_else_ends_is_no_finished_run(
 ) -> None:
     said = cotune([*small, "--trainer.callbacks=tiny_fit.StopsAtOnce"], capsys)
     assert said.code == 2
-    assert "the fit ended in step 1 of 1 (w), because something else told the trainer to stop" in said.err
+    assert "the fit ended in step 1 of 1 (w), because something outside the schedule stopped the trainer" in said.err
     assert not Path("runs/tiny/summary.json").exists()
     assert not Path("runs/tiny/export").exists()
 

@@ -343,6 +343,6 @@ def test_a_missing_key_is_one_line_with_three_ways_out(
     assert main([*fit(tiny_model), "--trainer.logger", "WandbLogger"]) == 2
     said = capsys.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("cotune: error: ")]
-    assert "W&B cannot be logged to (No API key configured." in line
-    assert "`wandb login`, set WANDB_API_KEY, or keep the run's log here with WANDB_MODE=offline" in line
+    assert "cannot log to W&B (No API key configured." in line
+    assert "`wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline" in line
     assert "Traceback" not in said

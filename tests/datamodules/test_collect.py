@@ -640,4 +640,4 @@ def test_a_teacher_whose_calls_are_made_leaves_the_rest_unsolved(capsys: pytest.
     teacher = BudgetedLM(FakeLM(doubling), Ledger(), role="teacher", max_calls=40)
     _, report = run(FakeLM(lambda request: "no"), doubles(*range(1, 70)), teacher=teacher)
     assert (report.taught, teacher.usage.calls) == (32, 40)
-    assert "the teacher has run 32 of 69 examples that were not solved: max_calls 40" in capsys.readouterr().out
+    assert "the teacher stopped after 32 of 69 unsolved examples: max_calls 40" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_messages_are_not_changed(tokenizer: Any) -> None:
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"has no chat template\. Take an instruct model"):
+    with pytest.raises(ValueError, match=r"has no chat template\. Use an instruct model"):
         ChatEncoder(tokenizer)
 
 

@@ -204,8 +204,8 @@ def test_parquet_is_read_and_class_indices_become_names(tmp_path: Path) -> None:
         ("a.jsonl", "[" * 100_000, "row 1: it is not JSON"),
         ("a.json", '{"data": []}', "holds one value of type dict; a .json file is a list of objects"),
         ("a.json", "[{}, 3]", "row 2: it is of type int"),
-        ("a.json", '{"q": 1}\n{"q": 2}', "A file with an object a line is named .jsonl"),
-        ("a.txt", "q", r"of no known format; allowed are .jsonl, .json, .csv, .tsv, .parquet"),
+        ("a.json", '{"q": 1}\n{"q": 2}', "A file with one object per line is named .jsonl"),
+        ("a.txt", "q", r"has an unknown format; allowed are .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.parquet", "q", "cannot be read as parquet"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_relative_path_with_a_known_ending_is_never_asked_of_the_hub() -> None
 
 
 def test_split_and_config_of_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="split and config are for Hub data sets"):
+    with pytest.raises(DataError, match="leave out split and config, which are for Hub data sets"):
         read_rows(write(tmp_path / "a.csv", "q\n1\n"), split="train")
 
 

@@ -78,7 +78,7 @@ def test_any_stratified_split_is_disjoint_and_within_two_of_proportion(
     rows = [Example.of({}, {"kind": k}, id=f"{k}-{n}") for k, count in enumerate(kinds) for n in range(count)]
     asked[0] = max(1, asked[0])
     if sum(asked) > len(rows):
-        with pytest.raises(ValueError, match=f"{len(rows)} exist"):
+        with pytest.raises(ValueError, match=f"{len(rows)} in the examples"):
             split(rows, Sizes(*asked), seed=seed, stratify="kind")
         return
     splits = split(rows, Sizes(*asked), seed=seed, stratify="kind")
@@ -170,7 +170,7 @@ def test_keep_takes_all_and_says_how_many_leak() -> None:
 
 
 def test_duplicates_do_not_hide_that_too_few_are_left() -> None:
-    with pytest.raises(ValueError, match=r"4 exist in a\.csv"):
+    with pytest.raises(ValueError, match=r"4 in a\.csv"):
         split([*examples(4), *examples(4)], Sizes(5, 0, 0, 0), seed=0, duplicates="drop", where="a.csv")
 
 
@@ -192,13 +192,13 @@ def test_too_few_examples_says_how_many_there_are_and_what_to_lower() -> None:
     with pytest.raises(ValueError) as error:
         split(examples(150), Sizes(100, 20, 0, 50), seed=0)
     assert str(error.value) == (
-        "too few examples: 150 exist in the examples, train 100 + dev 20 + test 50 = 170 are asked. "
+        "too few examples: 150 in the examples, but train 100 + dev 20 + test 50 = 170 are needed. "
         "Lower sizes.train or sizes.dev or sizes.test by 20 in all."
     )
 
 
 def test_too_small_an_own_test_set_asks_to_lower_test_only() -> None:
-    with pytest.raises(ValueError, match=r"3 exist in the test examples, test 5 are asked. Lower sizes.test by 2\.$"):
+    with pytest.raises(ValueError, match=r"3 in the test examples, but test 5 are needed. Lower sizes.test by 2\.$"):
         split(examples(9), Sizes(1, 1, 1, 5), seed=0, test=examples(3, prefix="t"))
 
 

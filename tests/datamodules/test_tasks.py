@@ -127,7 +127,7 @@ def test_the_gold_number_stands_behind_the_last_mark(solution: str, number: str)
 
 @pytest.mark.parametrize("solution", ["It is 6.", "####", "#### six", "#### ,", "#### 1 or 2"])
 def test_a_solution_without_a_gold_number_is_an_error(solution: str) -> None:
-    with pytest.raises(ValueError, match='no number behind "####"'):
+    with pytest.raises(ValueError, match='no number after "####"'):
         gold_number(solution)
 
 

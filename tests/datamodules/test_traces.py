@@ -178,9 +178,7 @@ def test_a_trace_of_an_lm_without_ids_is_trained_on_as_its_text() -> None:
 
 def test_weights_on_another_tokenizers_ids_are_refused_by_name() -> None:
     foreign = replace(trace(21), tokenizer="bytes", base="teacher", pg=(1, 1, 1))
-    with pytest.raises(
-        ValueError, match=r'"e21" \(stage double\): this trace weighs .* another tokenizer \("teacher"\)'
-    ):
+    with pytest.raises(ValueError, match=r'"e21" \(stage double\): it has weights .* another tokenizer \("teacher"\)'):
         student(backwards()).pair(foreign)
 
 
@@ -189,7 +187,7 @@ def test_a_weight_step_says_how_many_of_its_traces_are_of_another_tokenizer(
 ) -> None:
     traces = [replace(trace(1), tokenizer="bytes", base="teacher"), replace(trace(2), tokenizer="backwards")]
     module().begin_weight_step(traces, student(backwards()), step=0)
-    assert '1 of 2 traces are of another tokenizer ("teacher"): they are trained on as their' in capsys.readouterr().out
+    assert '1 of 2 traces are of another tokenizer ("teacher"): only their outputs are used' in capsys.readouterr().out
 
 
 # An epoch

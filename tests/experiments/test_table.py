@@ -108,7 +108,7 @@ def test_a_part_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"tasks": {}}, "tasks is {}"),
-        ({"tasks": {"a b": []}}, "the name 'a b' may hold letters"),
+        ({"tasks": {"a b": []}}, "the name 'a b' also names folders"),
         ({"lms": {"x": ["nowhere.yaml"]}}, "there is no config .*nowhere.yaml"),
         ({"seeds": ["0"]}, "seeds is"),
         ({"strategies": ["p -> x"]}, 'unknown step "x"'),
@@ -116,7 +116,7 @@ def test_a_part_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
         ({"steps": 3}, 'a table has no "steps"'),
         ({"equal_calls": "no"}, "equal_calls is 'no'"),
         ({"tasks": {"a": {"paper": "MATH"}}}, "the paper has HotPotQA"),
-        ({"tasks": {"a": {"presets": {"other": []}}}}, 'over preset "other"; there are default'),
+        ({"tasks": {"a": {"presets": {"other": []}}}}, 'an unknown preset, "other"; there are default'),
         ({"options": [1]}, r"options is \[1\]"),
     ],
 )

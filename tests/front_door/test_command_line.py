@@ -84,7 +84,7 @@ def test_a_group_of_options_has_a_help_of_its_own(run: Run) -> None:
     assert run("fit", "--record.help").out == run("fit", "--help=record").out
     assert wanted(["fit", "--search.help"]) == "search"
     assert wanted(["fit", "--data.help", "Iris"]) is None
-    assert one_error(run("fit", "--help=lora")).startswith('there is no group "lora" of options; there are all, alter')
+    assert one_error(run("fit", "--help=lora")).startswith('there is no group "lora" of options; write all or one of')
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a matter of glibc")
@@ -214,7 +214,7 @@ def test_a_config_that_is_missing_is_named(run: Run) -> None:
 
 def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTUNE_SCHEDULE", "p")
-    assert "COTUNE_SCHEDULE: no such environment variable is read; those of cotune are COTUNE_CACHE" in run("fti").err
+    assert "COTUNE_SCHEDULE: cotune reads no such environment variable, only COTUNE_CACHE" in run("fti").err
 
 
 # What only shows when a run starts
@@ -298,7 +298,7 @@ data:
         ("question\n1\n2\n3\n", "rows.csv, row 1: field 'answer' is missing; the row has 'question'. (3 of 3 rows"),
         ("question,answer\n1,2\n2,\n3,4\n", "rows.csv, row 2: field 'answer' is empty; a label is what the metric"),
         ("question,answer\n1,2\n2\n3,4\n", "rows.csv, row 2: it has 1 cells, the header 2"),
-        ("question,answer\n1,2\n", "too few examples: 1 exist"),
+        ("question,answer\n1,2\n", "too few examples: 1 in"),
     ],
 )
 def test_a_bad_row_is_named_with_its_field(run: Run, tiny_model: Path, rows: str, named: str) -> None:

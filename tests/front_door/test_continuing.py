@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken_and_without_an
     for path in whole:
         path.write_bytes(b"PK")
     for more in ([], ["--ckpt_path", "last"]):
-        assert error(run(*words, *more)).startswith("no checkpoint can be trusted: runs/tiny/checkpoints/last")
+        assert error(run(*words, *more)).startswith("no checkpoint is intact: runs/tiny/checkpoints/last")
     assert "previous.ckpt is not what was written" in error(run(*words, "--ckpt_path", str(previous)))
     previous.write_bytes(whole[previous])
     data = bytearray(whole[last])
@@ -110,12 +110,12 @@ def test_a_finished_run_shows_its_table_and_is_not_touched(run: Run, tiny_model:
     before = {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()}
     said = run(*words)
     assert said.code == 0, said.err
-    assert "runs/tiny is finished; --fresh starts over and keeps it aside." in said.out
+    assert "runs/tiny is finished; --fresh archives it and starts over." in said.out
     assert said.out.partition("finished")[2].count("test score") == 1
     assert {path: path.read_bytes() for path in Path("runs/tiny").rglob("*") if path.is_file()} == before
     again = run(*words, "--fresh")
     assert again.code == 0, again.err
-    assert "the earlier run is kept as runs/tiny.old-1" in again.out
+    assert "the earlier run is archived as runs/tiny.old-1" in again.out
     assert Path("runs/tiny.old-1/history.jsonl").read_bytes() == before[Path("runs/tiny/history.jsonl")]
     assert history(Path("runs/tiny")) == history(Path("runs/tiny.old-1"))
     summary = json.loads(Path("runs/tiny/summary.json").read_text())
@@ -217,7 +217,7 @@ def test_a_damaged_identity_is_refused(run: Run, tiny_model: Path, once: Path) -
     shutil.copytree(once / "runs", "runs")
     path = Path("runs/tiny/run.json")
     path.write_text(path.read_text().replace('"alternate.epochs": 2', '"alternate.epochs": 9'))
-    assert "runs/tiny/run.json is not what was written (its SHA-256 differs). So nobody can tell" in error(
+    assert "runs/tiny/run.json is not what was written (its SHA-256 differs). So cotune cannot tell" in error(
         run(*fit(tiny_model))
     )
 
@@ -246,7 +246,7 @@ def test_a_lock_left_by_another_machine_is_taken_and_said(capsys: pytest.Capture
     folder.path.mkdir(parents=True)
     (folder.path / ".lock").write_text("process 7 on elsewhere (boot 1234)")
     folder.acquire()
-    assert "was last held by process 7 on elsewhere (boot 1234), which has let go of it." in capsys.readouterr().out
+    assert "was last used by process 7 on elsewhere (boot 1234), which no longer locks it." in capsys.readouterr().out
     assert f" on {socket.gethostname()}" in (folder.path / ".lock").read_text()
     folder.release()
     again = RunFolder("runs", "mine")

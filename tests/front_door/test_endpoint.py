@@ -63,7 +63,7 @@ def test_prompts_are_tuned_tested_exported_and_asked_without_weights(
     Path("rows.jsonl").write_text(flower, encoding="utf-8")
     answered = cotune(["predict", "--export", "runs/hosted", "--data", "rows.jsonl"], capsys)
     assert (answered.code, json.loads(answered.out)["answer"]) == (0, "setosa")
-    assert "is of an LM without weights here" in cotune(["export", "runs/hosted"], capsys).err
+    assert "has no weights here" in cotune(["export", "runs/hosted"], capsys).err
     assert "is finished" in cotune(fit(server), capsys).out
 
 
@@ -81,10 +81,10 @@ def test_a_run_that_breaks_off_and_meets_its_budget_pays_for_nothing_twice(
     server.answer = species
     spent = cotune(fit(server, "--budget.lm_calls", "30"), capsys)
     assert (spent.code, len(server.bodies)) == (4, 30)
-    assert "budget    lm_calls 30, of which are spent 11 calls" in spent.out
-    assert "so the run ends early, with the best so far" in spent.out
+    assert "budget    lm_calls 30, of which 11 calls" in spent.out
+    assert "so it ends early, with the best so far" in spent.out
     assert "ended by budget.lm_calls 30 in step 1 of 1" in spent.out
-    assert "set a larger budget.lm_calls to go on from there" in spent.err
+    assert "set a larger budget.lm_calls to resume" in spent.err
     assert (summary()["best"], summary()["costs"]["program"]["calls"]) == ("vanilla", 30)
     assert Path("runs/hosted/export/prompts.json").is_file()
 
@@ -94,7 +94,7 @@ def test_a_run_that_breaks_off_and_meets_its_budget_pays_for_nothing_twice(
     refused = cotune(fit(server, "--budget.lm_calls", "500"), capsys)
     assert refused.code == 2
     assert "spent.json" in refused.err
-    assert "Remove the file to count from nothing again" in refused.err
+    assert "Remove the file to count from 0 again" in refused.err
     file.write_bytes(whole)
 
     done = cotune(fit(server, "--budget.lm_calls", "500"), capsys)

@@ -26,7 +26,7 @@ def test_what_it_writes_is_tuned_by_the_command_that_it_prints(
     said = run("new", "my-task")
     assert said.code == 0, said.err
     assert said.out.endswith("next: cd my-task && cotune fit --config task.yaml\n")
-    assert "my-task is there already" in run("new", "my-task").err
+    assert "my-task already exists" in run("new", "my-task").err
     monkeypatch.chdir("my-task")
     small = [
         "--alternate.schedule",

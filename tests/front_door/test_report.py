@@ -295,9 +295,9 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
     [
         ({}, "is no run: it has no history.jsonl. Give the folder of a run, e.g. runs/iris."),
         ({"inner/history.jsonl": ""}, "Did you mean one of"),
-        ({"config.yaml": "a: 1"}, "has not come to its first boundary"),
+        ({"config.yaml": "a: 1"}, "has not reached its first boundary"),
         ({"history.jsonl": ""}, "is empty: this run has reached no boundary yet"),
-        ({"history.jsonl": '{"loss": 1}\n'}, "is no record of cotune's"),
+        ({"history.jsonl": '{"loss": 1}\n'}, "is not a record of cotune"),
         ({"history.jsonl": '{"index": 0, "ste'}, 'history.jsonl", line 1, is damaged'),
     ],
 )

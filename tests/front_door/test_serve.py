@@ -74,7 +74,7 @@ def test_many_questions_at_once_get_the_programs_answers(tuned: Tuned, url: str)
         ("setosa", {}, 400, "no JSON object: it holds the program's inputs as JSON, petal_length, petal_width, sepal"),
         ({"petal_length": "1"}, {}, 400, "petal_width"),
         ({**FLOWERS[0], "colour": "red"}, {}, 400, "colour: no input"),
-        (FLOWERS[0], {"model": "gpt"}, 404, 'there is no model "gpt", but "tiny"'),
+        (FLOWERS[0], {"model": "gpt"}, 404, 'there is no model "gpt", only "tiny"'),
         (FLOWERS[0], {"stream": True}, 400, "stream"),
         (FLOWERS[0], {"messages": []}, 400, "one message of the user"),
         (FLOWERS[0], {"key": "guessed"}, 401, "key"),
@@ -140,10 +140,10 @@ def test_the_command_serves_on_vllm_servers_until_sigterm(
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(finished: Any, capsys: Any, tmp_path: Path) -> None:
     taken = Front("127.0.0.1", 0, name="x")
     for words, message in (
-        (["--port", str(taken.server_port)], "cannot be listened on"),
+        (["--port", str(taken.server_port)], "cannot listen on"),
         (["--engine", "local", "--url", "http://127.0.0.1:1"], "takes neither"),
         (["--python", str(tmp_path / "python"), "--port", "0"], "no Python"),
-        (["--key_variable", "NO_SUCH"], "no such variable is set"),
+        (["--key_variable", "NO_SUCH"], "this environment variable is not set"),
     ):
         said = cotune(["serve", str(finished.folder), *words], capsys)
         assert (said.code, message in said.err) == (2, True), said.err

@@ -95,7 +95,7 @@ def test_a_run_of_one_process_that_torchrun_starts_twice_is_refused(monkeypatch:
         monkeypatch.setenv(name, value)
     check_started(2, 1)
     check_started("1", 2)  # a process on each of two machines
-    with pytest.raises(OptionError, match="torchrun has started this command 2 times, and this run is one process"):
+    with pytest.raises(OptionError, match="torchrun has started this command 2 times, but this run has one process"):
         check_started(1, 1)
 
 

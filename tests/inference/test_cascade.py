@@ -89,7 +89,7 @@ def test_a_model_with_recurrent_layers_is_refused_by_name() -> None:
         window=64,
         cache_tokens=1024,
     )
-    with pytest.raises(ValueError, match="0 layers of Mamba2ForCausalLM attend to keys and values"):
+    with pytest.raises(ValueError, match="0 layers of Mamba2ForCausalLM have keys and values"):
         decoder.generate([Prompted([5, 6, 7])], Sampling(max_new_tokens=2))
 
 

@@ -118,7 +118,7 @@ def test_a_damaged_row_is_a_miss_said_once_and_written_anew(
     assert set(store.find(made(4))) == {key(0), key(2)}
     assert store.find([key(3)]) == {}
     assert store.damaged == 3
-    assert capsys.readouterr().out.count("damaged rows are taken as absent") == 1
+    assert capsys.readouterr().out.count("damaged rows are ignored") == 1
     store.keep(made(4))
     assert store.find(made(4)) == made(4)
 
@@ -142,7 +142,7 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begun(
     assert store.find(made(300)).items() <= made(300).items()
     store.keep(made(300))
     assert again(store).find(made(300)) == made(300)
-    assert "it is kept as completions.sqlite.damaged-1, and a new one is begun" in capsys.readouterr().out
+    assert "it is kept as completions.sqlite.damaged-1, and a new one is started" in capsys.readouterr().out
     assert store.path.with_name("completions.sqlite.damaged-1").is_file()
 
 

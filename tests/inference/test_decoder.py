@@ -262,7 +262,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_token(model: Any) -> None
     prompts = families(shared=60, own=[8, 6, 9, 7, 5], seed=22)
     expected = one_by_one(model, prompts, 10)
     scarce = decoder(Scarce(model, rows=2))
-    with pytest.warns(UserWarning, match="out of memory with 5 completions at a time: going on with 2"):
+    with pytest.warns(UserWarning, match="out of memory with 5 completions at a time: continuing with 2"):
         assert greedy(scarce, prompts, 10) == expected
 
 

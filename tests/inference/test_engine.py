@@ -87,7 +87,7 @@ def continued(model: Any, prompt: Sequence[int]) -> list[int]:
 
 
 def test_an_adapter_that_is_not_there_is_named(tiny_model: Path) -> None:
-    with pytest.raises(ValueError, match='there is no adapter "other"; there is "default", and "" is the base alone'):
+    with pytest.raises(ValueError, match='there is no adapter "other"; use "default", or "" for the base alone'):
         loaded(tiny_model).complete(asked(1, adapter="other"), GREEDY)
 
 

@@ -336,7 +336,7 @@ def test_a_row_that_is_spelt_out_is_not_canonical() -> None:
 
 @pytest.mark.parametrize("layout", [(), (Fixed("a"),), (Field("a"), Field("b")), (Fixed("a"), Fixed("b"), Field("c"))])
 def test_a_layout_is_fixed_texts_and_fields_by_turns(layout: Layout) -> None:
-    with pytest.raises(ValueError, match="a layout is fixed texts and fields by turns"):
+    with pytest.raises(ValueError, match="a layout alternates fixed texts and fields"):
         Plan(layout, codec("byte_level"))
 
 

@@ -221,7 +221,7 @@ def test_nobody_listening_is_one_error(lm_at: Any) -> None:
             {"message": f"Incorrect API key provided: {KEY}"},
             r"key is read from .* OPENAI_API_KEY: is it the right",
         ),
-        (404, {"message": 'The model "m" does not exist'}, r'The model "m" does not exist.*is that a model there'),
+        (404, {"message": 'The model "m" does not exist'}, r'"m" does not exist.*does the server have that model'),
         (402, {"message": "pay"}, "out of credit"),
         (429, {"message": "You exceeded your current quota", "code": "insufficient_quota"}, "out of credit"),
         (400, {"message": "Unknown parameter: reasoning_effort"}, "refuses every request .* reasoning_effort"),
@@ -250,7 +250,7 @@ def test_an_endpoint_that_refuses_everything_is_not_asked_everything(server: End
 
 def test_calibrated_prompts_are_refused_before_anything_is_asked(server: EndpointServer, lm_at: Any) -> None:
     lifted = asking("a", layout=(Field("mood", syntax=Choices(("good", "bad"), (0.0, 2.0))),))
-    with pytest.raises(ValueError, match="the prompts are calibrated, and an endpoint takes no offsets"):
+    with pytest.raises(ValueError, match="the prompts have a calibration, and an endpoint cannot add its offsets"):
         lm_at(server).complete(lifted, Sampling())
     assert not server.bodies
 
@@ -275,7 +275,7 @@ def test_one_bad_request_spoils_no_other(
     done = lm.complete(asking("a", "b", "c"), Sampling()) + lm.complete(asking("e"), Sampling())
     assert [one.finished for one in done] == ["eos", "too_long", "refused", "eos"]
     assert (lm.usage.calls, lm.usage.refused) == (2, 1)
-    assert "refuses a request, which gets no answer: status 400, content policy" in capsys.readouterr().out
+    assert "refused a request, which therefore has no completion: status 400, content policy" in capsys.readouterr().out
 
 
 def test_a_request_that_breaks_the_server_is_refused_while_others_are_answered(
@@ -352,7 +352,7 @@ def test_tokens_that_an_answer_does_not_count_are_guessed_and_said(
     lm = lm_at(server)
     lm.complete(asking("y" * 400, "z" * 400), Sampling())
     assert (lm.usage.tokens_in, lm.usage.tokens_out, lm.usage.estimated) == (200, 20, 2)
-    assert capsys.readouterr().out.count("does not say how many tokens it used") == 1
+    assert capsys.readouterr().out.count("does not report how many tokens it used") == 1
 
 
 def test_another_model_answering_is_said_once(
@@ -363,7 +363,7 @@ def test_another_model_answering_is_said_once(
     for _ in range(2):
         lm.complete(asking("a", "b", "c"), Sampling())
     assert lm.answered_by == {"m-2026-01-01": 4, "m-mini": 2}
-    assert capsys.readouterr().out.count('"m" was asked and "m-mini" answers') == 1
+    assert capsys.readouterr().out.count('"m-mini" answers in place of "m"') == 1
 
 
 # Keys

@@ -391,8 +391,8 @@ def test_the_doctor_says_whether_rollouts_can_come_from_a_server(server: VLLMSer
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"urls": []}, "one or more addresses"),
-        ({"urls": ["localhost:8000"]}, "no address of a vLLM server"),
+        ({"urls": []}, "addresses of one or more servers"),
+        ({"urls": ["localhost:8000"]}, "not the address of a vLLM server"),
         ({"urls": ["http://me:secret@host"]}, "key_variable"),
         ({"urls": ["http://a", "http://a/v1"]}, "none twice"),
         ({"urls": ["http://a"], "concurrency": 0}, "concurrency 0"),

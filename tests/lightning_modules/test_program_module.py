@@ -66,7 +66,7 @@ def test_a_warm_up_as_long_as_the_weight_step_is_said(tiny_model: Path, capsys: 
     made.begin_weight_step(steps=20)
     assert not capsys.readouterr().out
     made.begin_weight_step(steps=10)
-    assert "warmup is 10 and this weight step has 10 optimiser steps" in capsys.readouterr().out
+    assert "warmup is 10 but this weight step has only 10 optimiser steps" in capsys.readouterr().out
 
 
 def test_the_rate_warms_up_and_then_falls_as_a_cosine() -> None:
@@ -278,6 +278,6 @@ def test_a_checkpoint_names_its_lm_and_is_refused_by_one_of_another_tokenizer(ti
     made.on_load_checkpoint(checkpoint)
     other = module(save_tiny_model(tmp_path / "other", backwards=True))
     other.configure_model()
-    with pytest.raises(ValueError, match=r'trained with ".*tiny", whose tokenizer is another than that of ".*other"'):
+    with pytest.raises(ValueError, match=r'trained with ".*tiny", whose tokenizer differs from that of ".*other"'):
         other.on_load_checkpoint(checkpoint)
     other.on_load_checkpoint({name: value for name, value in checkpoint.items() if name != "lm"})  # from before

@@ -86,7 +86,7 @@ def test_descriptions_go_to_the_stages_that_have_the_field() -> None:
     stages = DescribeThenDecide("length -> answer", "d", "e", about).stages
     assert dict(stages["describe"].signature.descriptions) == {"length": "in cm", "description": "one sentence"}
     assert dict(stages["decide"].signature.descriptions) == about
-    with pytest.raises(ValueError, match='description of "colour"'):
+    with pytest.raises(ValueError, match='"colour" is described'):
         DescribeThenDecide("length -> answer", "d", "e", {"colour": "red"})
 
 

@@ -44,7 +44,7 @@ def test_one_stage_under_two_names_is_an_error() -> None:
 
     program = Predict("a -> b")
     program.again = program.predict
-    with pytest.raises(TypeError, match='"predict" stands under a second name, "again"'):
+    with pytest.raises(TypeError, match='"predict" has a second name, "again"'):
         _ = program.stages
 
 
@@ -173,7 +173,7 @@ def test_outputs_and_predictions_have_attributes_and_name_the_ones_there_are() -
     for slip in (lambda: there.citty, lambda: there["citty"]):
         with pytest.raises((AttributeError, KeyError), match='there is no value "citty"; there are city, right'):
             slip()
-    with pytest.raises(TypeError, match="inputs are given by name"):
+    with pytest.raises(TypeError, match="pass the inputs of run\\(\\) by name"):
         Both()("?", lm=FakeLM(lambda request: ""))  # type: ignore[arg-type]
 
 

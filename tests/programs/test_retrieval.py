@@ -147,7 +147,7 @@ def test_kept_vectors_of_something_else_are_made_anew(change: str, passages: str
 
 @pytest.mark.parametrize("vectors", [[1.0, 2.0], [[1.0], [2.0]], [[float("nan")]]])
 def test_an_encoder_that_gives_something_else_is_the_retrievers_fault(vectors: Any, passages: str) -> None:
-    with pytest.raises(RetrieverError, match=r"the encoder gave an array of shape"):
+    with pytest.raises(RetrieverError, match=r"the encoder returned shape"):
         retrieve(Dense(passages, lambda texts, kind: vectors), "x", 1)
 
 

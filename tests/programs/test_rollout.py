@@ -309,7 +309,7 @@ def gives_up(self: Program, number: int) -> Any:
         (yields_a_foreign_stage, "not a call of one of its stages"),
         (returns_text, "returned '2'; return a mapping"),
         (forgets_to_return, "returned None; return a mapping"),
-        (never_yields, "run is no generator, it returned {'answer': '1'}; yield"),
+        (never_yields, "run is not a generator, it returned {'answer': '1'}; yield"),
         (yields_no_texts, "'number' of type int, which is no text"),
         (yields_half_a_character, "half a surrogate pair in 'number', at character 1"),
         (yields_an_unhashable_stage, "not a call of one of its stages"),
@@ -437,8 +437,8 @@ def offline(query: str, k: int) -> list[str]:
         (offline, "the retriever raised ConnectionError: no route"),
         (lambda query, k: None, "the retriever returned None, which is not a sequence of passages"),
         (lambda query, k: "1", "the retriever returned '1', which is not a sequence"),
-        (lambda query, k: [1], "a passage that is no text: 1"),
-        (lambda query, k: ["1", "2"], "returned 2 passages, at most 1 were asked for"),
+        (lambda query, k: [1], "a passage that is not text: 1"),
+        (lambda query, k: ["1", "2"], "returned 2 passages, but at most 1 were requested"),
     ],
 )
 def test_a_retrievers_fault_is_not_the_programs(retriever: Any, said: str) -> None:
@@ -462,8 +462,8 @@ def test_faults_are_counted_by_kind_with_the_first_example_of_each() -> None:
     assert str(stop.value) == (
         "the program failed on 1 of 4 examples, the metric failed on 2 of 4 examples, more than max_error_rate 0.5 "
         "allows. The program's first is example 13: Picky.run raised KeyError: 'unlucky'. The metric's first is "
-        "example 2: the metric returned nan, which is not a number in [0, 1]. Mend it, or set model.max_error_rate "
-        "higher to score such examples 0 and go on."
+        "example 2: the metric returned nan, which is not a number in [0, 1]. Fix the code, or raise "
+        "model.max_error_rate: such examples then score 0 and the run continues."
     )
 
 
@@ -558,7 +558,7 @@ def test_a_metric_may_say_why() -> None:
     ("score", "message"),
     [
         (Score(2.0), "a Score of 2.0"),
-        (Score(1.0, 3), "feedback is 3, which is no text"),  # type: ignore[arg-type]
+        (Score(1.0, 3), "feedback is 3, which is not text"),  # type: ignore[arg-type]
         (Score(1.0, "", {"unit": float("nan")}), 'objective "unit" is nan'),
     ],
 )
@@ -677,7 +677,7 @@ def test_state_on_the_class_that_runs_change_is_warned_of() -> None:
             self.seen[str(number)] = "seen"
             return (yield from super().run(number))
 
-    with pytest.warns(UserWarning, match=r"Cached\.seen belongs to the class, and runs changed it"):
+    with pytest.warns(UserWarning, match=r"Cached\.seen belongs to the class, and a run changed it"):
         run(Cached(1), doubles(1, 2), FakeLM(doubling))
 
 

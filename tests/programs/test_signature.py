@@ -31,8 +31,8 @@ def test_a_stage_may_have_no_inputs_but_must_have_an_output() -> None:
         ("a -> b -> c", "2 arrows"),
         ("question -> the answer", '"the answer" is not a Python name'),
         ("2nd -> answer", '"2nd" is not a Python name'),
-        ("question, question -> answer", '"question" stands more than once'),
-        ("answer -> answer", '"answer" stands more than once'),
+        ("question, question -> answer", '"question" occurs more than once'),
+        ("answer -> answer", '"answer" occurs more than once'),
     ],
 )
 def test_a_bad_signature_is_named_in_the_error(text: str, said: str) -> None:

@@ -75,7 +75,7 @@ def test_a_type_that_is_none_is_refused_by_name(text: str, message: str) -> None
 
 
 def test_choices_that_are_written_alike_are_refused() -> None:
-    with pytest.raises(FieldTypeError, match=r"two choices .* are written alike"):
+    with pytest.raises(FieldTypeError, match=r"two choices .* have the same text"):
         Signature(("q",), ("a",), types={"a": Literal[1, "1"]})
 
 

@@ -80,7 +80,7 @@ def test_blank_feedback_is_none_and_huge_feedback_is_cut() -> None:
 def test_feedback_that_is_no_text_is_a_fault_of_the_metric_and_shown_as_one() -> None:
     runs = ran(Loop(1), FakeLM(doubling), doubles(8), metric=lambda e, p: Score(1.0, 7))  # type: ignore[arg-type]
     assert runs[0].score == 0
-    assert "Error: the metric's feedback is 7, which is no text" in shown(Loop(1), "double", runs)
+    assert "Error: the metric's feedback is 7, which is not text" in shown(Loop(1), "double", runs)
 
 
 def test_a_stage_that_a_run_did_not_call_is_said_so() -> None:

@@ -228,7 +228,7 @@ def test_frozen_stages_stay() -> None:
     found = search(options={"frozen": ["plan"], "max_runs": 150})
     assert {candidate.prompts["plan"].instruction for candidate in found.candidates} == {"Plan."}
     assert "round" in found.prompts["work"].instruction
-    with pytest.raises(ValueError, match='frozen stage "check" is none of'):
+    with pytest.raises(ValueError, match='frozen stage "check" is not in'):
         search(options={"frozen": ["check"]})
 
 
@@ -359,7 +359,7 @@ def test_broken_feedback_is_a_fault_that_is_counted() -> None:
     found = search(metric=now_and_then, options={"max_runs": 50})
     assert found.faults["metric"].example == "103"
     assert found.faults["metric"].count == len(found.candidates)
-    with pytest.raises(FaultyProgramError, match="which is no text"):
+    with pytest.raises(FaultyProgramError, match="which is not text"):
         search(metric=lambda example, prediction: Score(0.5, 7))  # type: ignore[arg-type]
 
 

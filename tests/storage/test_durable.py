@@ -82,7 +82,9 @@ def test_a_disk_that_fails_leaves_the_old_file_and_is_named(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fails)
-        with pytest.raises(NotWrittenError, match=rf"{path} could not be written: {os.strerror(number)}\. What was"):
+        with pytest.raises(
+            NotWrittenError, match=rf"{path} could not be written: {os.strerror(number)}\. What it held"
+        ):
             write_durably(path, "new")
     assert read_durably(path) == "old"
 

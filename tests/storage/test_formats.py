@@ -61,7 +61,7 @@ def test_a_run_of_the_first_format_is_continued(tmp_path: Path) -> None:
 
 def test_a_run_of_a_newer_format_is_neither_continued_nor_reported(tmp_path: Path) -> None:
     folder = made_with(write_run(tmp_path / "run"), format=3, something="else")
-    with pytest.raises(FormatError, match=rf'^"{folder}/run.json" {NEWER}Go on with the version .* --fresh'):
+    with pytest.raises(FormatError, match=rf'^"{folder}/run.json" {NEWER}Continue with the version .* --fresh'):
         read_identity(folder)
     with pytest.raises(FormatError, match=rf'^"{folder}/run.json" {NEWER}Read it with the version'):
         read_run(folder)

@@ -70,9 +70,12 @@ class CalibratedSearch(SearchAround):
         tried = choose(counted, proposals, notes=initial.notes)
         # Demo sets are built upon the initial prompts: the calibrated ones, where calibration pays.
         begin = initial.prompts if any(one.calibration for one in tried.prompts.values()) else task.initial
-        left = max(0, task.lm_calls - calls.calls - self.anew * (self._runs(len(task.train)) + len(task.dev)))
-        found = self.then.search(replace(task, initial=begin, incumbent=tried.prompts, lm_calls=left))
-        return joined([tried, found, self._anew(counted, calls, tried, found)])
+        found = self.then.search(replace(counted, initial=begin, incumbent=tried.prompts, lm_calls=0))
+        parts = [tried, found, self._anew(counted, calls, tried, found)]
+        if (left := task.lm_calls - calls.calls) > 0:
+            more = replace(counted, initial=begin, incumbent=parts[-1].prompts, lm_calls=left, seed=task.seed + 1)
+            parts.append(self.then.search(more))
+        return joined(parts)
 
     def _anew(self, task: SearchTask, calls: CountingLM, tried: Found, found: Found) -> Found:
         """The best of what was found, calibrated with the demos that they have, against the best so far."""

@@ -134,6 +134,8 @@ class CountingLM:
 
     def count(self, more: Mapping[str, float]) -> None:
         self.calls += int(more["calls"])
+        if isinstance(self._lm, CountingLM):  # which made the same calls, and whose count nobody else keeps
+            self._lm.count(more)
 
 
 def _one_by_one(task: SearchTask, kept: Sequence[Proposal], chunk: int) -> tuple[Candidate, list[Candidate]]:

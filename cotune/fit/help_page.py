@@ -26,6 +26,7 @@ _SAID = {
 }
 _CLASSES = {
     "alternate.search": "cotune.prompting.CalibratedSearch",
+    "alternate.search.then": "cotune.prompting.RandomDemoSearch",
     "model.lm": "cotune.lightning_modules.LanguageModel",
     "data": "cotune.datamodules.TraceDataModule",
 }

@@ -284,7 +284,7 @@ def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
 def test_val_is_run_several_times_where_draws_differ(tiny_model: Path, tmp_path: Path) -> None:
     fit = tiny_fit(tiny_model, tmp_path, "p")
     fit.data.val_samples = 3
-    with pytest.raises(ValueError, match=r"val_samples is 3, and at .* all runs of an example"):
+    with pytest.raises(ValueError, match=r"val_samples is 3, but at .* all runs of an example"):
         fit.run()
     again = tiny_fit(tiny_model, tmp_path, "p")
     again.data.val_samples, again.module.sampling = 3, Sampling(temperature=0.7, max_new_tokens=8)

@@ -93,7 +93,7 @@ def test_where_all_runs_score_alike_a_policy_gradient_has_nothing_to_learn_from(
 
 def test_the_plan_knows_what_a_round_costs(whole: Fit) -> None:
     (said,) = (line for line in plan("tiny", whole.module, whole.data, whole.alternate) if "schedule" in line)
-    assert "d: 2 rounds on 1 run an example" in said
+    assert "d: 2 rounds on 1 run per example" in said
     low, high = runs_left(whole.alternate, whole.data, 1)
     made = whole.alternate.history[-1]["lm_calls"]
     assert low == high == 2 * 12 + 4 * 10 + 4

@@ -319,7 +319,7 @@ def test_a_disk_that_cannot_be_written_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(
-            NotWrittenError, match=r"last.ckpt could not be written: No space left on device\. What was"
+            NotWrittenError, match=r"last.ckpt could not be written: No space left on device\. What it held"
         ):
             first.run()
     newest, _ = Checkpoints(first.last.parent).newest()

@@ -68,7 +68,7 @@ def test_the_help_is_one_screen_first_and_all_of_it_has_the_default_classes_opti
     assert heads[-1] == "Lightning's trainer:"
     assert len(set(heads)) == len(heads)
     # All that the README and docs/data.md show, and nothing twice.
-    for option in ("name", "alternate.search.racing", "model.lm.quantization", "data.bootstrapping.hints", "data"):
+    for option in ("name", "alternate.search.then.racing", "model.lm.quantization", "data.bootstrapping.hints", "data"):
         assert len(re.findall(rf"^  --{option}[ ,]", said.out, re.MULTILINE)) == 1, option
     assert "--weights_only" not in said.out
     known = {*re.findall(r"^  --([\w.]+)", said.out, re.MULTILINE), "config", "data.path", "model.optimizer.lr"}
@@ -154,7 +154,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
     [
         (["--alternate.shedule", "p -> w"], "unknown option --alternate.shedule. Did you mean --alternate.schedule?"),
         (["--modle.lm.model", "x"], "unknown option --modle.lm.model. Did you mean --model.lm.model?"),
-        (["--alternate.search.num_candidats", "3"], 'unknown option "num_candidats". Did you mean num_candidates?'),
+        (["--alternate.search.num_candidats", "3"], "Did you mean then.num_candidates?"),
         (["--model.lm.lora.alfa", "3"], "unknown option --lora.alfa. Did you mean --lora.alpha?"),
         (["--alternate.sched", "p"], "unknown option --alternate.sched. Did you mean --alternate.schedule?"),
         (["stray"], '"stray" is no option; options begin with --'),
@@ -231,7 +231,7 @@ def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.Mo
         ),
         ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
-        ("alternate.search.then.max_demos", "0", "max_demos 0 is below 1"),
+        ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
         ("ckpt_path", "best", "A finished run's last one holds its best prefix: give --ckpt_path last"),
         ("model.lm.dtype", "null", 'dtype "None" is none of float32, bfloat16, float16.'),
         ("model.program.signature", "two\nlines", 'signature "two lines" has 0 arrows.'),

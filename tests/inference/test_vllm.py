@@ -368,7 +368,7 @@ def test_what_a_server_does_not_take_is_said_at_the_start(tiny_model: Path, tmp_
         server.fault = lambda path, body: unset if path == "/v1/load_lora_adapter" else None
         with pytest.raises(VLLMError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"):
             loaded(tiny_model).use(engine(server, folder=tmp_path))
-        with pytest.raises(VLLMError, match='serves tiny, and "other" is asked'):
+        with pytest.raises(VLLMError, match='serves tiny, not "other"'):
             loaded(tiny_model).use(engine(server, folder=tmp_path, model="other"))
         lm = loaded(tiny_model)
         lm.model.peft_config["default"].use_dora = True

@@ -161,7 +161,7 @@ def test_an_adapters_folder_given_as_the_model_is_told_from_one(tiny_model: Path
 def test_a_folder_with_a_model_and_an_adapter_is_ambiguous(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
     adapter(folder, folder)
-    with pytest.raises(ModelNotFoundError, match=r"holds a model and an adapter .* a folder of their own"):
+    with pytest.raises(ModelNotFoundError, match=r"holds a model and an adapter .* not clear which to use"):
         LanguageModel(str(folder)).load()
 
 

@@ -239,7 +239,7 @@ def test_what_a_generation_config_would_change_is_said(tiny_model: Path, tmp_pat
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "repetition_penalty": 1.3}))
     (said,) = loaded(folder).remarks
-    assert said.startswith("its generation_config asks for repetition_penalty 1.3: left out")
+    assert said.startswith("its generation_config asks for repetition_penalty 1.3: ignored")
 
 
 def test_a_missing_adapter_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ def test_feedback_by_stage_stands_in_the_rollout() -> None:
     assert (done.score, done.stages, done.error) == (0.5, {"double": "it was halved"}, None)
 
 
-@pytest.mark.parametrize(("stages", "said"), [({"halve": "no"}, "'halve'"), ({"double": 3}, "feedback 3")])
+@pytest.mark.parametrize(("stages", "said"), [({"halve": "no"}, "'halve'"), ({"double": 3}, "is 3;")])
 def test_feedback_for_no_stage_or_without_words_is_a_fault_of_the_metric(stages: Any, said: str) -> None:
     done = scored(stages)
     assert done.error is not None
     assert (done.error.kind, done.score) == ("metric", 0)
     assert said in done.error.message
-    assert "by stage (double)" in done.error.message
+    assert "a stage of the program (double)" in done.error.message

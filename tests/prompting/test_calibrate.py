@@ -65,16 +65,18 @@ def test_without_a_label_the_favourite_is_taken_off() -> None:
 
 
 def test_calls_for_calibration_are_counted() -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
+    lm = FakeLM(favouring)
 
     class Seen(RandomDemoSearch):
         def search(self, task: SearchTask) -> Found:
-            seen.append(task.lm_calls)
+            seen.append((lm.calls, task.lm_calls))
             return super().search(task)
 
-    CalibratedSearch(Seen(num_candidates=0), anew=1).search(task(lm_calls=100))
-    # 8 of train, twice 8 of dev before it, and behind it at most two rounds of train and one of dev.
-    assert seen == [100 - 24 - 24]
+    CalibratedSearch(Seen(num_candidates=0), anew=1).search(task(lm=lm, lm_calls=300))
+    (_, own_size), (made, left) = seen
+    assert own_size == 0
+    assert made + left == 300, "what is left after the calibrations goes to the search inside once more"
     assert CalibratedSearch(anew=1).most_runs(8, 8) is not None
 
 
@@ -123,6 +125,6 @@ def test_several_processes_calibrate_alike_and_count_alike() -> None:
 
         mine = task(lm_calls=100)
         mine = replace(mine, runner=replace(mine.runner, ranks=ranks))
-        return CalibratedSearch(Seen(num_candidates=1)).search(mine), seen[0]
+        return CalibratedSearch(Seen(num_candidates=1)).search(mine), seen[-1]
 
     assert side_by_side(2, run) == [run(Ranks())] * 2

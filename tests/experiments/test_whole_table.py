@@ -23,7 +23,7 @@ def write_table(folder: Path, model: Path) -> None:
         "lms": {
             "tiny": {"options": {"model.lm": "tiny_fit.CurtLM", "model.lm.model": str(model), "model.lm.device": "cpu"}}
         },
-        "presets": {"default": [str(configs / "default.yaml")]},
+        "presets": {"default": [str(configs / "default.yaml"), str(configs / "demos.yaml")]},
         "strategies": ["vanilla", "p -> p", "p -> w -> p"],
         "seeds": [0],
         "options": {
@@ -73,7 +73,7 @@ def test_a_table_that_is_killed_goes_on_and_ends_with_its_page(
     assert record["finished"] == record["runs"] == 3
     assert [row["seeds"] for row in rows.values()] == [1] * 4
     equal, alternation = rows["p -> p, equal calls"]["lm_calls"], rows["p -> w -> p"]["lm_calls"]
-    assert 0 <= equal - alternation < 24  # at most by the least that the search inside makes
+    assert 0 <= equal - alternation < 6
     assert not (first / "checkpoints").exists()
 
     other = cotune([*words, "--set", "alternate.epochs=3"], capsys)

@@ -134,7 +134,8 @@ def test_whatever_is_written_the_completion_is_its_layout(
     filling = filled(plan, Writer(plan.codec, seed), new=new, room=room)
     ids, fields = filling.written, [part for part in layout if isinstance(part, Field)]
     assert filling.text == whole(layout, filling)
-    assert plan.codec.decode(ids) == filling.text or "\ufffd" in filling.text
+    spoilt = kind == "dummy_prefix" and "\ufffd" in filling.text  # byte tokens: half a character spoils those before it
+    assert plan.codec.decode(ids) == filling.text or spoilt
     assert [field.name for field in filling.fields] == [field.name for field in fields]
     assert len(ids) <= room
     assert filling.free <= plan.budget(new)

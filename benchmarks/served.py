@@ -93,7 +93,7 @@ def _beside(report: Report, lm: LanguageModel, options: argparse.Namespace) -> N
                 there, found = _timed(engine, batch.ids, new=batch.new)
                 took.append(there)
                 share = agreement(found, expected)
-                report.details.setdefault("jobs", {})[f"{name}, {salt} vLLM"] = {
+                report.details.setdefault("measured", {})[f"{name}, {salt} vLLM"] = {
                     "rows": len(found),
                     "seconds here": here,
                     "seconds there": there,

@@ -22,6 +22,7 @@ from cotune.programs import (
 from cotune.programs.demos import label_text
 from cotune.programs.faults import KINDS, faults_to_dict
 from cotune.programs.layout import Field
+from cotune.programs.types import is_choice
 
 _FAILED = ("wrong", "format", "type", "cut")
 """Outcomes of runs that failed by what the LM wrote, or by what it could not be asked."""
@@ -87,11 +88,11 @@ class Collected:
         return [self._trace(attempt, call, step) for call, step in enumerate(attempt.rollout.steps)]
 
     def gold_traces(self) -> list[Trace]:
-        """A trace with the gold answer for each example without a success that can have one, if the options ask for it.
+        """A trace with the gold answer for each example without a success that can have one, if the options allow it.
 
         It is of the first run that ended with a prediction and whose last stage the labels fill.
         """
-        if not self.options.gold_answers:
+        if self.options.gold_answers is False:
             return []
         solved = {attempt.example for attempt in self.successes}
         first: dict[str, Trace] = {}
@@ -176,6 +177,8 @@ class Collected:
         step, labels = rollout.steps[-1], rollout.example.labels
         signature = self.program.stages[step.stage].signature
         if any(labels.get(name) is None for name in signature.outputs):
+            return None
+        if self.options.gold_answers is None and not all(is_choice(signature.type_of(n)) for n in signature.outputs):
             return None
         outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
         text = self.forms[step.stage].write(signature, outputs)

@@ -238,4 +238,7 @@ def _last_error(log: Path) -> str:
     started = max((n for n, line in enumerate(lines) if line.startswith("$ cotune ")), default=0)
     told = [line.removeprefix("cotune: error: ") for line in lines[started:] if line.startswith("cotune: error: ")]
     filled = [line for line in lines[started + 1 :] if line.strip()]
+    traced = max((n for n, line in enumerate(filled) if line.startswith("Traceback (")), default=None)
+    if traced is not None and not told:  # the error stands behind the indented frames, and can have lines of hints
+        filled = [line for line in filled[traced + 1 :] if not line.startswith(" ")][:1] or filled
     return told[-1] if told else filled[-1] if filled else ""

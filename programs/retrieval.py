@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ class BM25:
         return [self._passages[i] for i, score in zip(found[0], scores[0], strict=True) if score > 0]
 
     def _build(self) -> None:
+        # bm25s calls jax where it is installed, and that takes three quarters of a GPU's memory unless told not to.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import bm25s
         except ImportError as error:

@@ -132,6 +132,15 @@ def choices_of(kind: Any) -> dict[str, Any] | None:
     return found
 
 
+def is_choice(kind: Any) -> bool:
+    """Whether a value of this type is one of a closed set, a yes or no included.
+
+    >>> is_choice(Literal["yes", "no"]), is_choice(bool), is_choice(str)
+    (True, True, False)
+    """
+    return isinstance(syntax_of(kind), Choices)
+
+
 def syntax_of(kind: Any) -> Syntax | None:
     """What may be written in a field of this type; None for any text."""
     choices = choices_of(kind)

@@ -9,7 +9,7 @@ from cotune.programs import Completion, Prompts, Request, Rollout, Sampling, pro
 from cotune.programs.calibration import offsets_of
 from cotune.programs.layout import Choices, Field
 from cotune.programs.program import Program
-from cotune.programs.types import syntax_of
+from cotune.programs.types import is_choice
 from cotune.prompting.around import SearchAround, joined
 from cotune.prompting.evaluate import CountingLM, Proposal, choose
 from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least
@@ -137,8 +137,7 @@ def _has_field(request: Request) -> bool:
 
 def _has_choices(program: Program) -> bool:
     signatures = [stage.signature for stage in program.stages.values()]
-    types = (signature.type_of(name) for signature in signatures for name in signature.outputs)
-    return any(isinstance(syntax_of(kind), Choices) for kind in types)
+    return any(is_choice(signature.type_of(name)) for signature in signatures for name in signature.outputs)
 
 
 def _chances(done: Sequence[Rollout]) -> dict[tuple[str, str], list[dict[str, float]]]:

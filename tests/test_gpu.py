@@ -72,6 +72,7 @@ def test_gradients_are_those_of_the_cpu(tiny_model: Path) -> None:
     assert torch.linalg.vector_norm(found[0] - found[1]) < 1e-3 * torch.linalg.vector_norm(found[1])
 
 
+@pytest.mark.filterwarnings("ignore:inner dimension .* is not aligned")  # the tiny model's 48; slower there, and right
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_base_writes_and_trains(tiny_model: Path, kind: str) -> None:
     lm = loaded(tiny_model, DEVICE, quantization=kind, dtype="bfloat16")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from cotune.callbacks.stop_signals import OutOfTime, Stopped
 from cotune.errors import CotuneError, reported
+from cotune.inference.local.out_of_memory import is_out_of_memory, memory_error
 from cotune.programs.ranks import RankLostError
 
 
@@ -61,6 +62,10 @@ def _guarded(command: Callable[[], int]) -> int:
         return 0
     except CotuneError as error:
         return reported(error)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return reported(memory_error(error))
 
 
 def _find_own_modules() -> None:

@@ -39,6 +39,8 @@ if now.startswith("error"):
     print("some words")
     print("cotune: error: " + now.partition(": ")[2])
     sys.exit(3 if now.startswith("error 3") else 2)
+if now == "raise":
+    raise RuntimeError("a tensor is odd\\nConsider another one.")
 if now == "sleep":
     time.sleep(60)
 record = {"index": 0, "lm_calls": 7, "seconds": 1, "val_score": 0.5, "prefix": "vanilla"}
@@ -128,6 +130,12 @@ def test_an_error_is_written_down_and_tried_again_at_the_next_start(fakes: Fakes
     assert read_outcome(own) == {"state": "failed", "message": "the disk is full."}
     assert fakes.run() == []
     assert read_outcome(own) == {}
+
+
+def test_a_traceback_is_written_down_by_the_line_of_its_error_and_not_by_the_hints_behind_it(fakes: Fakes) -> None:
+    fakes.plan(fakes.runs[1], "raise")
+    assert fakes.run() == [fakes.runs[1]]
+    assert read_outcome(fakes.folder / "runs" / fakes.runs[1].name)["message"] == "RuntimeError: a tensor is odd"
 
 
 def test_a_run_without_traces_is_a_dash_for_good_and_so_is_what_should_equal_it(fakes: Fakes) -> None:

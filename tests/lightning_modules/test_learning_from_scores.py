@@ -54,7 +54,8 @@ class Bandit:
 
     def rows(self, objective: Objective, metric: Any, step: int, begin: Any) -> list[Trace]:
         runner = Runner(ARMS, self.lm, Lines(), metric, Sampling(max_new_tokens=8))
-        given: dict[str, Any] = {"options": Bootstrapping(attempts=4, fresh_demos=0, temperature=1.0), "seed": step}
+        options = Bootstrapping(attempts=4, fresh_demos=0, temperature=1.0, gold_answers=False)
+        given: dict[str, Any] = {"options": options, "seed": step}
         if objective.runs is None:
             return objective.rows(collect(EXAMPLES, runner, PLAIN, **given))
         rows = objective.rows(collect_runs(EXAMPLES, runner, PLAIN, runs=objective.runs, **given))

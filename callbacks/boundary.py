@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cotune.datamodules.collected import Report
-from cotune.programs import Faults, LMJudge, Prompts, Rollout, faults_of, mean_score, prompts_id
+from cotune.programs import Faults, LMJudge, Prompts, Rollout, faults_of, mean_score, mean_tokens, prompts_id
 from cotune.programs.faults import faults_from_dict, faults_to_dict, merged
 from cotune.prompting import Found
 from lightning.pytorch import LightningModule, Trainer
@@ -76,6 +76,7 @@ class Boundary:
             "prefix": self.prefix,
             "prompts": prompts_id(self.prompts),
             "val_score": self.val_score,
+            "val_tokens": mean_tokens(self.rollouts),
             "scores": dict(self.scores),
             "failures": dict(failures),
             **self.cost,

@@ -28,12 +28,12 @@ from cotune.programs import (
     Prompts,
     Rollout,
     mean_score,
-    mean_tokens,
     prompts_from_dict,
     prompts_id,
     prompts_to_dict,
 )
 from cotune.prompting import Candidate, Found, PromptSearch, SearchTask
+from cotune.reporting.closing_table import rank_of
 from cotune.storage.schedule_text import name_of
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -229,7 +229,7 @@ class StepWork:
         self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
         self.course.incumbent, self._found = module.prompts, None
         self.weight.begin_next(module.lm.adapter_state())
-        rank = (score, -mean_tokens(rollouts))  # of equal scores the cheaper to run; else the earlier
+        rank = rank_of(self.course.history[-1])
         if self.course.options.keep == "last" or not self.best or rank > (self.best["score"], -self.best["tokens"]):
             prompts = prompts_to_dict(module.prompts)
             self.best = {"index": index, "score": score, "tokens": -rank[1], "prompts": prompts}

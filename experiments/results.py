@@ -12,7 +12,7 @@ import yaml
 from cotune.experiments.runs import ALTERNATION, CONTROL, EQUAL_CALLS, Cell, Run, has_control
 from cotune.experiments.strategies import Steps
 from cotune.experiments.table_config import TableConfig, TableError
-from cotune.reporting.closing_table import read_history
+from cotune.reporting.closing_table import rank_of, read_history
 from cotune.storage.durable import read_durably
 from cotune.storage.schedule_text import name_of
 
@@ -143,8 +143,8 @@ def _row(
 def _attempt(result: RunResult, steps: Steps, fellows: Sequence[RunResult]) -> Attempt:
     reached = result.history[: len(steps) + 1]
     chosen = len(steps)
-    if result.keep == "best":  # what the product returns; ties keep the earlier, as there
-        chosen = max(range(len(reached)), key=lambda index: (reached[index]["val_score"], -index))
+    if result.keep == "best":  # what the product returns
+        chosen = max(range(len(reached)), key=lambda index: (*rank_of(reached[index]), -index))
     tested = result.tested[chosen]
     own = [_cheapest(result, index, fellows) for index in range(len(reached))]
     return Attempt(

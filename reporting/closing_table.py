@@ -61,6 +61,14 @@ def closing_table(folder: Path, console: Console | None = None) -> None:
     console.print(f"Export: {folder / 'export'}", highlight=False, markup=False, soft_wrap=True)
 
 
+def rank_of(record: Mapping[str, Any]) -> tuple[float, float]:
+    """What the prefixes of a run are chosen by, the highest first: val score, then how few tokens a run of val takes.
+
+    Of equal ranks the earlier prefix is kept. Older records have no tokens.
+    """
+    return float(record["val_score"]), -float(record.get("val_tokens", 0.0))
+
+
 def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
     """The records of a history.jsonl; of a damaged one those up to the first that cannot be read, and what is wrong."""
     try:

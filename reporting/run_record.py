@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 from cotune.errors import CotuneError
+from cotune.reporting.closing_table import rank_of
 from cotune.storage.formats import check_format
 from cotune.storage.redact import redacted, redacted_text
 from cotune.storage.run_folder import FORMAT
@@ -114,9 +115,9 @@ class RunRecord:
 
     @property
     def best(self) -> Prefix:
-        """The prefix the run ended with; while it is under way the best so far, ties going to the earlier."""
+        """The prefix the run ended with; while it is under way the best so far."""
         named = {prefix.name: prefix for prefix in self.prefixes}
-        return named.get(str(self.summary.get("best"))) or max(self.prefixes, key=lambda prefix: prefix.val_score)
+        return named.get(str(self.summary.get("best"))) or max(self.prefixes, key=lambda p: rank_of(p.record))
 
     def epochs(self, prefix: Prefix) -> int:
         """Training epochs of the step that led to a prefix. Older runs do not record them, and had as many in each."""

@@ -36,12 +36,13 @@ def write_run(
     test: Sequence[Mapping[str, float]],
     *,
     keep: str = "best",
+    tokens: Sequence[float] = (),
     calls: int = 10,
     cached: int = 0,
     seconds: float = 5.0,
     finished: bool = True,
 ) -> None:
-    """A run with these val scores and these scores of test examples, a boundary each."""
+    """A run with these val scores (and tokens of a run on val) and these scores of test examples, a boundary each."""
     own = folder / run.name
     (own / "rollouts").mkdir(parents=True)
     lines = []
@@ -51,6 +52,7 @@ def write_run(
             "step": run.steps[index - 1] if index else "",
             "prefix": " -> ".join(run.steps[:index]) or "vanilla",
             "val_score": on_val,
+            "val_tokens": tokens[index] if tokens else 0.0,
             "lm_calls": calls,
             "cached_calls": cached,
             "seconds": seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from cotune.errors import CotuneError
 
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "status_alloc_failed")

@@ -231,6 +231,16 @@ def test_under_keep_best_a_strategy_is_the_best_prefix_by_val_and_never_by_test(
     assert [attempt.score for attempt in rows["vanilla"].attempts] == [0, 0]
 
 
+def test_of_equal_scores_the_prefix_that_takes_fewer_tokens_is_chosen_as_a_fit_does_and_then_the_earlier(
+    tmp_path: Path,
+) -> None:
+    made = config(tmp_path, strategies=["p -> w -> p"], seeds=[0, 1])
+    for seed, tokens in enumerate(([9, 9, 9, 5], [9, 9, 9, 9])):
+        write_run(Run(CELL, PWP, seed), tmp_path / "runs", [0.1, 0.5, 0.5, 0.5], [flat(0.5)] * 4, tokens=tokens)
+    (row,) = rows_of(CELL, made, results(tmp_path, made))
+    assert [attempt.chosen for attempt in row.attempts] == ["p -> w -> p", "p"]
+
+
 def test_under_keep_last_it_is_the_last_program_as_in_the_paper(tmp_path: Path) -> None:
     rows = by_name(write_cell(tmp_path, keep="last"), tmp_path)
     assert [attempt.chosen for attempt in rows["p -> w -> p"].attempts] == ["p -> w -> p"] * 2

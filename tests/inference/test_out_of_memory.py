@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cotune.fit.guard import guarded
 from cotune.inference.local.out_of_memory import is_out_of_memory
+
+from cotune.fit.guard import guarded
 
 SAID = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),

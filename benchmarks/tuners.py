@@ -27,6 +27,7 @@ from cotune.lightning_modules import LanguageModel
 from cotune.programs import Example, Predict, Sampling
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.runner import Runner
+from cotune.reporting.closing_table import rank_of
 from cotune.reporting.statistics import paired_difference
 
 from benchmarks.environments import interpreter
@@ -145,7 +146,7 @@ class Tuners:
             (run,) = Path(self.options.table).glob(f"runs/{self.options.task}_*_default_{name}_{seed}")
             history = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
             taken = history[: steps + 1]
-            best = max(range(len(taken)), key=lambda at: taken[at]["val_score"])  # the first, as cotune keeps it
+            best = max(range(len(taken)), key=lambda at: (*rank_of(taken[at]), -at))
             lines = (run / "rollouts" / f"test-{best}.jsonl").read_text(encoding="utf-8").splitlines()
             scores = {row["example"]: row["score"] for row in map(json.loads, lines)}
             self.cells[f"{strategy}, {seed}"] = {

@@ -53,7 +53,7 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
             f"data.val_samples is {data.val_samples}, but at model.sampling.temperature 0 all runs of an example are "
             "the same; set a temperature above 0, or val_samples to 1."
         )
-    if data.bootstrapping.gold_answers and not _labels_fill_a_stage(module.program, data):
+    if data.bootstrapping.gold_answers is True and not _labels_fill_a_stage(module.program, data):
         labels = sorted({name for example in data.splits.train for name in example.labels})
         stages = "; ".join(f"{name}: {', '.join(s.signature.outputs)}" for name, s in module.program.stages.items())
         raise BadValueError(
@@ -105,7 +105,7 @@ def _labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:
 def no_traces(report: Report, program: Program, data: TraceDataModule) -> str:
     """What to say, and to advise, where a collection brought nothing to train on."""
     options = data.bootstrapping
-    offered = not options.gold_answers and _labels_fill_a_stage(program, data)
+    offered = options.gold_answers is not True and _labels_fill_a_stage(program, data)
     return (
         f"weight step: no run reached a score of {options.threshold:g}, so there is nothing to train on: {report}. "
         f"{advice_without_traces(report, options, gold_answers=offered)}"

@@ -22,8 +22,8 @@ class Bootstrapping:
             Zelikman et al., 2022). Training pairs never hold the hint. Such successes are counted apart.
         gold_answers: an example that still has no success gives one pair: the last call of its first run that ended
             with a prediction, with the labels in place of the completion. This needs labels for every output of that
-            call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on. None, the
-            default, does so where that stage only chooses, as a classifier does, and not where it writes.
+            call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on. "auto" does so
+            where that stage only chooses, as a classifier does, and not where it writes.
         temperature: sampling temperature of all attempts after the first.
         fresh_demos: later attempts show this many freshly drawn demos per stage, never one of the example itself:
             earlier successes, and labels if a stage's inputs and output have them. 0 keeps the current prompts.
@@ -41,7 +41,7 @@ class Bootstrapping:
     attempts: int = 10
     traces_per_example: int = 1
     hints: int = 0
-    gold_answers: bool | None = None
+    gold_answers: bool | Literal["auto"] = "auto"
     temperature: float = 0.7
     fresh_demos: int = 3
     pairs: Literal["initial", "current"] = "initial"
@@ -60,6 +60,8 @@ class Bootstrapping:
             )
         if self.hints < 0:
             raise BadValueError(f"hints {self.hints} is below 0; it is a number of attempts, and 0 turns hints off.")
+        if self.gold_answers not in (True, False, "auto"):
+            raise BadValueError(f'gold_answers "{self.gold_answers}" is none of true, false and "auto".')
         if self.fresh_demos < 0:
             raise BadValueError(f"fresh_demos {self.fresh_demos} is below 0.")
         if not 0 < self.threshold <= 1:

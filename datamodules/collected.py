@@ -178,7 +178,7 @@ class Collected:
         signature = self.program.stages[step.stage].signature
         if any(labels.get(name) is None for name in signature.outputs):
             return None
-        if self.options.gold_answers is None and not all(is_choice(signature.type_of(n)) for n in signature.outputs):
+        if self.options.gold_answers == "auto" and not all(is_choice(signature.type_of(n)) for n in signature.outputs):
             return None
         outputs = {name: label_text(signature, name, labels[name]) for name in signature.outputs}
         text = self.forms[step.stage].write(signature, outputs)

@@ -500,6 +500,7 @@ def test_traces_written_before_there_were_hints_are_read(tmp_path: Path) -> None
     ("options", "said"),
     [
         ({"hints": -1}, "hints -1 is below 0"),
+        ({"gold_answers": "yes"}, "gold_answers \"yes\" is none of true, false and \"auto\""),
         ({"attempts": 2, "traces_per_example": 3}, r"outside 1 to attempts \(2\)"),
     ],
 )

@@ -23,7 +23,8 @@ class Bootstrapping:
         gold_answers: an example that still has no success gives one pair: the last call of its first run that ended
             with a prediction, with the labels in place of the completion. This needs labels for every output of that
             call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on. "auto" does so
-            where that stage only chooses, as a classifier does, and not where it writes.
+            where that stage only chooses, as a classifier does, and some example is solved: where none is, the metric
+            or the labels may be wrong.
         temperature: sampling temperature of all attempts after the first.
         fresh_demos: later attempts show this many freshly drawn demos per stage, never one of the example itself:
             earlier successes, and labels if a stage's inputs and output have them. 0 keeps the current prompts.

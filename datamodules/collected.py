@@ -92,7 +92,7 @@ class Collected:
 
         It is of the first run that ended with a prediction and whose last stage the labels fill.
         """
-        if self.options.gold_answers is False:
+        if self.options.gold_answers is False or (self.options.gold_answers == "auto" and not self.successes):
             return []
         solved = {attempt.example for attempt in self.successes}
         first: dict[str, Trace] = {}

@@ -16,7 +16,12 @@ _read_yaml = get_loader("yaml")
 
 
 def _value(text: str) -> Any:
-    """The value of an option: YAML, but `question -> answer: float` is a signature and no mapping."""
+    """The value of an option: YAML, but `question -> answer: float` is a signature and no mapping, and None is null.
+
+    jsonargparse reads the value of a nested option twice, and makes "None" of a null in between.
+    """
+    if text == "None":
+        return None
     return text if "->" in text and text.strip()[0].isidentifier() and "\n" not in text.strip() else _read_yaml(text)
 
 

@@ -137,6 +137,12 @@ def test_every_config_parses(run: Run, path: Path) -> None:
     assert said.code == 0, said.err
 
 
+def test_null_can_be_typed_for_an_option_of_nested_settings(run: Run) -> None:
+    said = run("fit", "--config", IRIS, "--data.bootstrapping.teacher", "null", "--print_config")
+    assert said.code == 0, said.err
+    assert yaml.safe_load(said.out)["data"]["init_args"]["bootstrapping"]["teacher"] is None
+
+
 def test_classes_go_by_their_short_names(run: Run) -> None:
     words = ("--data", "Iris", "--alternate.search", "RandomDemoSearch", "--alternate.search.num_candidates", "2")
     said = run("fit", "--config", IRIS, *words, "--trainer.logger", "WandbLogger", "--print_config")

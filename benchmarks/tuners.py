@@ -146,7 +146,7 @@ class Tuners:
             (run,) = Path(self.options.table).glob(f"runs/{self.options.task}_*_default_{name}_{seed}")
             history = [json.loads(line) for line in (run / "history.jsonl").read_text(encoding="utf-8").splitlines()]
             taken = history[: steps + 1]
-            best = max(range(len(taken)), key=lambda at: (*rank_of(taken[at]), -at))
+            best = max(range(len(taken)), key=lambda at: rank_of(taken[at]))
             lines = (run / "rollouts" / f"test-{best}.jsonl").read_text(encoding="utf-8").splitlines()
             scores = {row["example"]: row["score"] for row in map(json.loads, lines)}
             self.cells[f"{strategy}, {seed}"] = {

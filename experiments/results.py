@@ -144,7 +144,7 @@ def _attempt(result: RunResult, steps: Steps, fellows: Sequence[RunResult]) -> A
     reached = result.history[: len(steps) + 1]
     chosen = len(steps)
     if result.keep == "best":  # what the product returns
-        chosen = max(range(len(reached)), key=lambda index: (*rank_of(reached[index]), -index))
+        chosen = max(range(len(reached)), key=lambda index: rank_of(reached[index]))
     tested = result.tested[chosen]
     own = [_cheapest(result, index, fellows) for index in range(len(reached))]
     return Attempt(

@@ -160,7 +160,7 @@ def test_classes_go_by_their_short_names(run: Run) -> None:
     [
         (["--alternate.shedule", "p -> w"], "unknown option --alternate.shedule. Did you mean --alternate.schedule?"),
         (["--modle.lm.model", "x"], "unknown option --modle.lm.model. Did you mean --model.lm.model?"),
-        (["--alternate.search.num_candidats", "3"], "Did you mean then.num_candidates?"),
+        (["--alternate.search.num_candidats", "3"], '"num_candidats". Did you mean then.num_candidates?'),
         (["--model.lm.lora.alfa", "3"], "unknown option --lora.alfa. Did you mean --lora.alpha?"),
         (["--alternate.sched", "p"], "unknown option --alternate.sched. Did you mean --alternate.schedule?"),
         (["stray"], '"stray" is no option; options begin with --'),

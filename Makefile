@@ -16,7 +16,7 @@ setup: .venv/.model-ready  ## make .venv with the tested versions and fetch the 
 demo: setup  ## tune prompts and weights of a program of two stages on Iris, from the start
 	@$(BIN)/cotune fit --config configs/iris_two_stage.yaml --name demo --fresh
 
-# A worker a core, one thread each; a file's tests stay together, for what they share.
+# A worker more than cores (tests/conftest.py), one thread each; a file's tests stay together, for what they share.
 test: setup  ## run the tests
 	@OMP_NUM_THREADS=1 GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 

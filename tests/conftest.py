@@ -20,6 +20,11 @@ LONG = ("test_your_own_program", "test_whole_table", "test_faults", "test_killed
 """Files whose tests are few and long, because processes are what they are about."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker more than cores: tests of processes, threads and servers wait for one another."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first, so that at the end no worker waits for another's."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.stem in LONG}
@@ -30,6 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # The tiny models are smaller than the cost of waking a second thread, and sums keep their order.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """A run waits a hundred times until what it wrote is on the disk, which only a loss of power could tell apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

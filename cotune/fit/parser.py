@@ -39,6 +39,11 @@ class Parser(LightningArgumentParser):
         print(f"cotune: error: {explain(message, options_of(self))}", file=sys.stderr)
         sys.exit(2)
 
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        # A run writes its options four times. They were checked when they were parsed, which takes most of each.
+        kwargs.setdefault("skip_validation", True)
+        return str(super().dump(*args, **kwargs))
+
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         if "alternate.schedule" in options_of(self) and self.prog.split()[-1] in LIGHTNINGS:
             arrange(self, self.help_group)

@@ -57,14 +57,14 @@ def test_every_file_is_named_before_it_is_used() -> None:
 def test_the_page_works_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The fit and the scripts are processes of their own; the other commands run here, where all has been imported."""
+    """The scripts are processes of their own; `cotune` runs here, where all has been imported."""
     # As in an activated environment, and with nothing of this repository's tests on the path.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     monkeypatch.chdir(tmp_path)
 
     def run(words: list[str]) -> str:
-        if words[0] == "cotune" and words[1] != "fit":
+        if words[0] == "cotune":
             here = cotune(words[1:], capsys)
             assert here.code == 0, here.err
             return here.out

@@ -322,7 +322,7 @@ class CotuneCLI(PlainCLI):
             for callback in trainer.callbacks  # type: ignore[attr-defined]
         ]
         # With what is linked to other options, the seed: an export is built again from it.
-        made = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="yaml"))
+        made = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False, skip_unset=False, format="yaml"))
         model = redacted(made[self.subcommand]["model"])
         # The first of all: Alternate generates in on_fit_start, and a signal is to wait for the end of its wave.
         trainer.callbacks.insert(0, StopOnSignal(self.signals))  # type: ignore[attr-defined]

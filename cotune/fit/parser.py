@@ -42,6 +42,8 @@ class Parser(LightningArgumentParser):
     def dump(self, *args: Any, **kwargs: Any) -> str:
         # A run writes its options four times. They were checked when they were parsed, which takes most of each.
         kwargs.setdefault("skip_validation", True)
+        if "skip_none" in kwargs:  # Lightning's name for it, of which jsonargparse warns whoever is above
+            kwargs["skip_unset"] = kwargs.pop("skip_none")
         return str(super().dump(*args, **kwargs))
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:

@@ -492,7 +492,7 @@ def test_the_embedded_model_writes_what_hugging_face_writes() -> None:
     passage = " ".join(f"Fact {i}: the number {i} is followed by {i + 1}." for i in range(22))
     requests = [
         Request([{"role": "system", "content": passage}, {"role": "user", "content": f"What follows {i} times {i}?"}])
-        for i in range(4)
+        for i in range(2)
     ]
     found = lm.complete(requests, Sampling(max_new_tokens=8))
     prompts = [c.prompt_ids for c in found]

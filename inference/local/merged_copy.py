@@ -22,10 +22,6 @@ from torch import Tensor, nn
 _ROWS = 64
 """Rows that a layout is made for. One made for 64 is as fast for 1 and for 400."""
 
-_LEAST = 1 << 16
-"""Least numbers of a weight that is laid out: oneDNN takes 20 to 30 microseconds for any product, and up to this size
-that is more than it saves."""
-
 
 class MergedCopy:
     """W + BA in a second copy, so that decoding pays nothing for the adapter.
@@ -122,7 +118,7 @@ def _can_lay_out(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     bf16 = weight.dtype == torch.bfloat16 and onednn_has_bf16()
-    return weight.numel() >= _LEAST and (weight.dtype == torch.float32 or bf16)
+    return weight.dtype == torch.float32 or bf16
 
 
 def _laid_out(weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import zipfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,5 +48,5 @@ def _holds(path: Path) -> bool:
 
 
 def _rows(path: Path) -> bytes:
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection:
         return b"".join(bytes(value) for (value,) in connection.execute("SELECT value FROM entries"))

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ class RowStore:
         self.path = Path(path).expanduser()
         self.damaged, self.seconds = 0, 0.0
         self._connection: sqlite3.Connection | None = None
+        self._closing: weakref.finalize[..., RowStore] | None = None
 
     def read(self, keys: Sequence[bytes]) -> dict[bytes, bytes]:
         """Values by key. A row that fails its checksum is left out, counted, and reported once."""
@@ -81,12 +83,12 @@ class RowStore:
             theirs.close()
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._closing is not None:
+            self._closing()
+            self._connection = self._closing = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_connection": None}  # a copy opens the file itself
+        return {**self.__dict__, "_connection": None, "_closing": None}  # a copy opens the file itself
 
     def _tried(self, action: _Action) -> list[_Row]:
         """Does something with the file, and once more with a new file if the old one proves damaged."""
@@ -111,6 +113,9 @@ class RowStore:
             self._connection = sqlite3.connect(
                 self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
             )
+            # Also when nobody closes the store: Python 3.13 warns of a connection that is only dropped.
+            self._closing = weakref.finalize(self, self._connection.close)
+            self._closing.atexit = False  # a fork that ends is not to close its parent's
             _prepare(self._connection)
         return self._connection
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -100,6 +101,15 @@ def test_a_wave_is_whole_or_absent_after_a_kill(point: str, there: int, store: C
 
     assert dies(write, point, 2)
     assert store.find(made(30)) == dict(list(made(30).items())[:there])
+
+
+def test_a_store_that_nobody_closes_lets_go_of_its_file(tmp_path: Path) -> None:
+    store = CompletionStore(tmp_path / "dropped.sqlite")
+    store.keep(made(4))
+    assert (tmp_path / "dropped.sqlite-wal").exists()
+    del store
+    gc.collect()  # since Python 3.13 a warning, which is an error here, if only the connection is dropped
+    assert not (tmp_path / "dropped.sqlite-wal").exists()
 
 
 def change(path: Path, sql: str, *values: Any) -> None:

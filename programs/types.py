@@ -122,7 +122,7 @@ def choices_of(kind: Any) -> dict[str, Any] | None:
     """
     if typing.get_origin(kind) is Literal:
         pairs = [(str(value), value) for value in typing.get_args(kind)]
-    elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+    elif typing.get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, enum.Enum):
         pairs = [(value.value if isinstance(value.value, str) else value.name, value) for value in kind]
     else:
         return None
@@ -342,8 +342,8 @@ def _adapter(kind: Any) -> Any:
     """pydantic's reader, writer and schema of a structured type."""
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, errors
 
-    plain = isinstance(kind, type) and not dataclasses.is_dataclass(kind) and not hasattr(kind, "model_json_schema")
-    if plain and kind not in (list, dict, tuple):
+    plain = typing.get_origin(kind) is None and isinstance(kind, type) and kind not in (list, dict, tuple)
+    if plain and not dataclasses.is_dataclass(kind) and not hasattr(kind, "model_json_schema"):
         raise FieldTypeError(f"field type {type_name(kind)} is not known; there are {_KNOWN}.")
     try:
         made = TypeAdapter(kind)

@@ -214,6 +214,8 @@ def _concrete(kind: Any) -> Iterator[type]:
     if get_origin(kind) in (Union, types.UnionType):
         for part in get_args(kind):
             yield from _concrete(part)
+    elif get_origin(kind) is not None:  # list[int], which Python 3.10 takes for a type
+        return
     elif isinstance(kind, type) and kind.__module__.split(".")[0] not in ("builtins", "typing", "types"):
         if not inspect.isabstract(kind) and not kind.__name__.startswith("_"):
             yield kind

@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
     def dump(self, *args: Any, **kwargs: Any) -> str:
         # A run writes its options four times. They were checked when they were parsed, which takes most of each.
         kwargs.setdefault("skip_validation", True)
-        if "skip_none" in kwargs:  # Lightning's name for it, of which jsonargparse warns whoever is above
+        if "skip_none" in kwargs:  # Lightning's old name for it; jsonargparse would warn of it as ours
             kwargs["skip_unset"] = kwargs.pop("skip_none")
         return str(super().dump(*args, **kwargs))
 

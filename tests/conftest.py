@@ -39,7 +39,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_wait_for_the_disk() -> Iterator[None]:
-    """A run flushes to the disk about a hundred times. Only a power failure could show a difference, and no test has one."""
+    """A run flushes to the disk a hundred times; only a power failure could show a difference, and no test has one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

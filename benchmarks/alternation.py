@@ -204,6 +204,7 @@ def peer_side(plan: Plan, folder: Path, *, steps: int) -> Side:
                 out=str(tuned),
                 steps=steps,
                 threads=plan.threads,
+                device="cpu",
                 **shape,
             )["steps"]
         with _served(str(tuned), plan, side) as server:

@@ -213,6 +213,7 @@ class Tuners:
                 alpha=64,
                 rate=2e-5 if own else 5e-4,
                 threads=self.options.threads,
+                device=self.options.device,
             )
         lm = self._lm(str(out))
         program = Predict(

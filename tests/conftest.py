@@ -20,6 +20,7 @@ LONG = ("test_your_own_program", "test_whole_table", "test_faults", "test_killed
 """Files whose tests are few and long, because processes are what they are about."""
 
 
+@pytest.hookimpl(optionalhook=True)  # the suite runs without xdist, too
 def pytest_xdist_auto_num_workers() -> int:
     """A worker more than cores: tests of processes, threads and servers wait for one another."""
     return (os.cpu_count() or 1) + 1

@@ -27,6 +27,7 @@ def train(
     alpha: int,
     rate: float,
     threads: int,
+    device: str,
 ) -> dict[str, Any]:
     """Trains on the completions alone for that many optimiser steps, merges, and writes the model to `out`."""
     import torch
@@ -47,7 +48,7 @@ def train(
         lr_scheduler_type="constant",
         completion_only_loss=True,
         packing=False,
-        **quiet_and_fast(),
+        **(quiet_and_fast() | {"use_cpu": device == "cpu"}),
     )
     trainer = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),

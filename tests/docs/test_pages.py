@@ -15,7 +15,6 @@ import pytest
 import yaml
 from commands import fit
 from pages import DOCS, ROOT, blocks, commands
-from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from cotune.__main__ import main
 from cotune.fit.cli import CotuneCLI
@@ -117,6 +116,8 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_a_try_of_the_sweep_is_a_command_that_parses(reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As W&B's agent makes it: options as they were drawn, blanks and all."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args  # imports much, which other workers need not
+
     save_files(DOCS / "sweeps.md", reader)
     sweep = yaml.safe_load((reader / "sweep.yaml").read_text())
     drawn = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,16 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache  # many tests read the same files
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(parsed(path)))
+
+
 def top_folder(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
@@ -83,8 +94,7 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=named)
 @each_module
 def test_no_function_is_longer_than_a_screen(path: Path) -> None:
     """Nor more complex than ruff's C901 allows, which pyproject.toml sets to 20."""
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
@@ -129,7 +139,7 @@ def test_nothing_unpickles(path: Path) -> None:
 
 @each_module
 def test_a_module_says_what_it_is_for(path: Path) -> None:
-    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or "").split("\n")[0]
+    first = (ast.get_docstring(parsed(path), clean=False) or "").split("\n")[0]
     assert first.strip(), f"{named(path)}: the docstring's first line says what the module is for"
     assert path.name != "utils.py", f"{named(path)}: a file is named after its noun"
 
@@ -137,7 +147,7 @@ def test_a_module_says_what_it_is_for(path: Path) -> None:
 @each_module
 def test_what_a_module_offers_says_what_it_is(path: Path) -> None:
     """Its functions and classes without an underscore; what only the module itself uses has one."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    body = parsed(path).body
     offered = [node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
     assert not [node.name for node in offered if not ast.get_docstring(node)]
 
@@ -219,7 +229,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
 
 def imported(path: Path) -> Iterator[str]:
     """Every module that the file imports, absolute, also inside functions; `from a import b` gives `a.b`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -247,16 +257,14 @@ def room_of(name: str) -> str | None:
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return (node for node in nodes if isinstance(node, ast.Call))
+    return (node for node in nodes(path) if isinstance(node, ast.Call))
 
 
 def built_in_errors(path: Path) -> list[int]:
     """Lines that raise an error of Python's own, or make a public class of one."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    raises = (node for node in ast.walk(tree) if isinstance(node, ast.Raise))
+    raises = (node for node in nodes(path) if isinstance(node, ast.Raise))
     lines = [r.lineno for r in raises if isinstance(r.exc, ast.Call) and ast.unparse(r.exc.func) in BUILT_IN]
-    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    classes = (node for node in nodes(path) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
     return lines + [c.lineno for c in classes if c.bases and ast.unparse(c.bases[0]) in BUILT_IN]
 
 

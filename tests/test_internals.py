@@ -77,6 +77,11 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree))
+
+
 def private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
@@ -85,7 +90,7 @@ def own_names() -> set[str]:
     """What the product itself defines: functions, classes, fields, and attributes of self."""
     found: set[str] = set()
     for _, tree in trees():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -99,7 +104,7 @@ def own_names() -> set[str]:
 def touched(tree: ast.Module) -> set[str]:
     """Private and undocumented names that are read off an object, imported, or asked for by getattr and the like."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Attribute):
             found.add(node.attr)
         elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("cotune"):
@@ -131,19 +136,19 @@ def test_private_methods_of_libraries_are_overridden_in_one_file_each() -> None:
 def reached(tree: ast.Module, loop: str) -> set[str]:
     """Attributes taken of an attribute of this name; "" where it is taken and handed on."""
     names, whole = set(), set()
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == loop:
             names.add(node.attr)
             whole.add(id(node.value))
     handed_on = {
-        "" for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == loop and id(node) not in whole
+        "" for node in nodes(tree) if isinstance(node, ast.Attribute) and node.attr == loop and id(node) not in whole
     }
     return names | handed_on
 
 
 def keys(tree: ast.Module) -> set[str]:
     """Constants in the product that name a part of a checkpoint's loops."""
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    texts = {node.value for node in nodes(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return {text for text in texts if text == "loops" or "batch_progress" in text or "epoch_loop" in text}
 
 

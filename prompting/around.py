@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from cotune.programs import Program
 from cotune.programs.faults import merged
 from cotune.prompting.demos import RandomDemoSearch
 from cotune.prompting.search import Found, PromptSearch
@@ -29,6 +31,14 @@ class SearchAround(PromptSearch):
     @proposer.setter
     def proposer(self, proposer: Any) -> None:
         self.then.proposer = proposer  # type: ignore[attr-defined]
+
+    def for_program(self, program: Program) -> PromptSearch:
+        inside = self.then.for_program(program)
+        if inside is self.then:
+            return self
+        own = copy.copy(self)
+        own.then = inside
+        return own
 
     def about_proposals(self, stages: int, dev: int) -> int:
         return self.then.about_proposals(stages, dev)

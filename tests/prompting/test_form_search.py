@@ -11,7 +11,7 @@ from cotune.programs import Completion, Example, Predict, Request, Runner, Sampl
 from cotune.programs.form import ReasonThenFill
 from cotune.programs.forms import form_named, form_of, in_form, names
 from cotune.programs.prompt import prompts_from_dict, prompts_id, prompts_to_dict
-from cotune.prompting import FormSearch, Found, RandomDemoSearch, SearchTask
+from cotune.prompting import CalibratedSearch, FormSearch, Found, RandomDemoSearch, SearchTask
 from cotune.reporting.prompt_changes import prompt_changes
 
 from cotune.testing import FakeLM
@@ -61,6 +61,14 @@ def test_what_the_forms_have_cost_is_not_spent_again_behind_them() -> None:
         FormSearch(["lines", "tags"], Seen(num_candidates=0)).search(task)
     assert seen[:2] == [0, 2]  # three forms on six examples
     assert seen[2] == 82
+
+
+def test_no_calibration_is_announced_for_a_program_without_choices() -> None:
+    inside = RandomDemoSearch(num_candidates=1)
+    around = FormSearch(["lines"], CalibratedSearch(inside))
+    assert around.for_program(PROGRAM).most_runs(6, 6) == FormSearch(["lines"], inside).most_runs(6, 6)
+    chooses = Predict("question -> answer: Literal['a', 'b']")
+    assert around.for_program(chooses) is around
 
 
 def test_traces_are_in_the_prompts_form() -> None:

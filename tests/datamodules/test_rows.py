@@ -122,7 +122,7 @@ ROW = st.dictionaries(NAME | st.none() | st.text(max_size=3), ANYTHING, max_size
 
 
 @given(st.lists(ROW | st.just(GOOD), max_size=4), st.none() | NAME)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_whatever_the_rows_there_are_examples_or_a_data_error(rows: list[Any], id_field: str | None) -> None:
     try:
         examples = read(rows, id_field=id_field)

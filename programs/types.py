@@ -209,8 +209,7 @@ def write_value(kind: Any, value: Any) -> str:
         return str(value)
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         value = read_value(kind, value)  # data files hold texts
-    choices = choices_of(kind)
-    if choices is not None:
+    if (choices := choices_of(kind)) is not None:
         for text, choice in choices.items():
             if choice == value and type(choice) is type(value):
                 return text

@@ -96,12 +96,10 @@ def check_type(kind: Any) -> None:
     Raises:
         FieldTypeError: cotune and pydantic know no such type, or a choice is empty or there twice.
     """
-    choices = choices_of(kind)
-    if choices is not None:
-        texts = list(choices)
-        if not texts:
+    if (choices := choices_of(kind)) is not None:
+        if not choices:
             raise FieldTypeError(f"field type {type_name(kind)} has no choice; give at least one.")
-        for text in texts:
+        for text in choices:
             if not text.strip() or text != text.strip() or "\n" in text:
                 raise FieldTypeError(
                     f"choice {text!r} of a field is empty, has white space at an end or has more than one line; write "
@@ -122,14 +120,19 @@ def choices_of(kind: Any) -> dict[str, Any] | None:
     """
     if typing.get_origin(kind) is Literal:
         pairs = [(str(value), value) for value in typing.get_args(kind)]
-    elif typing.get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, enum.Enum):
-        pairs = [(value.value if isinstance(value.value, str) else value.name, value) for value in kind]
+    elif _is_class(kind) and issubclass(kind, enum.Enum):
+        pairs = [(plain(value), value) for value in kind]
     else:
         return None
     found = dict(pairs)
     if len(found) < len(pairs):
         raise FieldTypeError(f"two choices of {type_name(kind)} have the same text; give each its own.")
     return found
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether it is a class; list[int] is none, which Python 3.10 takes for one."""
+    return typing.get_origin(kind) is None and isinstance(kind, type)
 
 
 def is_choice(kind: Any) -> bool:
@@ -143,8 +146,7 @@ def is_choice(kind: Any) -> bool:
 
 def syntax_of(kind: Any) -> Syntax | None:
     """What may be written in a field of this type; None for any text."""
-    choices = choices_of(kind)
-    if choices is not None:
+    if (choices := choices_of(kind)) is not None:
         return Choices(tuple(choices))
     if kind is bool:
         return Choices(("yes", "no"))
@@ -304,8 +306,7 @@ def type_name(kind: Any) -> str:
         return "date"
     if kind in _NAMES.values() and isinstance(kind, type):
         return kind.__name__
-    arguments = typing.get_args(kind)
-    if arguments:
+    if arguments := typing.get_args(kind):
         return f"{typing.get_origin(kind).__name__}[{', '.join(map(type_name, arguments))}]"
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
 
@@ -341,8 +342,8 @@ def _adapter(kind: Any) -> Any:
     """pydantic's reader, writer and schema of a structured type."""
     from pydantic import PydanticSchemaGenerationError, TypeAdapter, errors
 
-    plain = typing.get_origin(kind) is None and isinstance(kind, type) and kind not in (list, dict, tuple)
-    if plain and not dataclasses.is_dataclass(kind) and not hasattr(kind, "model_json_schema"):
+    known = kind in (list, dict, tuple) or dataclasses.is_dataclass(kind) or hasattr(kind, "model_json_schema")
+    if _is_class(kind) and not known:
         raise FieldTypeError(f"field type {type_name(kind)} is not known; there are {_KNOWN}.")
     try:
         made = TypeAdapter(kind)
@@ -369,9 +370,8 @@ def _choice(choices: Mapping[str, Any], text: str) -> Any:
     raise FieldTypeError(f'"{_short(text)}" is none of {_listed(choices)}.')
 
 
-_NUMBER = re.compile(
-    r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?"
-)  # JSON writes small ones with an exponent
+# JSON writes small ones with an exponent.
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 
 
 def _number(kind: Any, text: str) -> Any:

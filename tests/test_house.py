@@ -8,11 +8,11 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from sources import nodes, parsed
 
 import cotune
 
@@ -74,16 +74,6 @@ def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@cache  # many tests read the same files
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def nodes(path: Path) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(parsed(path)))
-
-
 def top_folder(path: Path) -> str:
     return path.relative_to(ROOT).parts[0]
 
@@ -94,7 +84,7 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=named)
 @each_module
 def test_no_function_is_longer_than_a_screen(path: Path) -> None:
     """Nor more complex than ruff's C901 allows, which pyproject.toml sets to 20."""
-    functions = [node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [node for node in nodes(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert {name: lines for name, lines in long.items() if lines > 60} == {}
 
@@ -229,7 +219,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
 
 def imported(path: Path) -> Iterator[str]:
     """Every module that the file imports, absolute, also inside functions; `from a import b` gives `a.b`."""
-    for node in nodes(path):
+    for node in nodes(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -257,14 +247,14 @@ def room_of(name: str) -> str | None:
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    return (node for node in nodes(path) if isinstance(node, ast.Call))
+    return (node for node in nodes(parsed(path)) if isinstance(node, ast.Call))
 
 
 def built_in_errors(path: Path) -> list[int]:
     """Lines that raise an error of Python's own, or make a public class of one."""
-    raises = (node for node in nodes(path) if isinstance(node, ast.Raise))
+    raises = (node for node in nodes(parsed(path)) if isinstance(node, ast.Raise))
     lines = [r.lineno for r in raises if isinstance(r.exc, ast.Call) and ast.unparse(r.exc.func) in BUILT_IN]
-    classes = (node for node in nodes(path) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
+    classes = (node for node in nodes(parsed(path)) if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))
     return lines + [c.lineno for c in classes if c.bases and ast.unparse(c.bases[0]) in BUILT_IN]
 
 

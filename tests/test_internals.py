@@ -11,7 +11,6 @@ import importlib
 import inspect
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from cotune.programs import Form
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.csv_logs import CSVLogger, ExperimentWriter
+from sources import nodes, parsed
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from cotune.fit.help_page import options_of
@@ -70,16 +70,6 @@ def trees() -> Iterator[tuple[str, ast.Module]]:
     for room in HOUSE:
         for path in sorted(room.rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), parsed(path)
-
-
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-@cache
-def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
-    return tuple(ast.walk(tree))
 
 
 def private(name: str) -> bool:

@@ -181,7 +181,7 @@ def whole_inside(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize(
     ("name", "breaks"),
     [
-        ("every step", [1, 3, 4, 7]),
+        ("every step", [1, 3, 4, 5, 7]),
         ("every step, dropout", [2, 7]),
         ("every second step", [4]),
         ("two batches a step", [1, 3]),

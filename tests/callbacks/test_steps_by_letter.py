@@ -43,8 +43,7 @@ def test_rounds_collect_with_the_weights_as_they_then_are(tiny_model: Path, tmp_
     assert (tmp_path / "whole" / "traces" / "step-1" / "round-2" / "prompts.json").is_file()
     collecting = {adapter for requests, adapter in run.lm.seen if len(requests) and requests[0].seed is not None}
     assert len(collecting) >= 2
-    steps_in_all = run.trainer.global_step
-    for step in sorted({1, steps_in_all // 2, steps_in_all // 2 + 1, steps_in_all - 1}):  # ends and between the rounds
+    for step in range(1, run.trainer.global_step):
         first = tiny_fit(tiny_model, tmp_path / str(step), "r", steps=steps, callbacks=[BreakInTraining(step)])
         with pytest.raises(BrokenOffError):
             first.run()

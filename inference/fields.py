@@ -300,8 +300,10 @@ class Filling:
         following = "" if last else self.plan.layout[self._place + 1]
         fixed = following.text if isinstance(following, Fixed) else ""
         target, kept = self._before + value + fixed, len(ids)
+        # Nothing follows, and the ids hold the value: they stay, also where its first bytes spoil what is before.
+        done = last and decode(ids)[len(self._before) :] == value
         # A token that crosses a stop stays if it writes what is to follow; else it goes, and its text is put there.
-        while kept > self._start and not target.startswith(decode(ids[:kept])):
+        while not done and kept > self._start and not target.startswith(decode(ids[:kept])):
             kept -= 1
         del ids[kept:], self.forced[kept:], self.log_probs[kept:]
         self.kept = min(self.kept, kept)

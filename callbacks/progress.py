@@ -26,9 +26,12 @@ from rich.progress import (
 )
 from rich.table import Column
 
+_QUIET = 60.0
+"""Seconds after which a log file is told how far a step is, where nothing else was said."""
+
 
 class StepProgress:
-    """A bar in a terminal; a line per candidate elsewhere. Satisfies `cotune.prompting.Progress`.
+    """A bar in a terminal; elsewhere a line per candidate, and one a minute. Satisfies `cotune.prompting.Progress`.
 
     Args:
         title: what the bar is of, e.g. "[1/3] prompt step".
@@ -59,6 +62,7 @@ class StepProgress:
         )
         self._task = self._bar.add_task(title, total=None, rate="", visible=False)  # until it is known of what
         self._started, self._ended, self._head = time.perf_counter(), 0, ""
+        self._said = self._started
 
     def __enter__(self) -> StepProgress:
         self._bar.start()
@@ -79,6 +83,10 @@ class StepProgress:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = f"{self._ended / seconds:.1f} examples/s" if self._ended else ""
         self._bar.update(self._task, advance=n, rate=rate)
+        if not self._console.is_terminal and time.perf_counter() - self._said >= _QUIET:
+            task = self._bar.tasks[0]
+            total = "" if task.total is None else f"/{task.total:.0f}"
+            self._print(f"{task.description}: {task.completed:.0f}{total}, {rate}")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,7 +110,11 @@ class StepProgress:
 
     def say(self, line: str) -> None:
         """A line that stays, above the bar."""
-        self._console.print(f"{self._title}: {line}", highlight=False, markup=False, soft_wrap=True)
+        self._print(f"{self._title}: {line}")
+
+    def _print(self, line: str) -> None:
+        self._said = time.perf_counter()
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class TrainingBar(DescribedBar):

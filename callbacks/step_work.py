@@ -46,7 +46,7 @@ class StepWork:
         search: of the prompt steps.
 
     Attributes:
-        best: the prefix that the run would end with now: index, score, prompts and adapter.
+        best: the prefix that the run would end with now: its place in the history, its prompts and its adapter.
     """
 
     def __init__(self, course: Course, search: PromptSearch) -> None:
@@ -229,11 +229,10 @@ class StepWork:
         self._val_scores = {rollout.example.id: rollout.score for rollout in rollouts}
         self.course.incumbent, self._found = module.prompts, None
         self.weight.begin_next(module.lm.adapter_state())
-        rank = rank_of(self.course.history[-1])
-        if self.course.options.keep == "last" or not self.best or rank > (self.best["score"], -self.best["tokens"]):
-            prompts = prompts_to_dict(module.prompts)
-            self.best = {"index": index, "score": score, "tokens": -rank[1], "prompts": prompts}
-            self.best["adapter"] = module.lm.adapter_state()
+        newest = self.course.history[-1]
+        if self.course.options.keep == "last" or not self.best or rank_of(newest) > rank_of(self.best_record):
+            adapter = module.lm.adapter_state()
+            self.best = {"index": index, "prompts": prompts_to_dict(module.prompts), "adapter": adapter}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, BoundaryListener):
                 callback.on_boundary(trainer, module, boundary)

@@ -51,6 +51,24 @@ def test_a_log_file_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.strip() == "[1/3] prompt step: candidate 1/9 (incumbent): score 0.500, best 0.500"
 
 
+def test_a_log_file_is_told_once_a_minute_how_far_a_pass_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    out = StringIO()
+    monkeypatch.setattr(progress, "Console", lambda quiet: Console(file=out, force_terminal=False, quiet=quiet))
+    with StepProgress("[1/3] weight step") as bar:
+        for what in ("traces", "val"):
+            bar.start(60, what)
+            for _ in range(60):
+                now += 1.5
+                bar.advance(1)
+    assert out.getvalue().splitlines() == [
+        "[1/3] weight step: traces: 40/60, 0.7 examples/s",
+        "[1/3] weight step: val: 20/60, 0.7 examples/s",
+        "[1/3] weight step: val: 60/60, 0.7 examples/s",
+    ]
+
+
 def test_a_candidate_says_the_calls_of_each_role(capsys: pytest.CaptureFixture[str]) -> None:
     told = Candidate({}, (1.0,), why="round 1", lineage={"calls": {"program": 9, "proposer": 2}})
     StepProgress("search").candidate(1, 2, told, 1.0)

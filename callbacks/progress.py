@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from cotune.lightning_modules.lightning_internals import DescribedBar
+from cotune.programs.lm import told_of_completions
 from cotune.prompting import Candidate
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -61,32 +62,44 @@ class StepProgress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=None, rate="", visible=False)  # until it is known of what
-        self._started, self._ended, self._head = time.perf_counter(), 0, ""
+        self._started, self._ended, self._calls, self._head = time.perf_counter(), 0, 0, ""
         self._said = self._started
+        self._listening = told_of_completions(self._completed)
 
     def __enter__(self) -> StepProgress:
         self._bar.start()
+        self._listening.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._listening.__exit__(kind, error, trace)
         self._bar.stop()
 
     def start(self, total: int, what: str) -> None:
-        self._started, self._ended = time.perf_counter(), 0
+        self._started, self._ended, self._calls = time.perf_counter(), 0, 0
         what = f"{self._title}: {self._head or what}"
         self._bar.reset(self._task, total=total, visible=True, description=what, rate="")
 
     def advance(self, n: int) -> None:
         self._ended += n
+        self._tell(n)
+
+    def _completed(self, n: int) -> None:
+        self._calls += n
+        self._tell(0)
+
+    def _tell(self, ended: int) -> None:
+        """A pass can be one LM batch, or one a stage: then all examples end at once, and only LM calls tell before."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
-        rate = f"{self._ended / seconds:.1f} examples/s" if self._ended else ""
-        self._bar.update(self._task, advance=n, rate=rate)
+        said = [f"{self._ended / seconds:.1f} examples/s"] if self._ended else []
+        said += [f"{self._calls:,} LM calls"] if self._calls else []
+        self._bar.update(self._task, advance=ended, rate=said[0] if said else "")
         if not self._console.is_terminal and time.perf_counter() - self._said >= _QUIET:
             task = self._bar.tasks[0]
             total = "" if task.total is None else f"/{task.total:.0f}"
-            self._print(f"{task.description}: {task.completed:.0f}{total}, {rate}")
+            self._print(", ".join([f"{task.description}: {task.completed:.0f}{total}", *said]))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

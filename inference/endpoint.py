@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from cotune.errors import BadValueError, MissingPackageError
 from cotune.inference.loop_thread import LoopThread
-from cotune.programs.lm import LMUnavailableError
+from cotune.programs.lm import LMUnavailableError, completed
 
 HOSTED = "https://api.openai.com/v1"
 
@@ -129,7 +129,9 @@ class Endpoint:
                 while not arrived.empty():
                     come.append(arrived.get())
                 ended = None in come
-                yield [one for one in come if one is not None]
+                there = [one for one in come if one is not None]
+                completed(len(there))
+                yield there
             work.result()
         finally:
             work.cancel()

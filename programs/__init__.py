@@ -8,7 +8,7 @@ from cotune.programs.form import Form, Lines, Markers, ParseError, ReasonThenFil
 from cotune.programs.json_form import Json
 from cotune.programs.judge import LMJudge, Noise
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema
-from cotune.programs.lm import LM, Completion, Filled, LMUnavailableError, Message, Request, Sampling
+from cotune.programs.lm import LM, Completion, Filled, LMUnavailableError, Message, Request, Sampling, completed
 from cotune.programs.metrics import BatchMetric, Metric, exact_match, f1, first_line_number, number_match
 from cotune.programs.multihop import MultiHopQA
 from cotune.programs.program import Call, NamedValues, Program, Stage
@@ -89,6 +89,7 @@ __all__ = [
     "Unreadable",
     "Usage",
     "Vote",
+    "completed",
     "content_id",
     "draw_demos",
     "exact_match",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -144,8 +146,29 @@ class LMUnavailableError(CotuneError):
 
 
 class LM(Protocol):
-    """Anything that completes chats in batches. Must not raise for one bad request among good ones."""
+    """Anything that completes chats in batches. Must not raise for one bad request among good ones.
+
+    One whose batches take long calls `completed` as its completions are made, for those who wait.
+    """
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in the order of the requests."""
         ...
+
+
+_listener: ContextVar[Callable[[int], None]] = ContextVar("_listener", default=lambda count: None)
+
+
+def completed(count: int = 1) -> None:
+    """Tells whoever shows progress that so many completions of the batch under way are there."""
+    _listener.get()(count)
+
+
+@contextmanager
+def told_of_completions(listener: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `listener` is told how many completions have newly been made, in the thread that made them."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)

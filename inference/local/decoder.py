@@ -20,7 +20,7 @@ from cotune.inference.local.plain import complete
 from cotune.inference.local.prefixes import BLOCK, PrefixCache, group_by_shared_prefix, waves_by_prefix
 from cotune.inference.local.row import Row, chosen
 from cotune.programs.layout import Layout
-from cotune.programs.lm import Sampling
+from cotune.programs.lm import Sampling, completed
 from cotune.programs.shared_prefix import shared_prefix
 from torch import Tensor
 
@@ -98,6 +98,7 @@ class Decoder:
         for row in rows:
             if not row.ended:
                 self._run_alone(row)
+                completed()
             results[row.index] = row.result
         return results
 
@@ -296,6 +297,8 @@ class _Batch:
         check_finite(logits_RV, self.decoder.model)
         for row, token, log_prob in zip(rows, *chosen(rows, logits_RV), strict=True):
             row.take(token, log_prob)
+        if ended := sum(row.ended for row in rows):
+            completed(ended)
         # From the back, so that the row that moves up is one that goes on.
         for slot in reversed(range(len(self.running))):
             if self.running[slot].ended:

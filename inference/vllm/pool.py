@@ -13,6 +13,7 @@ import httpx2
 from cotune.inference.loop_thread import LoopThread
 from cotune.inference.vllm.row import Row
 from cotune.inference.vllm.server import About, Server, ServerLostError, Serving, VLLMError
+from cotune.programs.lm import completed
 
 _T = TypeVar("_T")
 _LOOKS = 2.0
@@ -142,6 +143,7 @@ class Pool:
                     body = row.request()
                     row.servers.add(server)
                     row.take(await server.complete(body, serving))
+                completed()
             except ServerLostError:
                 queues[server].appendleft(row)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cotune.callbacks import progress
 from cotune.callbacks.progress import StepProgress, TrainingBar, training_bar_paused
+from cotune.programs import completed
 from cotune.prompting import Candidate
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -57,13 +58,18 @@ def test_a_log_file_is_told_once_a_minute_how_far_a_pass_is(monkeypatch: pytest.
     out = StringIO()
     monkeypatch.setattr(progress, "Console", lambda quiet: Console(file=out, force_terminal=False, quiet=quiet))
     with StepProgress("[1/3] weight step") as bar:
-        for what in ("traces", "val"):
-            bar.start(60, what)
-            for _ in range(60):
-                now += 1.5
-                bar.advance(1)
+        bar.start(60, "traces")  # of two stages, each one LM batch: all examples end at once
+        for _ in range(120):
+            now += 0.75
+            completed()
+        bar.advance(60)
+        bar.start(60, "val")
+        for _ in range(60):
+            now += 1.5
+            bar.advance(1)
+    completed()  # nobody listens any more
     assert out.getvalue().splitlines() == [
-        "[1/3] weight step: traces: 40/60, 0.7 examples/s",
+        "[1/3] weight step: traces: 0/60, 80 LM calls",
         "[1/3] weight step: val: 20/60, 0.7 examples/s",
         "[1/3] weight step: val: 60/60, 0.7 examples/s",
     ]

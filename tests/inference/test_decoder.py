@@ -18,6 +18,7 @@ from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import attach, lora_layers
 from cotune.programs import Request, Sampling
 from cotune.programs.layout import Field
+from cotune.programs.lm import told_of_completions
 from cotune.programs.shared_prefix import shared_prefix
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -179,6 +180,14 @@ def test_rows_that_have_ended_leave_the_batch(model: Any) -> None:
     with rows_at_once(model) as sizes:
         greedy(decoder(model, end_ids=end_ids), prompts, 12)
     assert sizes == [sum(length > step for length in lengths) for step in range(1, max(lengths))]
+
+
+def test_completions_are_told_of_as_they_end(model: Any) -> None:
+    told: list[int] = []
+    with told_of_completions(told.append):
+        greedy(decoder(model, cache_tokens=256), families(shared=0, own=[20, 21, 22, 23, 24, 25], seed=4), 12)
+    assert sum(told) == 6
+    assert len(told) > 1, "all at the end"
 
 
 def test_waiting_rows_join_when_a_quarter_of_the_slots_is_free(model: Any) -> None:

@@ -21,6 +21,7 @@ from cotune.inference.endpoint import EndpointError
 from cotune.inference.openai import OpenAILM
 from cotune.programs import Completion, Field, LMUnavailableError, Request, Sampling
 from cotune.programs.layout import Choices
+from cotune.programs.lm import told_of_completions
 from endpoint_server import Body, EndpointServer, Reply, serving
 
 KEY = "sk-canary-0123456789"
@@ -80,9 +81,15 @@ LETTERS = [chr(ord("a") + n) for n in range(8)]
 # What is sent and what comes back
 
 
-def test_completions_stand_in_the_order_of_the_requests(server: EndpointServer, lm_at: Any) -> None:
+def test_completions_stand_in_the_order_of_the_requests_and_are_told_of_as_they_come(
+    server: EndpointServer, lm_at: Any
+) -> None:
     server.answer = lambda body: Reply(shouted(body), wait=0.2 if "a" in shouted(body).lower() else 0)
-    assert texts(lm_at(server).complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    told: list[int] = []
+    with told_of_completions(told.append):
+        assert texts(lm_at(server).complete(asking(*LETTERS), Sampling())) == [letter.upper() for letter in LETTERS]
+    assert sum(told) == len(LETTERS)
+    assert len(told) > 1
 
 
 def test_sampling_seed_and_stops_are_sent(server: EndpointServer, lm_at: Any) -> None:

@@ -21,6 +21,7 @@ from cotune.lightning_modules import LanguageModel, LoRA
 from cotune.lightning_modules.lora import lora_layers
 from cotune.programs import Completion, Request, Sampling
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number
+from cotune.programs.lm import told_of_completions
 from cotune.storage.served_adapter import served_name
 from tiny_fit import BrokenOffError, Fit, tiny_fit
 from vllm_server import BASE, Fault, VLLMServerProcess, vllm_servers
@@ -101,7 +102,10 @@ def test_servers_write_what_the_local_engine_writes(
     lm.use(engine(server, folder=tmp_path))
     requests = [*MIXED, *asked(2, layout=FORM, adapter="")]
     expected = here(lm, requests)
-    assert lm.complete(requests, GREEDY) == expected
+    told: list[int] = []
+    with told_of_completions(told.append):
+        assert lm.complete(requests, GREEDY) == expected
+    assert sum(told) == len(requests)
     train(lm, 2)
     after = lm.complete(FEW, GREEDY)
     assert after == here(lm, FEW)

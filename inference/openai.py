@@ -44,6 +44,7 @@ class OpenAILM(LM):
     Attributes:
         usage: what the completions have cost so far.
         answered_by: answers by the model that gave them.
+        unpriced: answers that did not say what they cost, while `prices` are not given either.
 
     Raises:
         ImportError: the openai client is not installed.
@@ -71,7 +72,7 @@ class OpenAILM(LM):
             endpoint, model, key_variable=key_variable, concurrency=concurrency, timeout=timeout, tries=tries
         )
         self.max_calls = max_calls
-        self.usage = Usage()
+        self.usage, self.unpriced = Usage(), 0
         self.answered_by: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -166,12 +167,13 @@ class OpenAILM(LM):
         tokens_in = answer.tokens_in or (_guess(*(m["content"] for m in request.messages)) if guessed else 0)
         tokens_out = answer.tokens_out or (_guess(answer.text) if guessed else 0)
         dollars = answer.dollars
-        if dollars is None:
+        if dollars is None and self.price is not None:
             dollars = (tokens_in * self.price[0] + tokens_out * self.price[1]) / 1e6
+        self.unpriced += dollars is None
         if guessed and not self.usage.estimated:
             print(f"{self._endpoint.url} does not report how many tokens it used; they are estimated from the texts.")
         self._note_model(answer.model)
-        self.usage += Usage(1, 0, tokens_in, tokens_out, dollars, estimated=int(guessed))
+        self.usage += Usage(1, 0, tokens_in, tokens_out, dollars or 0.0, estimated=int(guessed))
         return _completion(request, answer, formatted=self.response_format == "auto")
 
     def _note_model(self, answering: str) -> None:
@@ -214,9 +216,9 @@ def _guess(*texts: str) -> int:
     return max(1, sum(len(text.encode(errors="replace")) for text in texts) // 4)
 
 
-def _price(model: str, prices: Mapping[str, Sequence[float]] | None) -> tuple[float, float]:
+def _price(model: str, prices: Mapping[str, Sequence[float]] | None) -> tuple[float, float] | None:
     if not prices:
-        return 0.0, 0.0
+        return None
     if model not in prices:
         raise BadValueError(f'prices have no "{model}"; they have {", ".join(prices)}.')
     price = list(prices[model])

@@ -33,6 +33,17 @@ class BudgetSpentError(LMUnavailableError):
         )
 
 
+class UnknownPriceError(LMUnavailableError):
+    """Dollars are bounded, and what the LM's answers cost is not known."""
+
+    def __init__(self, role: str, lm: LM, dollars: float) -> None:
+        super().__init__(
+            f"budget.dollars {dollars:g} cannot be kept: what the answers of the {role}'s {lm!r} cost is not known. Give "
+            "it prices, such as {name of the model: [0.25, 2.0]} in dollars for a million tokens read and written, or "
+            "bound budget.lm_calls or budget.tokens. Answers so far are kept; the same command with either resumes."
+        )
+
+
 class RoleSpentError(BudgetSpentError):
     """One role's LM has made the calls that it may make; others may still be asked."""
 
@@ -44,7 +55,7 @@ class Budget:
     Attributes:
         lm_calls: completions that are paid for, of all LMs; those from a store are free. Never exceeded.
         tokens: read and written. Looked at between waves of 32 requests, so the last wave may exceed it.
-        dollars: likewise; needs an LM that knows its prices.
+        dollars: likewise. An LM whose answers have no known price ends the run at the first.
         minutes: likewise, of wall time, also between two steps of training.
     """
 
@@ -188,7 +199,8 @@ class BudgetedLM:
     To have what was answered free of charge, put the store outside: `StoredLM(BudgetedLM(lm, ledger), ...)`.
 
     Args:
-        lm: any LM. One that has a `usage` is charged by what that grows by; another by its requests and ids.
+        lm: any LM. One that has a `usage` is charged by what that grows by; another by its requests and ids. One whose
+            answers can cost an unknown amount counts these as `unpriced`.
         role: what it is for, as costs are said: "program", "teacher", "proposer", "judge".
         max_calls: of this role; null for as many as the budget allows.
     """
@@ -213,6 +225,7 @@ class BudgetedLM:
         """The LM's completions.
 
         Raises:
+            UnknownPriceError: dollars are bounded, and the LM does not know what its answers cost.
             BudgetSpentError: the budget does not last for all requests. Those that it lasts for have been asked, so
                 that a store has them for a run with a larger budget.
         """
@@ -231,11 +244,17 @@ class BudgetedLM:
             for come in self._charged(wave, sampling):
                 yield {start + at: one for at, one in come.items()}
                 self.ledger.between()
+            self._check_price()
             start += len(wave)
 
     def close(self) -> None:
         """Closes what the LM holds open."""
         getattr(self.lm, "close", lambda: None)()
+
+    def _check_price(self) -> None:
+        dollars, unpriced = self.ledger.budget.dollars, getattr(self.lm, "unpriced", None)
+        if dollars is not None and unpriced:
+            raise UnknownPriceError(self.role, self.lm, dollars)
 
     def _charged(self, wave: Sequence[Request], sampling: Sampling) -> Iterator[Mapping[int, Completion]]:
         """A wave's answers, each charged before it is given."""

@@ -348,6 +348,9 @@ def test_cost_comes_from_the_answer_or_from_the_prices(server: EndpointServer, l
     lm.complete(asking("a", "b"), Sampling())
     assert lm.usage.dollars == pytest.approx(0.003 + 0.5)
     assert (lm.usage.tokens_in, lm.usage.tokens_out, lm.usage.estimated) == (2000, 200, 0)
+    free = lm_at(server)
+    free.complete(asking("a", "b"), Sampling())
+    assert (lm.unpriced, free.unpriced, free.usage.dollars) == (0, 1, 0.5)
     with pytest.raises(ValueError, match='prices have no "m"; they have other'):
         lm_at(server, prices={"other": [1, 1]})
 

@@ -18,6 +18,7 @@ from cotune.programs import (
     Sampling,
     Usage,
 )
+from cotune.programs.budget import UnknownPriceError
 from fakes import FakeLM, Loop, doubles, doubling, runner
 
 
@@ -82,6 +83,16 @@ def test_tokens_and_dollars_are_looked_at_between_waves(bound: Any, calls: int) 
     with pytest.raises(BudgetSpentError, match=f"{next(iter(bound))} {next(iter(bound.values()))}"):
         bounded(lm, **bound).complete(asking(*range(100)), Sampling())
     assert lm.usage.calls == calls
+
+
+def test_a_bound_in_dollars_ends_at_answers_of_unknown_price() -> None:
+    lm = PaidLM()
+    lm.unpriced = 1  # type: ignore[attr-defined]
+    asked = asking(*range(100))
+    with pytest.raises(UnknownPriceError, match=r"budget.dollars 5 cannot be kept: .* of the program's .*prices"):
+        bounded(lm, dollars=5).complete(asked, Sampling())
+    assert lm.usage.calls == 32
+    assert len(bounded(lm, lm_calls=100).complete(asked, Sampling())) == 100
 
 
 def test_what_was_spent_outlives_a_kill_to_the_answer() -> None:

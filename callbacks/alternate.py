@@ -144,7 +144,7 @@ class Alternate(Callback):
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
         module = ours(trainer, pl_module)[0]
-        check_teachers(module, self.schedule, self.steps)
+        check_teachers(module, self.schedule, self.steps, fresh=self.options.weights == "fresh")
         self.narrow_search(module.program)
         # The alternation counts; Lightning goes on until it is told that nothing is left.
         trainer.fit_loop.max_epochs = -1
@@ -172,7 +172,8 @@ class Alternate(Callback):
         self._end_if_finished(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.state.rounds == 0 and self.options.weights == "fresh":
+        # Not when it is decided: a resumed run has its optimisers' state only after `on_fit_start`.
+        if self.state.rounds == 0 and (self.options.weights == "fresh" or self.work.weight.undone):
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
 

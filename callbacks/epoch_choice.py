@@ -20,6 +20,7 @@ class EpochChoice:
     def __init__(self, *, keep_best: bool) -> None:
         self.keep_best = keep_best
         self._kept: dict[str, Any] = {}
+        self._offered = 0  # the newest epoch with a score
         self._sum: Adapter = {}
         self._summed = 0
 
@@ -40,10 +41,11 @@ class EpochChoice:
 
     def wants(self, epoch: int) -> bool:
         """Whether a score of this epoch, the last one of its step, is still needed."""
-        return not self._kept or (not self.keep_best and self._kept["epoch"] != epoch)
+        return self._offered != epoch
 
     def offer(self, score: float, adapter: Adapter, *, epoch: int, averaged: int = 0) -> None:
         """An adapter with its score on val."""
+        self._offered = epoch
         if not self._kept or not self.keep_best or score > self._kept["score"]:
             self._kept = {"score": score, "epoch": epoch, "adapter": adapter, "averaged": averaged}
 
@@ -58,7 +60,8 @@ class EpochChoice:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, for a checkpoint."""
-        return {"kept": self._kept, "sum": self._sum, "summed": self._summed}
+        return {"kept": self._kept, "offered": self._offered, "sum": self._sum, "summed": self._summed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._kept, self._sum, self._summed = state["kept"], state["sum"], state["summed"]
+        self._offered = state.get("offered", self._kept.get("epoch", 0))  # older checkpoints lack it

@@ -63,14 +63,23 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         )
 
 
-def check_teachers(module: ProgramModule, schedule: Sequence[str], steps: Mapping[str, WeightStep]) -> None:
-    """Refuses a step that would distil prompts into the weights where there can be none but the plain ones.
+def check_teachers(
+    module: ProgramModule, schedule: Sequence[str], steps: Mapping[str, WeightStep], *, fresh: bool
+) -> None:
+    """Refuses a step that would distil prompts into the weights where there can be none but the plain ones, and one
+    that compares itself with weights that `fresh` ones do not start from.
 
     Raises:
-        ValueError: no prompt step stands before it, and the run begins with the program's own prompts.
+        ValueError: no prompt step stands before it, and the run begins with the program's own prompts; or a weight step
+            stands before it, and its weights are to be fresh.
     """
     for place, letter in enumerate(schedule):
         reference = steps[letter].learns.reference if letter in steps else None
+        if fresh and reference is not None and reference.prompts == "rows" and set(schedule[:place]) - {PROMPTS}:
+            raise BadValueError(
+                f'alternate.weights is "fresh", but step {letter} of the schedule "{" -> ".join(schedule)}" learns from '
+                'runs of the weights before it, and compares itself with them. Use "continue".'
+            )
         if reference is None or reference.prompts != "before" or PROMPTS in schedule[:place]:
             continue
         if prompts_id(module.prompts) == prompts_id(module.initial_prompts):

@@ -175,14 +175,13 @@ class StepWork:
         scores = {name: mean_score(rollouts) for name, (_, rollouts) in tried.items()}
         rows = {"traces": self.weight.report, "coverage": self.weight.coverage}
         more: dict[str, Any] = {**rows, "epochs": rounds, **choice.record}
+        self.weight.undone = False
         if self.course.options.gate and not self._gained(done):
             note = nothing_gained(done, self._val_scores)
             say(f"{self.course.title('weight step')}: {note}")
             more["notes"] = (note,)
             module.lm.load_adapter_state(self.weight.start)
-            module.prompts = self.course.incumbent
-            for optimizer in trainer.optimizers:  # what it remembers are the gradients of those weights
-                optimizer.state.clear()
+            module.prompts, self.weight.undone = self.course.incumbent, True
             done = self._score(module, data.splits.val, "weights as before")
         self._record(trainer, WEIGHTS, done, scores=scores, **more)
 

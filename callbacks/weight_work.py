@@ -47,11 +47,13 @@ class WeightWork:
         report, coverage: of the rows that the step under way is trained on.
         choice: among its epochs.
         start: the adapter at the last boundary.
+        undone: the gate undid the last weight step, so that what the optimiser remembers are gradients of other weights.
     """
 
     def __init__(self, course: Course) -> None:
         self.course = course
         self.report, self.coverage = Report(), dict[str, Any]()
+        self.undone = False
         self._average: Adapter = {}  # the moving average that teaches in the step under way
         self.begin_next({})
 
@@ -83,6 +85,8 @@ class WeightWork:
             if self.objective.runs is None:
                 raise
             say(str(error))
+            if not rounds:
+                self.coverage = {}  # nothing is trained on
             return False
         if not rounds:
             module.prompts = prompts
@@ -223,12 +227,14 @@ class WeightWork:
             "choice": self.choice.state_dict(),
             "start": self.start,
             "average": self._average,
+            "undone": self.undone,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.report, self.coverage = Report(**state["report"]), state["coverage"]
         self.choice.load_state_dict(state["choice"])
         self.start, self._average = state["start"], state["average"]
+        self.undone = state.get("undone", False)  # older checkpoints lack it
 
 
 def _made_up(collected: Collected) -> Collected:

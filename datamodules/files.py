@@ -15,6 +15,7 @@ from typing import Any
 
 from cotune.errors import CotuneError
 from cotune.programs.faults import quoted
+from cotune.storage.durable import lines_of
 
 
 class DataError(CotuneError, ValueError):
@@ -112,8 +113,7 @@ def _text(path: Path) -> str:
 
 
 def _jsonl_rows(text: str, where: str) -> list[dict[str, Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends.
-    lines = [line for line in text.split("\n") if line.strip()]
+    lines = lines_of(text)
     rows, faults = [], []
     for number, line in enumerate(lines, 1):
         try:

@@ -43,10 +43,9 @@ class EpochBatches(Dataset[Batch]):
         self, traces: Sequence[Trace], maker: PairMaker, options: Bootstrapping, *, batch_size: int, seed: str
     ) -> None:
         self.traces, self.maker, self.options, self.seed = traces, maker, options, seed
-        rows = _rows_of_an_epoch(traces, options)
-        order = _together(traces, rows)
+        order = _together(traces, _rows_of_an_epoch(traces, options))
         random.Random(seed).shuffle(order)
-        count = -(-len(rows) // batch_size)
+        count = _count_of_batches(order, batch_size)
         self.plan = [[place for group in order[i::count] for place in group] for i in range(count)]
 
     def __len__(self) -> int:
@@ -236,8 +235,28 @@ class TraceDataModule(LightningDataModule, ABC):
         _ = self.splits  # bad data is found before the model is loaded
 
     def reuse_traces(self, program: Program) -> list[Trace] | None:
-        """The traces of another run, if `traces` names some."""
-        return load_traces(Path(self.reused_traces), program) if self.reused_traces else None
+        """The traces of another run, if `traces` names some.
+
+        Raises:
+            ValueError: they hold examples that this run keeps out of training, or rows that are no traces of passing
+                runs: those of steps that learn from runs as they are have weights for one objective only.
+        """
+        if not self.reused_traces:
+            return None
+        traces = load_traces(Path(self.reused_traces), program)
+        kept_out = {one.id: name for name in ("dev", "val", "test") for one in getattr(self.splits, name)}
+        if leaked := Counter(kept_out[i] for i in {trace.example for trace in traces} if i in kept_out):
+            counts = ", ".join(f"{count} of {name}" for name, count in sorted(leaked.items()))
+            raise BadValueError(
+                f'the traces in data.traces "{self.reused_traces}" are of examples that this run scores on: {counts}. '
+                "Give seed, sizes and fold of the run that made them, or save a copy of the data set without their rows."
+            )
+        if any(trace.ce is not None or trace.pg or trace.kl or trace.candidates for trace in traces):
+            raise BadValueError(
+                f'the traces in data.traces "{self.reused_traces}" are of a step that learns from runs as they are '
+                "(d, k or g), failed ones too. Give those of a step w."
+            )
+        return traces
 
     def begin_weight_step(
         self, traces: Sequence[Trace], maker: PairMaker, *, step: int, epoch: int = 0, as_drawn: bool = False
@@ -278,7 +297,8 @@ class TraceDataModule(LightningDataModule, ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(_rows_of_an_epoch(self._traces, self.bootstrapping)) // self.batch_size)
+        groups = _together(self._traces, _rows_of_an_epoch(self._traces, self.bootstrapping))
+        return _count_of_batches(groups, self.batch_size)
 
     def epoch_batches(self) -> EpochBatches:
         """The batches of the current epoch.

@@ -95,7 +95,7 @@ def _difference_of(row: Row, control: Row | None) -> dict[str, Any] | None:
         return None
     # Of a difference, the noise of both scores; over all pairs, as the judge errs in each anew.
     noise = sum(max((attempt.noise for attempt in one.attempts), default=0.0) for one in (row, control)) / found.pairs
-    low, high = widened(found.mean, (found.low, found.high), noise) if noise else (found.low, found.high)
+    low, high = widened(found.mean, (found.low, found.high), noise, floor=-1.0) if noise else (found.low, found.high)
     return {**asdict(found), "low": low, "high": high}
 
 

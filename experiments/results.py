@@ -13,7 +13,7 @@ from cotune.experiments.runs import ALTERNATION, CONTROL, EQUAL_CALLS, Cell, Run
 from cotune.experiments.strategies import Steps
 from cotune.experiments.table_config import TableConfig, TableError
 from cotune.reporting.closing_table import rank_of, read_history
-from cotune.storage.durable import read_durably
+from cotune.storage.durable import lines_of, read_durably
 from cotune.storage.schedule_text import name_of
 
 OUTCOME = "outcome.json"
@@ -180,7 +180,7 @@ def _all_tested(result: RunResult, count: int) -> bool:
 def _tested(own: Path, record: Mapping[str, Any]) -> Tested:
     path = own / "rollouts" / f"test-{record['index']}.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError) as error:
         raise TableError(
             f"{path} cannot be read ({error}). A table needs it: keep record.max_megabytes above 0. Remove the folder "

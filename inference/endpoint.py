@@ -34,7 +34,11 @@ _AGAIN = (408, 409, 425, 429)
 _TOO_LONG = re.compile(
     r"context.?(length|window|size)|maximum.{0,20}(context|length|tokens)|too (long|many tokens)", re.I
 )
-_SPENT = re.compile(r"insufficient.quota|billing|exceeded your current quota|credit", re.I)
+_SPENT = re.compile(
+    r"insufficient.(quota|credit|balance|funds)|exceeded your current quota|billing.(hard.)?limit|(out of|no|more) credit",
+    re.I,
+)
+"""A 429 of an empty account. One that says where to pay for higher limits is an ordinary one."""
 _OPTIONAL = ("response_format", "seed", "stop", "top_p", "temperature", "max_tokens", "max_completion_tokens")
 """What a request can do without, and an endpoint may not know."""
 

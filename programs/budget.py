@@ -38,7 +38,7 @@ class UnknownPriceError(LMUnavailableError):
 
     def __init__(self, role: str, lm: LM, dollars: float) -> None:
         super().__init__(
-            f"budget.dollars {dollars:g} cannot be kept: what the answers of the {role}'s {lm!r} cost is not known. Give "
+            f"budget.dollars {dollars:g} cannot be kept: what answers of the {role}'s {lm!r} cost is not known. Give "
             "it prices, such as {name of the model: [0.25, 2.0]} in dollars for a million tokens read and written, or "
             "bound budget.lm_calls or budget.tokens. Answers so far are kept; the same command with either resumes."
         )

@@ -89,13 +89,14 @@ def go_on(
 ) -> Found:
     """Scores further proposals after a search, one by one, until enough has been done; ties go to the earlier.
 
-    Gives up, with a note, after a hundred proposals in a row that have been tried before.
+    Ends at a full score, which nothing beats. Gives up, with a note, after a hundred proposals in a row that have been
+    tried before.
     """
     tried, scored, notes, repeats = {c.id for c in found.candidates}, list(found.candidates), list(found.notes), 0
     best = next(candidate for candidate in scored if candidate.id == prompts_id(found.prompts))
     faults = found.faults
     for proposal in proposals:
-        if until() or repeats == _MAX_REPEATS:
+        if until() or repeats == _MAX_REPEATS or _beaten([], len(task.dev), best):
             break
         if prompts_id(proposal.prompts) in tried:
             repeats += 1
@@ -108,7 +109,9 @@ def go_on(
             best = candidate
         if task.progress is not None:
             task.progress.candidate(len(scored) - 1, len(scored), candidate, best.score)
-    if not until():
+    if _beaten([], len(task.dev), best):
+        notes.append("ended with a full score on dev")
+    elif not until():
         notes.append(f"there were no more candidates to try after {len(scored)}")
     notes += error_notes(scored[len(found.candidates) :], len(task.dev))
     return Found(best.prompts, best.score, tuple(scored), tuple(notes), faults)

@@ -10,7 +10,7 @@ from typing import Any
 from cotune.programs.faults import faults_from_dict
 from cotune.programs.judge import Noise
 from cotune.programs.usage import Usage
-from cotune.storage.durable import DamagedFileError, read_durably
+from cotune.storage.durable import DamagedFileError, lines_of, read_durably
 from rich.console import Console
 from rich.table import Table
 
@@ -72,11 +72,11 @@ def rank_of(record: Mapping[str, Any]) -> tuple[float, float]:
 def read_history(path: Path) -> tuple[list[dict[str, Any]], str]:
     """The records of a history.jsonl; of a damaged one those up to the first that cannot be read, and what is wrong."""
     try:
-        return [json.loads(line) for line in read_durably(path).splitlines()], ""
+        return [json.loads(line) for line in lines_of(read_durably(path))], ""
     except (DamagedFileError, FileNotFoundError) as error:
         damage = str(error)
     records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = lines_of(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
     for line in lines:
         try:
             records.append(json.loads(line))

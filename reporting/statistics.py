@@ -73,11 +73,10 @@ def interval(score: float, n: int, noise: float = 0.0) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def widened(middle: float, ends: tuple[float, float], variance: float) -> tuple[float, float]:
-    """An interval of a score in [0, 1], or of a difference of two, with a further, independent variance added."""
+def widened(middle: float, ends: tuple[float, float], variance: float, *, floor: float = 0.0) -> tuple[float, float]:
+    """An interval with a further, independent variance added; `floor` is -1 for a difference of two scores in [0, 1]."""
     more = _Z * math.sqrt(variance)
     low, high = middle - math.hypot(middle - ends[0], more), middle + math.hypot(ends[1] - middle, more)
-    floor = 0.0 if ends[0] >= 0 else -1.0
     return max(floor, low), min(1.0, high)
 
 

@@ -119,6 +119,11 @@ def file_sum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of JSON Lines that are not empty. `splitlines` splits at U+2028 too, which JSON leaves inside texts."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def read_durably(path: Path) -> str:
     """Text of a file that `write_durably` wrote.
 

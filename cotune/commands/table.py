@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     many: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
     for what in ("task", "lm", "preset"):
         made.add_argument(f"--{what}", **many, help=f"only this {what} of the table; may be repeated")
-    made.add_argument("--strategy", **many, help='only this strategy, any string of p and w; e.g. "p -> w"')
+    made.add_argument("--strategy", **many, help='only this strategy, any of p, w, d, k and g; e.g. "p -> w"')
     made.add_argument("--seed", action="append", default=[], type=int, metavar="N", help="only this seed")
     made.add_argument(
         "--set",

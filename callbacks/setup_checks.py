@@ -77,8 +77,8 @@ def check_teachers(
         reference = steps[letter].learns.reference if letter in steps else None
         if fresh and reference is not None and reference.prompts == "rows" and set(schedule[:place]) - {PROMPTS}:
             raise BadValueError(
-                f'alternate.weights is "fresh", but step {letter} of the schedule "{" -> ".join(schedule)}" learns from '
-                'runs of the weights before it, and compares itself with them. Use "continue".'
+                f'alternate.weights is "fresh", but step {letter} of "{" -> ".join(schedule)}" learns from runs of the '
+                'weights before it, and compares itself with them. Use "continue".'
             )
         if reference is None or reference.prompts != "before" or PROMPTS in schedule[:place]:
             continue

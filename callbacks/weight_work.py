@@ -47,7 +47,7 @@ class WeightWork:
         report, coverage: of the rows that the step under way is trained on.
         choice: among its epochs.
         start: the adapter at the last boundary.
-        undone: the gate undid the last weight step, so that what the optimiser remembers are gradients of other weights.
+        undone: the gate undid the last weight step, so what the optimiser remembers are gradients of other weights.
     """
 
     def __init__(self, course: Course) -> None:

@@ -106,6 +106,11 @@ def _together(traces: Sequence[Trace], rows: Sequence[int]) -> list[list[int]]:
     return list(found.values())
 
 
+def _count_of_batches(groups: Sequence[Sequence[int]], batch_size: int) -> int:
+    """Of an epoch: as its rows are many, and none without a group."""
+    return min(-(-sum(map(len, groups)) // batch_size), len(groups))
+
+
 class EpochLoader(DataLoader[Batch]):
     """An epoch's batches in order, from where a checkpoint inside the epoch was made.
 
@@ -249,7 +254,7 @@ class TraceDataModule(LightningDataModule, ABC):
             counts = ", ".join(f"{count} of {name}" for name, count in sorted(leaked.items()))
             raise BadValueError(
                 f'the traces in data.traces "{self.reused_traces}" are of examples that this run scores on: {counts}. '
-                "Give seed, sizes and fold of the run that made them, or save a copy of the data set without their rows."
+                "Give seed, sizes and fold of the run that made them, or save a copy of the traces without their rows."
             )
         if any(trace.ce is not None or trace.pg or trace.kl or trace.candidates for trace in traces):
             raise BadValueError(

@@ -35,7 +35,7 @@ _TOO_LONG = re.compile(
     r"context.?(length|window|size)|maximum.{0,20}(context|length|tokens)|too (long|many tokens)", re.I
 )
 _SPENT = re.compile(
-    r"insufficient.(quota|credit|balance|funds)|exceeded your current quota|billing.(hard.)?limit|(out of|no|more) credit",
+    r"insufficient.(quota|credit|balance|funds)|exceeded your current quota|billing.(hard.)?limit|(out of|no) credit",
     re.I,
 )
 """A 429 of an empty account. One that says where to pay for higher limits is an ordinary one."""

@@ -74,7 +74,7 @@ def interval(score: float, n: int, noise: float = 0.0) -> tuple[float, float]:
 
 
 def widened(middle: float, ends: tuple[float, float], variance: float, *, floor: float = 0.0) -> tuple[float, float]:
-    """An interval with a further, independent variance added; `floor` is -1 for a difference of two scores in [0, 1]."""
+    """An interval with a further, independent variance added; `floor` is -1 for a difference of two scores."""
     more = _Z * math.sqrt(variance)
     low, high = middle - math.hypot(middle - ends[0], more), middle + math.hypot(ends[1] - middle, more)
     return max(floor, low), min(1.0, high)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cotune.callbacks import Alternate, Boundary, BoundaryListener
+from cotune.callbacks.epoch_choice import EpochChoice
 from cotune.callbacks.step_work import StepWork
 from cotune.datamodules import Bootstrapping, NoTracesError, Sizes
 from cotune.lightning_modules import LoRA
@@ -517,3 +518,14 @@ def test_a_weight_step_says_whose_traces_passed_by_stage_and_by_label(pwp: Fit) 
         label: sum(e.labels["answer"] == label for e in pwp.data.splits.train)
         for label in ("setosa", "versicolor", "virginica")
     }
+
+
+def test_a_steps_last_epoch_is_scored_although_an_earlier_one_was() -> None:
+    choice = EpochChoice(keep_best=True)
+    choice.offer(0.5, {}, epoch=2)  # trainer.check_val_every_n_epoch 2
+    resumed = EpochChoice(keep_best=True)
+    resumed.load_state_dict(choice.state_dict())
+    assert resumed.wants(3)
+    resumed.offer(0.4, {}, epoch=3)
+    assert not resumed.wants(3)
+    assert resumed.record["epoch"] == 2

@@ -58,6 +58,14 @@ def test_a_run_broken_off_inside_a_step_goes_on_as_if_nothing_had_happened(
     assert tiny_fit(tiny_model, tmp_path, "p -> d", steps=STEPS).run(first.last).outcome == whole.outcome
 
 
+def test_fresh_weights_are_refused_where_a_step_compares_itself_with_those_before_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    for letter in "kg":
+        with pytest.raises(ValueError, match=f'weights is "fresh", but step {letter} of "w -> {letter}"'):
+            tiny_fit(tiny_model, tmp_path, f"w -> {letter}", steps=STEPS, weights="fresh").run()
+
+
 def test_so_does_one_of_preferences_and_policy_gradient_broken_off_in_each(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

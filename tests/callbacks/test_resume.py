@@ -341,3 +341,39 @@ def test_a_changed_schedule_is_refused(changed: dict[str, Any], said: str, tiny_
         first.run()
     with pytest.raises(ValueError, match=said):
         tiny_fit(tiny_model, tmp_path, **changed).run(first.last)
+
+
+def test_a_kill_before_the_gate_has_decided_changes_no_later_step(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gated(folder: Path) -> Fit:
+        return tiny_fit(tiny_model, folder, "w -> w", metric=lambda example, prediction: 1.0, gate=True)
+
+    broken = gated(tmp_path / "broken")
+    score = broken.alternate.work._score
+
+    def breaks(module: Any, examples: Any, what: str, prompts: Any = None) -> Any:
+        if what == "weights as before":
+            raise BrokenOffError
+        return score(module, examples, what, prompts)
+
+    monkeypatch.setattr(broken.alternate.work, "_score", breaks)
+    with pytest.raises(BrokenOffError):
+        broken.run()
+    trained = Adam()
+    resumed = gated(tmp_path / "broken")
+    resumed.trainer.callbacks.append(trained)  # type: ignore[attr-defined]
+    whole = gated(tmp_path / "whole").run()
+    assert resumed.run(broken.last).outcome == whole.outcome
+    assert trained.remembered[0] == 0  # nothing of the weights that were undone
+    assert trained.remembered[-1] > 0
+
+
+class Adam(Callback):
+    """How many parameters the optimiser remembers something of, before each batch."""
+
+    def __init__(self) -> None:
+        self.remembered: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.remembered.append(len(trainer.optimizers[0].state))

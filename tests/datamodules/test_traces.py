@@ -20,6 +20,7 @@ from cotune.datamodules import (
     Trace,
     TraceDataModule,
     Vocabulary,
+    load_traces,
     save_traces,
     split,
 )
@@ -377,6 +378,36 @@ def test_traces_of_another_run_are_read_when_named(tmp_path: Path) -> None:
     assert module().reuse_traces(Loop(1)) is None
     save_traces([trace(1)], tmp_path / "t")
     assert module(traces=str(tmp_path / "t")).reuse_traces(Loop(1)) == [trace(1)]
+
+
+def test_those_of_examples_that_are_scored_on_are_refused(tmp_path: Path) -> None:
+    splits = module().splits
+    leaked = [replace(trace(1), example=one.id) for one in (splits.train[0], splits.val[0], splits.test[0])]
+    save_traces(leaked, tmp_path / "t")
+    with pytest.raises(ValueError, match="examples that this run scores on: 1 of test, 1 of val"):
+        module(traces=str(tmp_path / "t")).reuse_traces(Loop(1))
+
+
+def test_those_of_a_step_that_learns_from_failing_runs_are_refused(tmp_path: Path) -> None:
+    save_traces([replace(trace(1), example="elsewhere", ce=())], tmp_path / "t")
+    with pytest.raises(ValueError, match="of a step that learns from runs as they are"):
+        module(traces=str(tmp_path / "t")).reuse_traces(Loop(1))
+
+
+def test_a_call_that_could_not_be_read_is_read_back_where_its_step_keeps_such(tmp_path: Path) -> None:
+    unread = replace(trace(1), outputs={}, ce=())
+    save_traces([unread], tmp_path / "t")
+    assert load_traces(tmp_path / "t", Loop(1)) == [unread]
+    save_traces([replace(unread, ce=None)], tmp_path / "w")
+    with pytest.raises(ValueError, match="of another program"):
+        load_traces(tmp_path / "w", Loop(1))
+
+
+def test_no_batch_is_without_a_group() -> None:
+    data = module(batch_size=1)
+    data.begin_weight_step([replace(trace(n), group=f"pair {n // 2}") for n in range(6)], maker(), step=0)
+    assert sorted(map(sorted, plans(data))) == [[0, 1], [2, 3], [4, 5]]
+    assert data.steps_per_epoch == 3
 
 
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"val_batch_size": 0}])

@@ -148,6 +148,10 @@ def test_equal_requests_are_asked_once(server: EndpointServer, lm_at: Any) -> No
         for status in (408, 409, 429, 500, 502, 503)
     ]
     + [
+        pytest.param(
+            Reply(status=429, error={"message": "Rate limit. For more add a payment method: /account/billing"}),
+            id="429 that names billing",
+        ),
         pytest.param(Reply(reset=True), id="reset"),
         pytest.param(Reply("never read", half=20), id="half a response"),
         pytest.param(Reply(raw=b'{"choices": [{"mess'), id="truncated JSON"),

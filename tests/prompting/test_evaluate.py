@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import pytest
@@ -122,6 +123,14 @@ def test_a_search_that_goes_on_takes_the_more_readable_too() -> None:
     found = go_on(task, choose(task, []), proposals, until=lambda: False, chunk=1)
     assert found.prompts == says("clear")
     assert [candidate.pruned for candidate in found.candidates] == [False, False, True]
+
+
+def test_a_search_that_goes_on_ends_at_a_full_score_which_nothing_beats() -> None:
+    task, lm = table_task({"all": [1, 1]}, "all")
+    endless = (Proposal(says(f"no. {n}"), "random") for n in count())
+    found = go_on(task, choose(task, []), endless, until=lambda: False)
+    assert (len(found.candidates), lm.calls) == (1, 2)
+    assert found.notes[-1] == "ended with a full score on dev"
 
 
 def test_the_incumbent_is_scored_on_all_of_dev_even_at_0() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import pytest
-from cotune.reporting.statistics import Scores, paired_difference
+from cotune.reporting.statistics import Scores, paired_difference, widened
 
 
 def scores(table: list[list[float]]) -> dict[int, dict[str, float]]:
@@ -37,6 +38,13 @@ def drawn(seed: int, *, seeds: int, examples: int, by_seed: float, by_example: f
 
 
 ZERO = scores([[0.0] * 40] * 6)
+
+
+def test_noise_of_a_judge_may_take_a_positive_difference_below_0() -> None:
+    low, high = widened(0.05, (0.01, 0.10), 0.01, floor=-1.0)
+    assert low == pytest.approx(0.05 - math.hypot(0.04, 1.96 * 0.1), abs=1e-3)
+    assert high == pytest.approx(0.05 + math.hypot(0.05, 1.96 * 0.1), abs=1e-3)
+    assert widened(0.05, (0.01, 0.10), 0.01)[0] == 0.0  # of a score
 
 
 def test_it_agrees_with_a_plain_reference() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from cotune.storage.durable import (
     NotWrittenError,
     as_not_written,
     damaged_file,
+    lines_of,
     new_folder,
     read_durably,
     read_sums,
@@ -136,3 +138,9 @@ def test_a_folder_of_somebody_else_is_taken_as_it_is(tmp_path: Path) -> None:
     assert damaged_file(tmp_path) == ""
     (tmp_path / SUMS).write_text("")
     assert damaged_file(tmp_path) == f"{tmp_path / SUMS} is damaged"
+
+
+def test_lines_of_json_end_at_line_feeds_alone() -> None:
+    rows = [{"text": "a\u2028b\u2029c\u0085d\x0be"}, {"text": ""}]
+    written = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert [json.loads(line) for line in lines_of(written)] == rows

@@ -128,4 +128,4 @@ def _layout(asked: dict[str, Any] | None) -> Layout:
     if not asked or asked["type"] == "text":
         return FREE
     schema = asked["json_schema"]["schema"] if asked["type"] == "json_schema" else {"type": "object"}
-    return (Field("json", syntax=Schema(json.dumps(schema, sort_keys=True))),)
+    return (Field("json", syntax=Schema(json.dumps(schema))),)

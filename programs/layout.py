@@ -36,7 +36,7 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Schema:
-    """A field that holds JSON of this JSON schema, itself JSON text (keys sorted), so that it can be hashed."""
+    """A field that holds JSON of this JSON schema, which is text so that it can be hashed; keys come in its order."""
 
     json: str
 

@@ -357,7 +357,7 @@ def _adapter(kind: Any) -> Any:
 
 @lru_cache(maxsize=256)
 def _schema(kind: Any) -> Schema:
-    return Schema(json.dumps(_adapter(kind).json_schema(), sort_keys=True))
+    return Schema(json.dumps(_adapter(kind).json_schema()))
 
 
 def _choice(choices: Mapping[str, Any], text: str) -> Any:

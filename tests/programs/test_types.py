@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -100,6 +101,17 @@ def test_structured_types_are_held_to_a_json_schema() -> None:
     found = syntax_of(Place)
     assert isinstance(found, Schema)
     assert '"floor"' in found.json
+
+
+def test_structured_types_are_written_in_the_order_of_their_fields() -> None:
+    @dataclass
+    class Judged:
+        why: str
+        answer: int  # after its reason, whatever the alphabet says
+
+    found = syntax_of(Judged)
+    assert isinstance(found, Schema)
+    assert list(json.loads(found.json)["properties"]) == ["why", "answer"]
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ def test_the_checkpoint_is_plain_small_and_of_one_piece(pwp: Fit) -> None:
     assert sum(t.numel() for t in saved["state_dict"].values()) * 4 == adapter < base
     best = pwp.alternate.best
     assert prompts_id(prompts_from_dict(saved["prompts"])) == best["prompts"]
-    assert saved["callbacks"]["Alternate"]["best"]["score"] == best["val_score"]
+    assert saved["callbacks"]["Alternate"]["best"]["index"] == best["index"]
     assert all(torch.equal(saved["state_dict"][n], t) for n, t in pwp.lm.adapter_state().items())
 
 

@@ -148,7 +148,7 @@ class WeightWork:
         as_drawn = self.objective.runs is not None
         self.coverage = trace_coverage(traces, data.splits.train)
         if as_drawn:  # by runs that need not have passed
-            self.coverage["taught"] = len({trace.example for trace in traces})
+            self.coverage["learnt"] = len({trace.example for trace in traces})
         if silent := set(module.program.stages) - {trace.stage for trace in traces}:
             say(f"no training row is of stage {', '.join(sorted(silent))}: it learns only from the other stages' rows.")
         maker = module.pair_maker(module.prompts)

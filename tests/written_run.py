@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cotune.datamodules import Report
+
 STAGES = ("first_hop", "second_hop", "answer")
 PREFIXES = ("vanilla", "p", "p -> w", "p -> w -> p")
 
@@ -87,7 +89,8 @@ def _history(index: int, scores: Sequence[float], text: str) -> dict[str, Any]:
         record |= {"dev_score": 0.75, "notes": [f"a note of search {index} {text}"]}
         record["candidates"] = [{"why": "incumbent", "id": "id-0", "score": 0.5, "pruned": False}]
     if index == 2:
-        report = {"solved": 3, "examples": 6, "runs": 9, "solved_at_attempt": [2, 1], "wrong": 5, "format": 1}
+        counts = {"solved": 3, "examples": 6, "runs": 9, "solved_at_attempt": [2, 1], "wrong": 5, "format": 1}
+        report = {**vars(Report()), **counts}
         record |= {"traces": report, "epochs": 2, "epoch": 2}
     return record
 

@@ -55,7 +55,7 @@ class Budget:
     Attributes:
         lm_calls: completions that are paid for, of all LMs; those from a store are free. Never exceeded.
         tokens: read and written. Looked at between waves of 32 requests, so the last wave may exceed it.
-        dollars: likewise. An LM whose answers have no known price ends the run at the first.
+        dollars: likewise. An LM whose answers have no known price ends the run after a wave.
         minutes: likewise, of wall time, also between two steps of training.
     """
 

@@ -83,7 +83,7 @@ usage: cotune {command} --config FILE [--config FILE ...] [--OPTION VALUE ...]
   --model.lm.dtype TYPE         float32, bfloat16 or float16 (default: float32)
   --model.lm.quantization KIND  nf4, fp4 or int8 (default: null)
   --model.sampling.max_new_tokens N  longest completion (default: 256)
-  --model.optimizer.lr RATE     (default: by the LM's size, from 5e-4 for 135M parameters to 5e-5 from 0.5B on)
+  --model.optimizer.lr RATE     (default: by the LM's size, 5e-4 at 135M to 5e-5 from 0.5B on)
 
   --data CLASS                  Table for rows of your own; Iris, Banking77, GSM8K, HotPotQA
   --data.path FILE              of Table: jsonl, json, csv, tsv, parquet, or a Hub data set

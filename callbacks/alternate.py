@@ -69,6 +69,7 @@ class Alternate(Callback):
             Distilled prompts need only be as good. Off: later steps continue from its weights in any case.
         average_last: after a weight step's last epoch, also score the average of the adapters of this many last epochs,
             on val like an epoch; it is kept if it is better than the best epoch (without `keep_best_epoch`: always).
+            Where the step is stopped early these are the last ones it had.
             Late adapters of one training run are near each other, so the average of their factors is nearly the
             average of their products. 0: no average.
         search_examples: how many train examples a prompt step bootstraps from; null for all.
@@ -266,7 +267,7 @@ class Alternate(Callback):
         stop, trainer.should_stop = trainer.should_stop, False
         self._advance(RoundEnded(stop))
         data.epoch = self.state.rounds
-        self.work.weight.epoch_ended(module, rounds=self.state.rounds)
+        self.work.weight.epoch_ended(module)
         wanted = self.alternation.wanted(self.state)
         if isinstance(wanted, Train):
             self.saver.epoch_ended(trainer, stored=module.lm.store is not None)

@@ -33,8 +33,6 @@ class Options:
             raise BadValueError(f"epochs {self.epochs} is below 1; leave w out of the schedule to train nothing.")
         if self.search_examples is not None and self.search_examples < 1:
             raise BadValueError(f"search_examples {self.search_examples} is below 1; null uses the whole train set.")
-        if self.average_last < 0 or self.average_last == 1 or self.average_last > self.epochs:
-            raise BadValueError(f"average_last {self.average_last} must be 0 (off) or 2 to epochs ({self.epochs}).")
 
 
 class Course:
@@ -51,6 +49,12 @@ class Course:
 
     def __init__(self, schedule: Sequence[str], steps: Mapping[str, WeightStep], options: Options) -> None:
         self.schedule, self.steps, self.options = tuple(schedule), steps, options
+        for letter in sorted(set(schedule) & set(steps)):
+            if options.average_last not in (0, *range(2, steps[letter].epochs_or_rounds + 1)):
+                raise BadValueError(
+                    f"average_last {options.average_last} must be 0 (off) or 2 to the epochs of each weight step; "
+                    f"{letter} has {steps[letter].epochs_or_rounds}."
+                )
         self.history: list[dict[str, Any]] = []
         self.incumbent: Prompts = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Adapter = dict[str, Tensor]
@@ -15,14 +16,14 @@ class EpochChoice:
 
     Args:
         keep_best: the best by score; else the last one offered. Ties keep the earlier.
+        average_last: how many of the newest adapters `average` is of, at most.
     """
 
-    def __init__(self, *, keep_best: bool) -> None:
-        self.keep_best = keep_best
+    def __init__(self, *, keep_best: bool, average_last: int = 0) -> None:
+        self.keep_best, self.average_last = keep_best, average_last
         self._kept: dict[str, Any] = {}
         self._offered = 0  # the newest epoch with a score
-        self._sum: Adapter = {}
-        self._summed = 0
+        self._newest: list[Adapter] = []
 
     @property
     def adapter(self) -> Adapter:
@@ -49,19 +50,20 @@ class EpochChoice:
         if not self._kept or not self.keep_best or score > self._kept["score"]:
             self._kept = {"score": score, "epoch": epoch, "adapter": adapter, "averaged": averaged}
 
-    def add_to_average(self, adapter: Adapter) -> None:
-        """One more adapter for `average`."""
-        self._sum = {name: self._sum[name] + tensor for name, tensor in adapter.items()} if self._sum else adapter
-        self._summed += 1
+    def epoch_ended(self, adapter: Adapter) -> None:
+        """An epoch's adapter, for `average`. The step may end with it, at its last epoch or stopped early."""
+        self._newest = [*self._newest, adapter][-self.average_last :] if self.average_last else []
 
     def average(self) -> tuple[Adapter, int]:
-        """The average of the adapters added, and their number; nothing and 0 if there are none."""
-        return {name: tensor / self._summed for name, tensor in self._sum.items()}, self._summed
+        """The average of the newest adapters, and their number; nothing and 0 if there are none."""
+        count = len(self._newest)
+        names = self._newest[0] if count else ()
+        return {name: torch.stack([adapter[name] for adapter in self._newest]).mean(0) for name in names}, count
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, for a checkpoint."""
-        return {"kept": self._kept, "offered": self._offered, "sum": self._sum, "summed": self._summed}
+        return {"kept": self._kept, "offered": self._offered, "newest": self._newest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept, self._sum, self._summed = state["kept"], state["sum"], state["summed"]
+        self._kept, self._newest = state["kept"], state.get("newest", [])  # older checkpoints have a sum instead
         self._offered = state.get("offered", self._kept.get("epoch", 0))  # older checkpoints lack it

@@ -60,7 +60,8 @@ class WeightWork:
     def begin_next(self, adapter: Adapter) -> None:
         """A boundary is reached, with this adapter."""
         self.start, self._average = adapter, {}
-        self.choice = EpochChoice(keep_best=self.course.options.keep_best_epoch)
+        options = self.course.options
+        self.choice = EpochChoice(keep_best=options.keep_best_epoch, average_last=options.average_last)
 
     def collect(self, trainer: Trainer, run: Path, *, rounds: int) -> bool:
         """Collects what the next rounds train on, with `rounds` of the weight step done.
@@ -114,10 +115,10 @@ class WeightWork:
         self.choice.offer(score, module.lm.adapter_state(), epoch=rounds + 1)
         say_if_piped(f"{self.course.title('weight step')}: epoch {rounds + 1}/{self.epochs}, val score {score:.3f}")
 
-    def epoch_ended(self, module: ProgramModule, *, rounds: int) -> None:
-        """A training epoch is over, `rounds` of the step with it."""
-        if self.course.options.average_last and rounds > self.epochs - self.course.options.average_last:
-            self.choice.add_to_average(module.lm.adapter_state())
+    def epoch_ended(self, module: ProgramModule) -> None:
+        """A training epoch is over."""
+        if self.course.options.average_last:
+            self.choice.epoch_ended(module.lm.adapter_state())
 
     @property
     def epochs(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cotune.callbacks import Alternate, Boundary, BoundaryListener
 from cotune.callbacks.epoch_choice import EpochChoice
+from cotune.callbacks.schedule import WeightStep
 from cotune.callbacks.step_work import StepWork
 from cotune.datamodules import Bootstrapping, NoTracesError, Sizes
 from cotune.lightning_modules import LoRA
@@ -489,8 +490,14 @@ def test_an_average_that_is_no_better_than_the_best_epoch_is_not_kept(
 
 @pytest.mark.parametrize("count", [-1, 1, 6])
 def test_an_average_of_one_epoch_or_of_more_than_there_are_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"average_last {count} must be 0"):
+    with pytest.raises(ValueError, match=f"average_last {count} must be 0 .* w has 5"):
         Alternate(epochs=5, average_last=count)
+
+
+def test_an_average_is_measured_against_the_steps_own_epochs() -> None:
+    Alternate("w", epochs=2, average_last=6, steps={"w": WeightStep(epochs=8)})
+    with pytest.raises(ValueError, match=r"average_last 4 must be 0 .* d has 3"):
+        Alternate("p -> w -> d", epochs=5, average_last=4, steps={"d": WeightStep(rounds=3)})
 
 
 # Diagnosis

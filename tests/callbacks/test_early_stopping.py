@@ -11,10 +11,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from tiny_fit import BreakInTraining, BreakInValidation, BrokenOffError, Fit, tiny_fit
 
 
-def stopping_fit(model: Path, folder: Path, *more: Callback, at_epoch_end: bool = True, first: bool = False) -> Fit:
+def stopping_fit(
+    model: Path, folder: Path, *more: Callback, at_epoch_end: bool = True, first: bool = False, **changed: Any
+) -> Fit:
     """Two weight steps of up to five epochs whose val score never moves: two epochs each, with a patience of one."""
     early = EarlyStopping("val/score", mode="max", patience=1, check_on_train_epoch_end=at_epoch_end)
-    options: dict[str, Any] = {"epochs": 5, "metric": lambda *_: 1.0, "save_every": 1}
+    options: dict[str, Any] = {"epochs": 5, "metric": lambda *_: 1.0, "save_every": 1, **changed}
     fit = tiny_fit(model, folder, "w -> p -> w", callbacks=[early, *more], **options)
     if first:
         fit.trainer.callbacks.remove(early)
@@ -36,6 +38,12 @@ def test_every_weight_step_is_stopped_and_the_schedule_goes_on(
     assert fit.alternate.finished
     assert [record["prefix"] for record in fit.alternate.history] == ["vanilla", "w", "w -> p", "w -> p -> w"]
     assert fit.trainer.current_epoch == 4, "two epochs in each step; old counters would end the second after one"
+
+
+def test_an_average_is_of_the_last_epochs_that_there_were(tiny_model: Path, tmp_path: Path) -> None:
+    fit = stopping_fit(tiny_model, tmp_path, average_last=2, keep_best_epoch=False).run()
+    for record in (fit.alternate.history[1], fit.alternate.history[3]):
+        assert (record["epoch"], record["averaged"]) == (2, 2)
 
 
 def test_kills_in_between_change_nothing(tiny_model: Path, tmp_path: Path, whole: Fit) -> None:

@@ -116,7 +116,7 @@ def advice_without_traces(report: Report, options: Bootstrapping, *, gold_answer
         gold_answers: whether `options.gold_answers` is off and could be used.
     """
     faults = sum(getattr(report, kind) for kind in KINDS)
-    read = report.wrong + report.cut
+    read = report.wrong + report.cut + report.retold
     if faults == report.runs:
         return "Fix the program or the metric: they failed on every run."
     if report.too_long + faults == report.runs:

@@ -19,7 +19,8 @@ class Bootstrapping:
         traces_per_example: successes to collect per example. All examples have the same cap, so easy ones do not
             dominate. A success with the same completions as an earlier success of its example does not count.
         hints: further attempts for examples without any success, with the gold answer as a hint (STaR,
-            Zelikman et al., 2022). Training pairs never hold the hint. Such successes are counted apart.
+            Zelikman et al., 2022). Training pairs never hold the hint, and no run that speaks of it is trained
+            on. Such successes are counted apart.
         gold_answers: an example that still has no success gives one pair: the last call of its first run that ended
             with a prediction, with the labels in place of the completion. This needs labels for every output of that
             call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on. "auto" does so

@@ -19,12 +19,12 @@ from cotune.programs import (
     Step,
     faults_of,
 )
-from cotune.programs.demos import label_text
+from cotune.programs.demos import label_text, speaks_of_hint
 from cotune.programs.faults import KINDS, faults_to_dict
 from cotune.programs.layout import Field
 from cotune.programs.types import is_choice
 
-_FAILED = ("wrong", "format", "type", "cut")
+_FAILED = ("wrong", "format", "type", "cut", "retold")
 """Outcomes of runs that failed by what the LM wrote, or by what it could not be asked."""
 
 
@@ -80,8 +80,9 @@ class Collected:
         return list(found.values())
 
     def outcome(self, attempt: Attempt) -> str:
-        """ "passed", "wrong", "cut" (it reached the threshold with a text closed at its limit), or a failure's kind."""
-        return _outcome(attempt.rollout, self.options)
+        """ "passed", "wrong", a failure's kind, or why a run that reached the threshold teaches nothing: "cut" (a text
+        was closed at its limit) or "retold" (it speaks of the hint)."""
+        return _outcome(attempt, self.options)
 
     def traces(self, attempt: Attempt) -> list[Trace]:
         """Every stage call of a run, in order."""
@@ -114,7 +115,7 @@ class Collected:
             examples=len(self.examples),
             solved_at_attempt=[at[number] for number in range(1 + max((a.number for a in self.attempts), default=-1))],
             runs=len(self.attempts),
-            **{name: outcomes[name] for name in ("wrong", "format", "type", *KINDS, "cut")},
+            **{name: outcomes[name] for name in ("wrong", "format", "type", *KINDS, "cut", "retold")},
             faults=faults_to_dict(faults_of([attempt.rollout for attempt in self.attempts])),
             hinted=sum(attempt.hinted for attempt in solved.values()),
             taught=sum(attempt.taught for attempt in solved.values()),
@@ -211,6 +212,8 @@ class Report:
     metric: int = 0
     cut: int = 0
     """runs that succeeded with a completion cut at max_new_tokens: not learnt from, or the LM would never end."""
+    retold: int = 0
+    """runs that succeeded with a hint and speak of it: not learnt from, or the LM would speak of hints it has not"""
     faults: dict[str, dict[str, Any]] = field(default_factory=dict)
     """the user's code's faults by kind, each with its first example, in plain types: checkpoints hold reports"""
     hinted: int = 0
@@ -238,6 +241,7 @@ class Report:
         why = {
             "wrong answer": self.wrong,
             "closed at the limit": self.cut,
+            "speaking of the hint": self.retold,
             "out of type": self.type,
             "no answer": self.format,
         }
@@ -256,18 +260,21 @@ def passing(attempts: Sequence[Attempt], options: Bootstrapping) -> tuple[Attemp
     """The attempts that passed; of equal completions of one example the first."""
     found: dict[tuple[str, ...], Attempt] = {}
     for attempt in attempts:
-        if _outcome(attempt.rollout, options) == "passed":
+        if _outcome(attempt, options) == "passed":
             said = (attempt.example, *(step.completion.text for step in attempt.rollout.steps))
             found.setdefault(said, attempt)
     return tuple(found.values())
 
 
-def _outcome(rollout: Rollout, options: Bootstrapping) -> str:
+def _outcome(attempt: Attempt, options: Bootstrapping) -> str:
+    rollout = attempt.rollout
     if rollout.error is not None:
         return rollout.error.kind
     if rollout.score < options.threshold:
         return "wrong"
-    return "cut" if not options.cut_traces and any(map(_closed, rollout.steps)) else "passed"
+    if not options.cut_traces and any(map(_closed, rollout.steps)):
+        return "cut"
+    return "retold" if attempt.hinted and speaks_of_hint(rollout) else "passed"
 
 
 def _closed(step: Step) -> bool:

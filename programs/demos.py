@@ -12,6 +12,7 @@ from cotune.programs.form import Form
 from cotune.programs.layout import Schema
 from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
+from cotune.programs.rollout import Rollout
 from cotune.programs.signature import Signature
 from cotune.programs.types import as_text, syntax_of
 from cotune.programs.values import gold_text
@@ -118,6 +119,15 @@ def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
     gold = "; ".join(f"{name}: {gold_text(value)}" for name, value in example.labels.items())
     hint = f"Hint, which your reply must not mention: the final result should be {gold}."
     return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
+
+
+def speaks_of_hint(rollout: Rollout) -> bool:
+    """Whether a text that the LM wrote mentions the hint it was shown, and not one in its own inputs."""
+    return any(
+        "hint" in text.lower() and not any("hint" in given.lower() for given in step.inputs.values())
+        for step in rollout.steps
+        for text in step.outputs.values()
+    )
 
 
 def _has(values: Mapping[str, Any], name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from cotune.errors import BadValueError
 from cotune.programs import Demo, Example, Faults, Form, Prompts, Rollout, Runner, faults_of
-from cotune.programs.demos import hide_own_demos, hinted, labelled_demos
+from cotune.programs.demos import hide_own_demos, hinted, labelled_demos, speaks_of_hint
 from cotune.programs.faults import merged
 from cotune.programs.forms import forms_of
 from cotune.prompting.search import SearchTask
@@ -83,7 +83,7 @@ def bootstrap(task: SearchTask, prompts: Prompts, *, attempts: int = 1, enough: 
         unsolved = [r.example for r in done if not _solved(r, task.threshold)][: HINTED * enough]
         told = _run(task, prompts, unsolved, tries, hints=True)
         faults = merged(faults, faults_of(told))
-        made = [r for r in told if _solved(r, task.threshold) and not _speaks_of_a_hint(r)]
+        made = [r for r in told if _solved(r, task.threshold) and not speaks_of_hint(r)]
         solved += [Solved(r.example.id, demos_of(r, task.runner, forms), hinted=True) for r in made]
         passed += made
         notes.append(
@@ -137,10 +137,6 @@ def _run(
         attempt=attempt,
         progress=None if task.progress is None else task.progress.advance,
     )
-
-
-def _speaks_of_a_hint(rollout: Rollout) -> bool:
-    return any("hint" in text.lower() for step in rollout.steps for text in step.outputs.values())
 
 
 def _solved(rollout: Rollout | None, threshold: float) -> bool:

@@ -423,6 +423,20 @@ def test_only_examples_without_any_success_get_a_hint_and_no_pair_holds_it() -> 
     assert "Hint" not in str(traces[1].outputs)
 
 
+def test_a_run_that_speaks_of_the_hint_is_counted_and_not_trained_on() -> None:
+    def told(request: Request) -> str:
+        number = int(asked(request, "number"))
+        if "Hint" not in request.messages[0]["content"]:
+            return "reasoning: no idea\nanswer: 0"
+        return f"reasoning: {'as the Hint says' if number == 2 else 'twice'}\nanswer: {2 * number}"
+
+    reasoning = Predict("number -> answer", reasoning=True)
+    traces, report = run(FakeLM(told), doubles(1, 2), attempts=1, hints=1, program=reasoning)
+    assert [(trace.example, trace.hinted) for trace in traces] == [("1", True)]
+    assert (report.solved, report.wrong, report.retold, report.runs) == (1, 2, 1, 4)
+    assert "1 speaking of the hint" in str(report)
+
+
 def test_without_hints_and_further_traces_nothing_is_run_more_often_than_before() -> None:
     lm = succeeds_at({"1": 0, "2": 1})
     run(lm, doubles(1, 2), attempts=5, hints=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cotune.datamodules.files import read_rows
@@ -20,7 +21,7 @@ class Table(TraceDataModule):
         labels: columns that the metric compares with, likewise.
         test_path: where the test set comes from; without it (and without test_split) it is cut out of `path`.
         id_field: column of unique ids; without it ids are made from the contents.
-        config: configuration of a Hub data set.
+        config: configuration of a Hub data set, be it `path`, `test_path` or both.
         split: its split for train, dev and val.
         test_split: its split for test, of `test_path` or else of `path`.
         stratify: label whose values are balanced over the sets.
@@ -65,8 +66,15 @@ class Table(TraceDataModule):
         )
 
     def _read(self, path: str, part: str | None) -> list[Example]:
+        files = [Path(one).expanduser().exists() for one in (self.path, self.test_path) if one is not None]
+        of_the_other = not all(files) and Path(path).expanduser().exists()
         return table_examples(
-            path, inputs=self.inputs, labels=self.labels, id_field=self.id_field, config=self.config, split=part
+            path,
+            inputs=self.inputs,
+            labels=self.labels,
+            id_field=self.id_field,
+            config=None if of_the_other else self.config,
+            split=part,
         )
 
 

@@ -108,6 +108,26 @@ def test_a_table_of_the_hub_takes_train_and_test_from_its_splits(monkeypatch: py
     assert {str(e.inputs["q"])[:-1] for e in splits.test} == {"validation"}
 
 
+def test_a_table_of_the_hub_may_be_tested_on_a_file_and_only_the_hub_has_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def load(hub_id: str, config: str | None, split: str) -> datasets.Dataset:
+        asked.append((hub_id, config, split))
+        return datasets.Dataset.from_dict({"q": [f"h{n}" for n in range(4)], "a": ["x"] * 4})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    file = tmp_path / "test.csv"
+    file.write_text("q,a\nt0,x\nt1,x\n")
+    given = {"inputs": ["q"], "labels": ["a"], "config": "main", "sizes": Sizes(2, 1, 1, 2), "seed": 0}
+    splits = Table("me/qa", split="train", test_path=str(file), **given).load()
+    assert {e.inputs["q"] for e in splits.test} == {"t0", "t1"}
+    assert asked == [("me/qa", "main", "train")]
+    with pytest.raises(DataError, match="is a file; leave out split and config"):
+        Table(str(file), test_path=str(file), **given).load()
+
+
 def test_a_row_given_twice_in_a_table_is_refused_by_its_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a\n1,2\n3,4\n1,2\n")
     with pytest.raises(ValueError, match=r"a\.csv, rows 1 and 3 are equal \(1 row is such"):

@@ -22,7 +22,7 @@ _FREE = (
     # Where things are. What is there counts: of model and data it is the content that is compared.
     *("name", "runs_dir", "fresh", "config", "budget", "ckpt_path", "weights_only", "record", "log"),
     *("model.lm.init_args.model", "model.lm.init_args.gguf_file", "model.lm.init_args.completions"),
-    *("data.init_args.path", "trainer.default_root_dir", "alternate.folder"),
+    *("data.init_args.path", "data.init_args.test_path", "trainer.default_root_dir", "alternate.folder"),
     # What is shown and saved, and how much memory generating may take. No result follows from them.
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
     *("trainer.profiler", "alternate.save_every", "model.lm.init_args.cache_tokens"),

@@ -15,6 +15,7 @@ from cotune.errors import CotuneError
 from cotune.programs import (
     Demo,
     Example,
+    Program,
     Prompts,
     Runner,
     draw_demos,
@@ -54,7 +55,7 @@ def collect(
     wanting, solved = list(examples), 0
     while wanting:
         number = attempts[-1].number + 1 if attempts else 0
-        shown = _prompts_for(prompts, wanting, pool, options, number, seed)
+        shown = _prompts_for(runner.program, prompts, wanting, pool, options, number, seed)
         done = (later if number else runner).run(wanting, shown, seed=seed, attempt=number)
         hinting = number >= options.attempts
         attempts += [Attempt(r, number, prompts_id(p), hinting) for r, p in zip(done, shown, strict=True)]
@@ -122,6 +123,7 @@ def _unsolved(examples: Sequence[Example], attempts: Sequence[Attempt], options:
 
 
 def _prompts_for(
+    program: Program,
     prompts: Prompts,
     examples: Sequence[Example],
     pool: Mapping[str, Sequence[Demo]],
@@ -137,7 +139,7 @@ def _prompts_for(
         given = [hide_own_demos(prompts, example.id) for example in examples]
     if number < options.attempts:
         return given
-    return [hinted(shown, example) for shown, example in zip(given, examples, strict=True)]
+    return [hinted(program, shown, example) for shown, example in zip(given, examples, strict=True)]
 
 
 def _fresh_prompts(

@@ -72,10 +72,15 @@ class Collected:
         return passing(self.attempts, self.options)
 
     @property
+    def judged(self) -> list[Attempt]:
+        """The attempts whose score tells of what the LM wrote: not those that the user's own code broke off."""
+        return [one for one in self.attempts if one.rollout.error is None or one.rollout.error.kind not in KINDS]
+
+    @property
     def siblings(self) -> list[list[Attempt]]:
-        """The runs of each example."""
+        """The judged runs of each example."""
         found: dict[str, list[Attempt]] = {}
-        for attempt in self.attempts:
+        for attempt in self.judged:
             found.setdefault(attempt.example, []).append(attempt)
         return list(found.values())
 

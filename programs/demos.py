@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
 from cotune.programs.rollout import Rollout
 from cotune.programs.signature import Signature
-from cotune.programs.types import as_text, syntax_of
+from cotune.programs.types import FieldTypeError, as_text, syntax_of
 from cotune.programs.values import gold_text
 
 
@@ -114,11 +115,20 @@ def label_text(signature: Signature, name: str, label: Any) -> str:
     return as_text(label) if syntax_of(kind) is None else signature.text(name, label)
 
 
-def hinted(prompts: Prompts, example: Example) -> dict[str, Prompt]:
+def hinted(program: Program, prompts: Prompts, example: Example) -> dict[str, Prompt]:
     """The prompts with the example's labels as a hint behind each stage's instruction."""
-    gold = "; ".join(f"{name}: {gold_text(value)}" for name, value in example.labels.items())
+    gold = "; ".join(f"{name}: {_final_text(program, name, value)}" for name, value in example.labels.items())
     hint = f"Hint, which your reply must not mention: the final result should be {gold}."
     return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
+
+
+def _final_text(program: Program, name: str, label: Any) -> str:
+    """A label as the last stage that has such an output would write it."""
+    for stage in reversed(program.stages.values()):
+        if name in stage.signature.outputs:
+            with contextlib.suppress(FieldTypeError):
+                return label_text(stage.signature, name, label)
+    return gold_text(label)
 
 
 def speaks_of_hint(rollout: Rollout) -> bool:

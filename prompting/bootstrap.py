@@ -132,7 +132,7 @@ def _run(
     runner = task.runner if attempt == 0 else replace(task.runner, max_error_rate=1.0)
     return runner.run(
         examples,
-        [hinted(shown, example) if hints else shown for shown, example in given],
+        [hinted(task.runner.program, shown, example) if hints else shown for shown, example in given],
         seed=task.seed,
         attempt=attempt,
         progress=None if task.progress is None else task.progress.advance,

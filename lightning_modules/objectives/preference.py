@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -62,10 +63,10 @@ class KTO(Preference):
         self.good, self.bad = good, bad
 
     def rows(self, collected: Collected) -> list[Trace]:
-        """Every call in which the LM chose a token."""
+        """Every call in which the LM chose a token, of runs that the user's own code let come to a score."""
         return [
             replace(call, ce=(), kl=call.free(), desirable=attempt.rollout.score >= collected.options.threshold)
-            for attempt in collected.attempts
+            for attempt in collected.judged
             for call in collected.traces(attempt)
             if any(call.free())
         ]
@@ -88,21 +89,24 @@ class DPO(Preference):
     """Direct preference optimization (Rafailov et al., 2023), on calls of one example's runs that saw equal prompts.
 
     A pair's loss is -log sigmoid(r of the better - r of the worse). The calls of a stage that read equal inputs are
-    paired by their runs' scores, the best with the worst and so on inwards, while those differ. Later stages seldom
-    read equal inputs: they teach less here than in KTO.
+    paired by their runs' scores (equal completions by the mean of theirs), the best with the worst and so on inwards,
+    while those differ. Later stages seldom read equal inputs: they teach less here than in KTO.
     """
 
     def rows(self, collected: Collected) -> list[Trace]:
         alike: defaultdict[tuple[object, ...], list[Trace]] = defaultdict(list)
-        for attempt in collected.attempts:
+        for attempt in collected.judged:
             for call in collected.traces(attempt):
                 if any(call.free()):
                     alike[call.example, call.stage, tuple(sorted(call.inputs.items()))].append(call)
         rows: list[Trace] = []
         for calls in alike.values():
             # Equal completions can have other scores, by what later stages made of them; they are no preference.
-            once = {tuple(call.completion_ids): call for call in calls}
-            ranked = sorted(once.values(), key=lambda call: -call.score)
+            equal: defaultdict[tuple[int, ...], list[Trace]] = defaultdict(list)
+            for call in calls:
+                equal[tuple(call.completion_ids)].append(call)
+            once = [replace(same[0], score=statistics.fmean(c.score for c in same)) for same in equal.values()]
+            ranked = sorted(once, key=lambda call: -call.score)
             for better, worse in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
                 if better.score > worse.score:
                     group = f"pair {len(rows) // 2}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from cotune.datamodules import (
     Bootstrapping,
     Collected,
     Report,
+    Runs,
     Trace,
     Vocabulary,
     collect,
@@ -279,6 +281,51 @@ def test_stages_that_were_not_called_leave_no_trace() -> None:
     assert [(t.example, t.stage) for t in traces] == [("odd", "double"), ("even", "halve")]
 
 
+class Planned(Program):
+    """A plan, then an answer by it."""
+
+    first = Stage(Signature.parse("number -> plan", instruction="plan"))
+    second = Stage(Signature.parse("plan -> answer", instruction="answer"))
+
+    def run(self, number: str) -> Any:
+        made = yield self.first(number=number)
+        return (yield self.second(plan=made.plan))
+
+
+def runs_of(lm: FakeLM, program: Program, examples: list[Example], each: int, **changes: Any) -> Collected:
+    made = runner(lm, program, **changes)
+    given: dict[str, Any] = {"runs": Runs(each), "options": Bootstrapping(), "seed": 0}
+    return collect_runs(examples, made, program.initial_prompts(), **given)
+
+
+@pytest.mark.parametrize("objective", [KTO(), DPO(), GRPO()], ids=lambda o: type(o).__name__)
+def test_runs_that_the_users_own_code_broke_off_are_no_bad_examples(objective: Objective) -> None:
+    calls = itertools.count()
+
+    def breaks_down(example: Example, prediction: Any) -> float:
+        if next(calls) % 5 == 0:
+            raise OSError("no connection")
+        return float(prediction.answer != "no")
+
+    texts = iter(["no", "right"] * 6)
+    found = runs_of(FakeLM(lambda request: next(texts)), Loop(1), doubles(1, 2, 3), 4, metric=breaks_down)
+    broken = [a for a in found.attempts if a.rollout.error is not None]
+    assert len(broken) == 3
+    rows = objective.rows(found)
+    assert rows
+    assert not {(a.example, a.number) for a in broken} & {(row.example, row.attempt) for row in rows}
+    if not isinstance(objective, DPO):
+        assert len(rows) == 9
+
+
+def test_of_equal_completions_a_preference_counts_the_mean_of_the_scores() -> None:
+    script = [("A", "2"), ("A", "2"), ("A", "2"), ("A", "no"), ("B", "no"), ("B", "no"), ("B", "no"), ("B", "2")]
+    texts = iter([text for pair in script for text in pair])
+    found = runs_of(FakeLM(lambda request: next(texts)), Planned(), doubles(1), 8)
+    better, worse = [row for row in DPO().rows(found) if row.stage == "first"]
+    assert (better.completion, better.score, worse.completion, worse.score) == ("A", 0.75, "B", 0.25)
+
+
 @pytest.mark.parametrize(
     "objective", [KTO(runs=2), DPO(runs=2), GRPO(runs=2), Distil(runs=2)], ids=lambda o: type(o).__name__
 )
@@ -421,6 +468,14 @@ def test_only_examples_without_any_success_get_a_hint_and_no_pair_holds_it() -> 
     assert all(("Hint" in request.messages[0]["content"]) == (n >= 6) for n, request in enumerate(lm.requests))
     assert traces[1].inputs == {"number": "2"}  # what a pair is rendered from
     assert "Hint" not in str(traces[1].outputs)
+
+
+def test_a_hint_has_the_whole_of_a_list_and_the_first_of_several_right_answers() -> None:
+    for kind, said in (("list[str]", 'answer: ["4","four"].'), ("str", "answer: 4.")):
+        lm = FakeLM(lambda request: "no")
+        example = Example.of({"number": "2"}, {"answer": ["4", "four"]}, id="2")
+        run(lm, [example], attempts=1, hints=1, program=Predict("number -> answer", types={"answer": kind}))
+        assert said in lm.requests[-1].messages[0]["content"]
 
 
 def test_a_run_that_speaks_of_the_hint_is_counted_and_not_trained_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from cotune.programs import (
     prompts_to_dict,
     settled,
 )
+from cotune.programs.faults import check_errors
 from cotune.programs.forms import in_form
 from cotune.programs.ranks import Ranks
 from lightning.pytorch import LightningModule
@@ -175,13 +177,16 @@ class ProgramModule(LightningModule):
         progress: Callable[[int], None] | None = None,
         samples: int = 1,
         vote: Vote = "mean",
+        part: bool = False,
     ) -> list[Rollout]:
         """Runs the program as it stands (current weights; current prompts unless others are given).
 
         Args:
             samples, vote: runs of each example, and how they become one (see `settled`).
+            part: these are some of the examples to run: how many fail is not measured yet.
         """
         given, runner = self.prompts if prompts is None else prompts, self.runner(metric)
+        runner = replace(runner, max_error_rate=1.0) if part else runner
         passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
         return settled(passes, vote) if samples > 1 else passes[0]
 
@@ -283,10 +288,11 @@ class ProgramModule(LightningModule):
 
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
         data = self._data
-        self.evaluated += self.rollouts(batch, metric=data.metric, samples=data.val_samples, vote=data.val_vote)
+        sampled: dict[str, Any] = {"samples": data.val_samples, "vote": data.val_vote}
+        self.evaluated += self.rollouts(batch, metric=data.metric, part=True, **sampled)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
-        self.evaluated += self.rollouts(batch, metric=self._data.metric)
+        self.evaluated += self.rollouts(batch, metric=self._data.metric, part=True)
 
     def predict_step(self, batch: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """A plain dict an example, because Lightning moves what it returns and stops at frozen dataclasses."""
@@ -296,7 +302,7 @@ class ProgramModule(LightningModule):
                 "prediction": None if rollout.prediction is None else dict(rollout.prediction),
                 "error": None if rollout.error is None else rollout.error.message,
             }
-            for rollout in self.rollouts(batch, metric=None)
+            for rollout in self.rollouts(batch, metric=None, part=True)  # each says what its error was
         ]
 
     def on_validation_epoch_start(self) -> None:
@@ -306,9 +312,11 @@ class ProgramModule(LightningModule):
         self.evaluated = []
 
     def on_validation_epoch_end(self) -> None:
+        check_errors(self.evaluated, max_error_rate=self.max_error_rate)
         self.log("val/score", mean_score(self.evaluated), prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
+        check_errors(self.evaluated, max_error_rate=self.max_error_rate)
         self.log("test/score", mean_score(self.evaluated))
 
     @property

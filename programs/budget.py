@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,7 +111,8 @@ class Ledger:
 
     Args:
         budget: of all roles together.
-        keep: called with `state()` whenever something was paid for, so that it outlives the process.
+        keep: called with `state()` whenever something was paid for, and while minutes are bounded once in each, so that
+            it outlives the process.
         clock: seconds.
 
     Attributes:
@@ -127,6 +129,7 @@ class Ledger:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget, self._keep, self._clock, self._began = budget, keep, clock, clock()
+        self._kept = 0.0  # minutes, when the state was last kept
         self.asked: dict[str, str] = {}
         self.roles: dict[str, Usage] = {}
         self.between: Callable[[], None] = lambda: None
@@ -147,15 +150,20 @@ class Ledger:
         return BudgetSpentError(f"budget.{bound}", self.spent, self.minutes) if bound else None
 
     def late(self) -> BudgetSpentError | None:
-        """The bound on minutes, if it is met."""
-        if self.budget.minutes is None or self.minutes < self.budget.minutes:
+        """The bound on minutes, if it is met. Asked between units of work, it also keeps the time that they took."""
+        bound = self.budget.minutes
+        if bound is None:
+            return None
+        if self.minutes - self._kept >= 1 or self._kept < bound <= self.minutes:
+            self._keep_state()
+        if self.minutes < bound:
             return None
         return BudgetSpentError(f"budget.minutes {self.budget.minutes:g}", self.spent, self.minutes)
 
     def charge(self, role: str, usage: Usage) -> None:
         self.roles[role] = self.roles.get(role, Usage()) + usage
         if usage != Usage():
-            self._keep(self.state())
+            self._keep_state()
 
     def counted(self) -> dict[str, float]:
         """What was spent so far, by role and kind; see `Counter`."""
@@ -183,13 +191,17 @@ class Ledger:
         sizes = [left, self.budget.calls_left(self.spent), None if self.budget.only_calls else _WAVE]
         return min((size for size in sizes if size is not None), default=None)
 
+    def _keep_state(self) -> None:
+        self._kept = self.minutes
+        self._keep(self.state())
+
     def state(self) -> dict[str, Any]:
         """Plain types."""
         return {"minutes": self.minutes, "roles": {role: asdict(usage) for role, usage in self.roles.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what an earlier process of the run had spent."""
-        self._began = self._clock() - 60 * state["minutes"]
+        self._began, self._kept = self._clock() - 60 * state["minutes"], state["minutes"]
         self.roles = {role: Usage(**usage) for role, usage in state["roles"].items()}
 
 
@@ -215,6 +227,11 @@ class BudgetedLM:
     def identity(self) -> dict[str, Any]:
         """The LM's, if it has one."""
         return dict(getattr(self.lm, "identity", {}))
+
+    @property
+    def codec(self) -> Any:
+        """The LM's; None of one without a tokenizer in this process."""
+        return getattr(self.lm, "codec", None)
 
     @property
     def usage(self) -> Usage:
@@ -247,6 +264,10 @@ class BudgetedLM:
             self._check_price()
             start += len(wave)
 
+    def load(self) -> None:
+        """Loads the LM, if it is one that is loaded."""
+        getattr(self.lm, "load", lambda: None)()
+
     def close(self) -> None:
         """Closes what the LM holds open."""
         getattr(self.lm, "close", lambda: None)()
@@ -278,6 +299,22 @@ def answers_of(lm: LM, requests: Sequence[Request], sampling: Sampling) -> Itera
         return [dict(enumerate(lm.complete(requests, sampling)))]
     coming: Iterable[Mapping[int, Completion]] = answers(requests, sampling)
     return coming
+
+
+def complete_within(lm: LM, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    """A completion for each request; "refused" for those that the `max_calls` of the LM's role do not last for.
+
+    What is answered before they are met is kept, and of the rest what a store has.
+    """
+    found: dict[int, Completion] = {}
+    try:
+        for come in answers_of(lm, requests, sampling) if requests else ():
+            found |= come
+    except RoleSpentError:
+        for at in sorted(set(range(len(requests))) - set(found)):
+            with suppress(RoleSpentError):  # nothing more is paid for: it is raised before the LM is asked
+                (found[at],) = lm.complete([requests[at]], sampling)
+    return [found.get(at, Completion("", finished="refused")) for at in range(len(requests))]
 
 
 def _usage(lm: LM) -> Usage | None:

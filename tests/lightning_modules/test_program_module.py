@@ -12,7 +12,7 @@ from cotune.datamodules import Pair, Splits, TraceDataModule, collate
 from cotune.datamodules.splits import Sizes
 from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule
 from cotune.lightning_modules.objectives import GRPO, Rejection
-from cotune.programs import Demo, Predict, Prompt, Sampling
+from cotune.programs import Demo, Example, FaultyProgramError, Predict, Prompt, Sampling
 from fakes import Loop, doubles
 from lightning.pytorch import Trainer
 from tiny import save_tiny_model
@@ -225,6 +225,25 @@ def test_scores_are_means_over_the_whole_set(tiny_model: Path, tmp_path: Path) -
     assert [rollout.example.id for rollout in made.evaluated] == ["2", "3"]
     assert run.test(made, datamodule=data, verbose=False) == [{"test/score": 0.0}]
     assert [rollout.example.id for rollout in made.evaluated] == ["4"]
+
+
+def test_how_many_examples_fail_is_measured_over_the_whole_set_and_not_in_its_last_batch(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    def breaks_on_3(example: Example, prediction: Any) -> float:
+        if example.id in broken:
+            raise OSError("no connection")
+        return 1.0
+
+    made, data, broken = module(tiny_model), Doubling(), {"3"}
+    data.metric, data.val_batch_size = breaks_on_3, 1
+    made.program = Unparsed()
+    made.prompts = made.program.initial_prompts()
+    run = trainer(tmp_path)
+    assert run.validate(made, datamodule=data, verbose=False) == [{"val/score": 0.5}]
+    broken.add("2")
+    with pytest.raises(FaultyProgramError, match="the metric failed on 2 of 2 examples"):
+        run.validate(made, datamodule=data, verbose=False)
 
 
 class Unparsed(Loop):

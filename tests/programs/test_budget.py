@@ -110,6 +110,22 @@ def test_what_was_spent_outlives_a_kill_to_the_answer() -> None:
         BudgetedLM(PaidLM(), resumed).complete(asking(2), Sampling())
 
 
+def test_time_in_which_nothing_is_paid_counts_in_the_next_start_too() -> None:
+    now, kept = [0.0], list[dict[str, Any]]()
+    training = Ledger(Budget(minutes=10), keep=kept.append, clock=lambda: now[0])
+    for _ in range(3 * 60):
+        now[0] += 1.0
+        assert training.late() is None  # asked between optimiser steps
+    assert [state["minutes"] for state in kept] == [1.0, 2.0, 3.0]
+    resumed = Ledger(Budget(minutes=10), keep=kept.append, clock=lambda: now[0])
+    resumed.load(kept[-1])
+    now[0] += 7 * 60
+    assert resumed.late() is not None
+    again = Ledger(Budget(minutes=10), clock=lambda: now[0])
+    again.load(kept[-1])
+    assert again.late() is not None, "the bound that ended the run ends it again"
+
+
 def test_what_was_answered_before_a_failure_is_charged() -> None:
     lm = bounded(PaidLM(), lm_calls=10)
     with pytest.raises(ConnectionError):

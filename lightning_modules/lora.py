@@ -282,7 +282,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
+def weights_version(model: nn.Module) -> tuple[tuple[int, int, int], ...]:
     """A value that changes whenever a parameter of the adapter is written or moved; in this process only."""
     return tuple(written(p) for p in model.parameters() if p.requires_grad)
 

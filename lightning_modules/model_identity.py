@@ -14,7 +14,6 @@ from cotune.inference.local.transformers_internals import commit_of
 from cotune.lightning_modules.lora import fingerprint, weights_version
 from cotune.storage.durable import file_sum
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _FILES = {".safetensors", ".bin", ".pt", ".gguf", ".json", ".jinja", ".model", ".txt", ".py"}
 """Kinds of files that say what a model computes, or how text becomes tokens and back."""
@@ -67,25 +66,9 @@ class AdapterIdentity:
         return self._tensors
 
     def _refresh(self, model: nn.Module) -> None:
-        state = written(model)
+        state = weights_version(model)
         if state != self._state:
             self._state, self._name, self._tensors = state, "", None
-
-
-def written(model: nn.Module) -> Hashable:
-    """A value that changes whenever a trainable parameter is written, moved or cast."""
-    # In-place writes count the version up. Optimisers that write through raw pointers (bitsandbytes) do not.
-    return _steps[0], weights_version(model)
-
-
-_steps = [0]
-
-
-def _count_step(*_: Any) -> None:
-    _steps[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 def _changes_nothing(model: nn.Module) -> bool:

@@ -5,9 +5,12 @@ All of it stands here. tests/test_internals.py says from which version it was re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def flash(
@@ -74,6 +77,20 @@ def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return made
 
 
-def written(tensor: Tensor) -> tuple[int, int]:
-    """Changes whenever the tensor is written in place (its version counts up), moved or cast (it is elsewhere)."""
-    return tensor._version, tensor.data_ptr()
+def written(tensor: Tensor) -> tuple[int, int, int]:
+    """Changes whenever the tensor is written in place (its version counts up), moved or cast (it is elsewhere).
+
+    Optimisers that write past autograd (bitsandbytes; any that writes `.data`) leave the version as it is: to a trained
+    tensor every step of any optimiser counts as a change.
+    """
+    return tensor._version, tensor.data_ptr(), _steps[0] if tensor.requires_grad else 0
+
+
+_steps = [0]
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)

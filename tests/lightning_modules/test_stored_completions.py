@@ -128,6 +128,26 @@ def test_an_optimiser_step_makes_another_adapter(tiny_model: Path, store: Path) 
     assert any(not torch.equal(before[name], tensor) for name, tensor in lm.adapter_state().items())
 
 
+class PastAutograd(torch.optim.SGD):
+    """Writes as the optimisers of bitsandbytes do: no tensor's version counts up."""
+
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(0.1)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_what_an_optimiser_writes_past_autograd_is_what_generates(tiny_model: Path, store: Path, merge: bool) -> None:
+    lm, other = (loaded(tiny_model, path, merge_while_generating=merge) for path in (store, None))
+    requests = asked(6)
+    before = lm.complete(requests, GREEDY)
+    for one in (lm, other):
+        PastAutograd([p for p in one.model.parameters() if p.requires_grad], lr=1.0).step()
+    after = lm.complete(requests, GREEDY)
+    assert after != before
+    assert [c.text for c in after] == [c.text for c in other.complete(requests, GREEDY)]
+
+
 def test_other_weights_under_the_same_path_are_another_base(tiny_model: Path, store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)

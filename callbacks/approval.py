@@ -103,7 +103,10 @@ class Approval:
             if answer in _ANSWERS:
                 return {"proposed": proposed, "answer": _ANSWERS[answer]}
             if answer in ("e", "edit"):
-                proposed = edited(proposed)
+                if text := edited(proposed):
+                    proposed = text
+                else:
+                    console.print("an instruction cannot be empty: it stays as it was; n refuses it")
 
     def _message(self, count: int) -> str:
         return (
@@ -117,14 +120,25 @@ class Approval:
             return {}
         try:
             rows: dict[str, dict[str, Any]] = yaml.safe_load(self.path.read_text(encoding="utf-8")) or {}
-            for row in rows.values():
+            for name, row in rows.items():
                 answer = "" if row["answer"] is None else str(row["answer"]).strip().lower()
                 if answer and answer not in _ANSWERS:
                     raise ApprovalNeededError(f'"{self.path}": the answer is "{row["answer"]}"; write y or n.')
-                row |= {"answer": _ANSWERS.get(answer, ""), "proposed": str(row["proposed"])}
+                row |= {"answer": _ANSWERS.get(answer, ""), "proposed": self._text(name, row, answer)}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise ApprovalNeededError(f'"{self.path}" cannot be read; fix it: {error!r}') from error
         return rows
+
+    def _text(self, name: str, row: dict[str, Any], answer: str) -> str:
+        """The proposed text of an entry; of one that is refused whatever stands there."""
+        text = row["proposed"]
+        if _ANSWERS.get(answer) != "n" and not (isinstance(text, str) and text.strip()):
+            wrong = "empty" if text is None or not str(text).strip() else f"no text but {text!r}; put it in quotes"
+            raise ApprovalNeededError(
+                f'"{self.path}": `proposed` of entry {name}, for the instruction of "{row["stage"]}", is {wrong}. '
+                "Write the instruction there, or set its `answer` to n."
+            )
+        return str(text)
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:
         text = yaml.dump(rows, Dumper=_Blocks, sort_keys=False, allow_unicode=True, width=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,10 @@ class FindContradictions(Callback, BoundaryListener):
             examples = _used(data, stage)
             check_fields(pl_module.program, data.metric, examples)
             found = check_texts(pl_module.program, pl_module.form, examples)
-            for line in found + check_gold(data.metric, examples, threshold=data.bootstrapping.threshold):
+            found += check_gold(
+                data.metric, examples, threshold=data.bootstrapping.threshold, program=pl_module.program
+            )
+            for line in found:
                 say(line)
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, boundary: Boundary) -> None:
@@ -115,8 +119,12 @@ def check_texts(program: Program, form: Form, examples: Sequence[Example]) -> li
     return list(dict.fromkeys(found))
 
 
-def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float) -> list[str]:
+def check_gold(
+    metric: Metric, examples: Sequence[Example], *, threshold: float, program: Program | None = None
+) -> list[str]:
     """Asks the metric about the labels themselves, which should be right. Returns what to say.
+
+    Where the program is one of cotune's, which predict what their last stage's types read, so are the labels read.
 
     A metric that needs more than the labels (raises, or asks for other fields) cannot be asked, and that is said; so
     are labels that it scores below `threshold` against themselves, where it passes others.
@@ -124,7 +132,9 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
     Raises:
         ContradictionError: it passes no label against itself, so that no run can be known to succeed.
     """
-    wrong: list[tuple[Example, Any]] = []
+    own = program is not None and type(program).__module__.split(".")[0] == "cotune"
+    signature = list(program.stages.values())[-1].signature if program is not None and own else None
+    wrong: list[tuple[Example, Any, Mapping[str, Any]]] = []
     unasked: list[str] = []
     began, asked = time.monotonic(), 0
     for example in examples:
@@ -132,14 +142,15 @@ def check_gold(metric: Metric, examples: Sequence[Example], *, threshold: float)
             break
         asked += 1
         try:
-            score, missed = _of_itself(metric, example, threshold)
+            read = _read(example, signature)
+            score, missed = _of_itself(metric, example, read, threshold)
         except Exception as error:  # the user's code
             unasked.append(f"example {example.id}: {raised(error)}")
             continue
         if missed and not float(score) >= threshold:
             unasked.append(f"example {example.id}: it looks for {missed[0]}, which is no label")
         elif not float(score) >= threshold:
-            wrong.append((example, score))
+            wrong.append((example, score, read))
     if wrong and len(wrong) == asked:
         raise ContradictionError(_below_one(metric, wrong, asked, threshold))
     found = [_below_one(metric, wrong, asked, threshold)] if wrong else []
@@ -274,11 +285,22 @@ class _Asked(dict[str, Any]):
         return self[name] if name in self else default  # noqa: SIM401 (which notes it)
 
 
-def _of_itself(metric: Metric, example: Example, threshold: float) -> tuple[Any, list[str]]:
+def _read(example: Example, signature: Signature | None) -> dict[str, Any]:
+    """Labels that their field's type reads as another value: name -> that value, as a prediction then has it."""
+    if signature is None:
+        return {}
+    found = {}
+    for name in set(example.labels) & set(signature.types) & set(signature.outputs):
+        with contextlib.suppress(FieldTypeError, TypeError):  # other checks say so
+            found[name] = signature.value(name, label_text(signature, name, example.labels[name]))
+    return {name: value for name, value in found.items() if value != example.labels[name]}
+
+
+def _of_itself(metric: Metric, example: Example, read: Mapping[str, Any], threshold: float) -> tuple[Any, list[str]]:
     """The metric's score of an example's labels as prediction, and what it missed there. Of several answers the first
     will do."""
     first = {n: v[0] if isinstance(v, (list, tuple)) and v else v for n, v in example.labels.items()}
-    for labels in (first, example.labels):
+    for labels in ({**first, **read}, {**example.labels, **read}):
         prediction = _Asked(labels)
         score = metric(copy.deepcopy(example), prediction)
         if float(score) >= threshold:
@@ -286,10 +308,13 @@ def _of_itself(metric: Metric, example: Example, threshold: float) -> tuple[Any,
     return score, prediction.missed
 
 
-def _below_one(metric: Metric, wrong: Sequence[tuple[Example, Any]], asked: int, threshold: float) -> str:
-    example, score = wrong[0]
+def _below_one(
+    metric: Metric, wrong: Sequence[tuple[Example, Any, Mapping[str, Any]]], asked: int, threshold: float
+) -> str:
+    example, score, read = wrong[0]
     name = getattr(metric, "__name__", type(metric).__name__)
     labels = "; ".join(f"{field} {quoted(value, limit=80)}" for field, value in example.labels.items())
+    labels += "".join(f", which its type reads as {quoted(value, limit=80)}" for value in read.values())
     why = f" ({score.feedback})" if getattr(score, "feedback", "") else ""
     return (
         f"example {example.id}: the metric {name} scores the right answer itself ({labels}) {float(score):g}{why}, so "

@@ -70,10 +70,13 @@ def collect(
             progress(solved - before if wanting else len(examples) - before)
     if options.teacher is not None:
         unsolved = _unsolved(examples, attempts, options)
-        shown = [hide_own_demos(prompts, example.id) for example in unsolved]
+        # Offsets on the student's choices mean nothing to another LM, and an endpoint cannot add them.
+        bare = {stage: replace(prompt, calibration={}) for stage, prompt in prompts.items()}
+        shown = [hide_own_demos(bare, example.id) for example in unsolved]
         number = options.attempts + options.hints
         taught = teach(options.teacher, unsolved, runner, shown, seed=seed, attempt=number, encode=vocabulary.encode)
-        attempts += [Attempt(r, number, prompts_id(p), taught=True) for r, p in zip(taught, shown, strict=False)]
+        ids = {example.id: prompts_id(own) for example, own in zip(unsolved, shown, strict=True)}
+        attempts += [Attempt(run, number, ids[run.example.id], taught=True) for run in taught]
     forms = forms_of(runner.form, prompts)
     return Collected(tuple(attempts), tuple(examples), options, runner.program, forms, vocabulary)
 

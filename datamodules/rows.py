@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -24,8 +24,9 @@ def examples_from_rows(
 ) -> list[Example]:
     """One example a row, in order.
 
-    An input may be empty text; a label may not, since nothing could match it. Row numbers in errors count from 1,
-    without header and blank lines.
+    An input may be empty text; a label may not, since nothing could match it. It may be an empty list where the column
+    holds lists in all rows, and not only empty ones. Row numbers in errors count from 1, without header and blank
+    lines.
 
     Args:
         inputs: columns that the program reads. Their program names are the keyword arguments of `Program.run`.
@@ -44,9 +45,10 @@ def examples_from_rows(
     if not rows:
         raise DataError(f"{where} is empty: it holds no row.")
     examples, faults = [], []
+    of_lists = _of_lists(rows, columns_out.values())
     for number, row in enumerate(rows, 1):
         try:
-            examples.append(_example(row, columns_in, columns_out, id_field))
+            examples.append(_example(row, columns_in, columns_out, id_field, of_lists))
         except DataError as fault:
             faults.append(f"row {number}: {fault}")
     refuse_bad_rows(faults, len(rows), where)
@@ -70,11 +72,17 @@ def example_from_json(line: str, *, columns: Mapping[str, str], required: Sequen
 # One row
 
 
-def _example(row: Any, inputs: Mapping[str, str], labels: Mapping[str, str], id_field: str | None) -> Example:
+def _example(
+    row: Any,
+    inputs: Mapping[str, str],
+    labels: Mapping[str, str],
+    id_field: str | None,
+    of_lists: Collection[str] = (),
+) -> Example:
     if not isinstance(row, Mapping):
         raise DataError(f"it is of type {type(row).__name__}; a row maps columns to values.")
     given = {field: _value(row, column) for field, column in inputs.items()}
-    wanted = {field: _label(row, column) for field, column in labels.items()}
+    wanted = {field: _label(row, column, column in of_lists) for field, column in labels.items()}
     return Example.of(given, wanted, id="" if id_field is None else _id(row, id_field))
 
 
@@ -115,10 +123,20 @@ def _checked(value: Any) -> Any:
     return value
 
 
-def _label(row: Row, column: str) -> Any:
+def _of_lists(rows: Sequence[Row], columns: Collection[str]) -> set[str]:
+    """The columns that hold lists in all rows that have a value there, and not only empty ones."""
+    found = set()
+    for column in columns:
+        values = [row[column] for row in rows if isinstance(row, Mapping) and row.get(column) is not None]
+        if all(isinstance(value, list) for value in values) and any(values):
+            found.add(column)
+    return found
+
+
+def _label(row: Row, column: str, of_lists: bool) -> Any:
     value = _value(row, column)
     several = value if isinstance(value, list) else [value]
-    if not several or any(isinstance(one, str) and not one.strip() for one in several):
+    if (not several and not of_lists) or any(isinstance(one, str) and not one.strip() for one in several):
         raise DataError(f"field {column!r} is empty; a label is what the metric compares with, so it needs a value.")
     return value
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from cotune.programs import LM, Example, Prompt, Prompts, RoleSpentError, Rollout, Runner, Step
+from cotune.programs import (
+    LM,
+    Completion,
+    Example,
+    Prompt,
+    Prompts,
+    Request,
+    RoleSpentError,
+    Rollout,
+    Runner,
+    Sampling,
+    Step,
+)
+from cotune.programs.budget import complete_within
 from cotune.programs.forms import form_of
 
 _AT_ONCE = 32
-"""Examples run together, so that what was answered is kept where the teacher's calls end."""
+"""Examples run together: their later stages are asked before other examples' first ones use up the teacher's calls."""
 
 
 def teach(
@@ -34,22 +48,43 @@ def teach(
         encode: text -> the student's ids.
 
     Returns:
-        A run for each example, in their order; for the first of them only, where the teacher's `max_calls` are made.
+        A run for each example, in their order, less those that it refuses or that its `max_calls` do not last for.
     """
-    asking = replace(runner, lm=teacher, max_error_rate=1.0)
+    asked = _Within(teacher)
+    asking = replace(runner, lm=asked, max_error_rate=1.0)
     done: list[Rollout] = []
     for start in range(0, len(examples), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
-        try:
-            made = asking.run(examples[part], prompts[part], seed=seed, attempt=attempt)
-        except RoleSpentError as spent:
-            print(f"the teacher stopped after {len(done)} of {len(examples)} unsolved examples: {spent.bound}.")
-            break
-        done += made
-    return [
-        replace(one, steps=tuple(_rewritten(step, runner, given[step.stage], encode) for step in one.steps))
-        for one, given in zip(done, prompts, strict=False)
+        done += asking.run(examples[part], prompts[part], seed=seed, attempt=attempt)
+    ran = [
+        (run, given)
+        for run, given in zip(done, prompts, strict=True)
+        if not any(step.completion.finished == "refused" for step in run.steps)
     ]
+    if len(ran) < len(done):
+        why = asked.spent.bound if asked.spent else "it refuses the others"
+        print(f"the teacher stopped after {len(ran)} of {len(examples)} unsolved examples: {why}.")
+    return [
+        replace(run, steps=tuple(_rewritten(step, runner, given[step.stage], encode) for step in run.steps))
+        for run, given in ran
+    ]
+
+
+class _Within:
+    """An LM that refuses what its `max_calls` do not last for: what was paid before is kept."""
+
+    def __init__(self, lm: LM) -> None:
+        self._lm = lm
+        self.spent: RoleSpentError | None = None
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        return complete_within(self._lm, requests, sampling, self._met)
+
+    def _met(self, error: RoleSpentError) -> None:
+        self.spent = error
+
+    def __getattr__(self, name: str) -> Any:  # what several processes count, and the like
+        return getattr(self._lm, name)
 
 
 def _rewritten(step: Step, runner: Runner, prompt: Prompt, encode: Callable[[str], Sequence[int]]) -> Step:

@@ -116,6 +116,7 @@ class ProgramModule(LightningModule):
         self.optimiser_steps = 1
         self.full_rate: float | None = None  # of this weight step; None: the optimiser's own
         self.evaluated: list[Rollout] = []
+        self._run: list[Rollout] = []  # each run of an example, where `evaluated` has what they come to
         self.gradient_checkpointing = gradient_checkpointing
         self.skips = Skips(skip_limits)
         self._gradients = BatchGradients(micro_batch_size, gradient_slices)
@@ -188,6 +189,7 @@ class ProgramModule(LightningModule):
         given, runner = self.prompts if prompts is None else prompts, self.runner(metric)
         runner = replace(runner, max_error_rate=1.0) if part else runner
         passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
+        self._run += [rollout for done in passes for rollout in done] if part else []
         return settled(passes, vote) if samples > 1 else passes[0]
 
     @property
@@ -306,17 +308,17 @@ class ProgramModule(LightningModule):
         ]
 
     def on_validation_epoch_start(self) -> None:
-        self.evaluated = []
+        self.evaluated, self._run = [], []
 
     def on_test_epoch_start(self) -> None:
-        self.evaluated = []
+        self.evaluated, self._run = [], []
 
     def on_validation_epoch_end(self) -> None:
-        check_errors(self.evaluated, max_error_rate=self.max_error_rate)
+        check_errors(self._run, max_error_rate=self.max_error_rate)
         self.log("val/score", mean_score(self.evaluated), prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        check_errors(self.evaluated, max_error_rate=self.max_error_rate)
+        check_errors(self._run, max_error_rate=self.max_error_rate)
         self.log("test/score", mean_score(self.evaluated))
 
     @property

@@ -136,9 +136,10 @@ def metered(lm: LM, ledger: Ledger, completions: str | Path | None, *, role: str
 
     An LM that comes with a store, `StoredLM`, keeps that, and one in this process keeps completions as it always does.
     """
-    most = getattr(lm, "max_calls", None)
+    asked = lm.lm if isinstance(lm, StoredLM) else lm
+    most = getattr(asked, "max_calls", None)
     if isinstance(lm, StoredLM):
-        lm.lm = lm.lm if isinstance(lm.lm, BudgetedLM) else BudgetedLM(lm.lm, ledger, role=role, max_calls=most)
+        lm.lm = asked if isinstance(asked, BudgetedLM) else BudgetedLM(asked, ledger, role=role, max_calls=most)
         return lm, lm
     charged = BudgetedLM(lm, ledger, role=role, max_calls=most)
     if completions is None or str(completions) in ("", "off") or not charged.identity:

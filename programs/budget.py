@@ -301,16 +301,19 @@ def answers_of(lm: LM, requests: Sequence[Request], sampling: Sampling) -> Itera
     return coming
 
 
-def complete_within(lm: LM, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+def complete_within(
+    lm: LM, requests: Sequence[Request], sampling: Sampling, met: Callable[[RoleSpentError], None] = lambda error: None
+) -> list[Completion]:
     """A completion for each request; "refused" for those that the `max_calls` of the LM's role do not last for.
 
-    What is answered before they are met is kept, and of the rest what a store has.
+    What is answered before they are met is kept, and of the rest what a store has. `met` is told if they are.
     """
     found: dict[int, Completion] = {}
     try:
         for come in answers_of(lm, requests, sampling) if requests else ():
             found |= come
-    except RoleSpentError:
+    except RoleSpentError as error:
+        met(error)
         for at in sorted(set(range(len(requests))) - set(found)):
             with suppress(RoleSpentError):  # nothing more is paid for: it is raised before the LM is asked
                 (found[at],) = lm.complete([requests[at]], sampling)

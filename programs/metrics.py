@@ -64,7 +64,7 @@ def number_match(example: Example, prediction: Mapping[str, Any]) -> Score:
     wrong = []
     for name, label in example.labels.items():
         gold = [_gold_number(example, one, number_of) for one in _answers(label)]
-        if number_of(prediction.get(name)) not in gold:
+        if number_of(prediction.get(name)) not in gold and (gold or not same(prediction.get(name), label)):
             wrong.append(_expected(example, prediction, name))
     return Score(float(not wrong), "; ".join(wrong))
 
@@ -79,7 +79,11 @@ def f1(example: Example, prediction: Mapping[str, Any]) -> Score:
     """
     _check_labels(example)
     scores = {
-        name: max(_overlap(prediction[name], one) for one in _answers(label)) if name in prediction else 0.0
+        name: max(
+            (_overlap(prediction[name], one) for one in _answers(label)), default=float(same(prediction[name], label))
+        )
+        if name in prediction
+        else 0.0
         for name, label in example.labels.items()
     }
     low = [_expected(example, prediction, name) for name, score in scores.items() if score < 1]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from cotune.programs.faults import KINDS
 from cotune.programs.rollout import Rollout
 from cotune.programs.types import plain
 
@@ -20,14 +21,26 @@ def settled(passes: Sequence[Sequence[Rollout]], vote: Vote) -> list[Rollout]:
 
     With "mean" it is the first pass's with the mean score of all (mean@k). With "majority" it is the first one whose
     prediction most runs of the example came to; runs without a prediction have no vote, and ties go to the earlier.
+
+    Where the user's code failed in any run of the example, the one rollout has the first such error, which says in how
+    many of the runs, beside the score that they came to.
     """
-    return [_mean(runs) if vote == "mean" else _majority(runs) for runs in zip(*passes, strict=True)]
+    one = _mean if vote == "mean" else _majority
+    return [_with_fault(one(runs), runs) for runs in zip(*passes, strict=True)]
 
 
 def _mean(runs: Sequence[Rollout]) -> Rollout:
     # A run with an error scores 0; one whose siblings succeeded is not the one to show.
     first = next((run for run in runs if run.error is None), runs[0])
     return replace(first, score=math.fsum(run.score for run in runs) / len(runs))
+
+
+def _with_fault(one: Rollout, runs: Sequence[Rollout]) -> Rollout:
+    errors = [run.error for run in runs if run.error is not None and run.error.kind in KINDS]
+    if not errors:
+        return one
+    same = sum(error.kind == errors[0].kind for error in errors)
+    return replace(one, error=replace(errors[0], message=f"in {same} of {len(runs)} runs: {errors[0].message}"))
 
 
 def _majority(runs: Sequence[Rollout]) -> Rollout:

@@ -157,12 +157,12 @@ class Signature:
 
     def shown(self, name: str, value: Any) -> str:
         """How an input is shown to the LM: a number, choice or date of a typed field as its type writes it, anything
-        else by `as_text`.
+        else, and what is a text already, by `as_text`.
 
         Raises:
             TypeError: the value is None or has no JSON form.
         """
-        if isinstance(syntax_of(self.type_of(name)), (Choices, Number, Pattern)):
+        if not isinstance(value, str) and isinstance(syntax_of(self.type_of(name)), (Choices, Number, Pattern)):
             with suppress(FieldTypeError):
                 return self.text(name, value)
         return as_text(value)

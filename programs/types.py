@@ -370,8 +370,8 @@ def _choice(choices: Mapping[str, Any], text: str) -> Any:
     raise FieldTypeError(f'"{_short(text)}" is none of {_listed(choices)}.')
 
 
-# JSON writes small ones with an exponent.
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
+# JSON writes small ones with an exponent. Commas part thousands, or lakhs: 3,14 is no number, and above all not 314.
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2})?")
 
 
 def _number(kind: Any, text: str) -> Any:

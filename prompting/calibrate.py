@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from cotune.programs import Completion, Prompts, Request, Rollout, Sampling, prompts_id
+from cotune.programs import Completion, Example, Prompts, Request, Rollout, Runner, Sampling, prompts_id
 from cotune.programs.calibration import offsets_of
-from cotune.programs.layout import Choices, Field
+from cotune.programs.forms import form_of
+from cotune.programs.layout import Choices, Field, Layout
 from cotune.programs.program import Program
 from cotune.programs.types import is_choice
 from cotune.prompting.around import SearchAround, joined
@@ -18,9 +20,10 @@ _ROUNDS = 2
 """How often the program runs to calibrate several stages: later ones see what earlier ones answer once calibrated."""
 
 _FIRST = 2
-"""If no choice has chances in so many runs, none is to be expected, and no more of them are made."""
+"""If a stage's choices have no chances in so many calls, none are to be expected, and no more runs are made."""
 
-_NOTHING = "nothing was calibrated: it takes a form with a place for each field, two inputs, and an LM in this process"
+_NO_PLACE = "nothing was calibrated: it takes a form with a place for each field"
+_NO_CHANCES = "nothing was calibrated: the LM tells no probabilities of choices; it takes an LM in this process"
 
 
 class CalibratedSearch(SearchAround):
@@ -92,24 +95,24 @@ class CalibratedSearch(SearchAround):
         """The prompts with offsets for all choices of all stages."""
         shown = {demo.source for prompt in prompts.values() for demo in prompt.demos}
         examples = [example for example in task.train if example.id not in shown][: self.inputs]
-        runner = replace(task.runner, lm=_Asking(calls), metric=None, max_error_rate=1.0)
-        now, stages = dict(prompts), 0
+        counted = replace(task, runner=replace(task.runner, lm=_Asking(calls), metric=None, max_error_rate=1.0))
+        places = _with_places(task.runner, prompts)
+        if not places:
+            return _Calibrated(prompts, False, (_NO_PLACE,))
+        now = dict(prompts)
         for _ in range(_ROUNDS):
-            if task.progress is not None:
-                task.progress.start(len(examples), "calibration")
-            advance = None if task.progress is None else task.progress.advance
-            done = runner.run(examples[:_FIRST], now, seed=task.seed, progress=advance)
-            if any(step.completion.chances for rollout in done for step in rollout.steps):
-                done = [*done, *runner.run(examples[_FIRST:], now, seed=task.seed, progress=advance)]
+            done = _rollouts(counted, examples, now, places)
             told = _chances(done)
             for (stage, field), chances in told.items():
                 nats = offsets_of(chances, now[stage].calibration.get(field, {}))
                 now[stage] = replace(now[stage], calibration={**now[stage].calibration, field: nats})
-            stages = len(told)
-            if stages < 2:
+            if len(told) < 2:
                 break
-        notes = () if stages else (_NOTHING,)
-        return _Calibrated(now, bool(stages), notes)
+        if told:
+            return _Calibrated(now, True, ())
+        silent = _answers(done, places) >= _FIRST and not _any_chances(done)
+        never = f"nothing was calibrated: no stage filled in its choices twice (train inputs run: {len(examples)})"
+        return _Calibrated(now, False, (_NO_CHANCES if silent else never,))
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,45 @@ class _Asking:
         self._lm, self.counted, self.count = lm, lm.counted, lm.count
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        return self._lm.complete([replace(one, chances=_has_field(one)) for one in requests], sampling)
+        return self._lm.complete([replace(one, chances=_has_place(one.layout)) for one in requests], sampling)
 
 
-def _has_field(request: Request) -> bool:
-    return any(isinstance(part, Field) and isinstance(part.syntax, Choices) for part in request.layout)
+def _rollouts(
+    task: SearchTask, examples: Sequence[Example], prompts: Prompts, places: Collection[str]
+) -> list[Rollout]:
+    """Runs of the examples: of all where the LM tells chances, else of those until it has had two calls to do so."""
+    if task.progress is not None:
+        task.progress.start(len(examples), "calibration")
+    advance = None if task.progress is None else task.progress.advance
+    done: list[Rollout] = []
+    while len(done) < len(examples):
+        told = _any_chances(done)
+        if not told and _answers(done, places) >= _FIRST:
+            break
+        end = len(examples) if told else max(_FIRST, 2 * len(done))  # a stage behind a branch may be reached late
+        done += task.runner.run(examples[len(done) : end], prompts, seed=task.seed, progress=advance)
+    return done
+
+
+def _with_places(runner: Runner, prompts: Prompts) -> list[str]:
+    """The stages whose choices have a place of their own in the form of their prompts."""
+    stages = runner.program.stages.items()
+    return [name for name, stage in stages if _has_place(form_of(runner.form, prompts[name]).layout(stage.signature))]
+
+
+def _has_place(layout: Layout) -> bool:
+    return any(isinstance(part, Field) and isinstance(part.syntax, Choices) for part in layout)
+
+
+def _answers(done: Sequence[Rollout], places: Collection[str]) -> int:
+    """How often the one of these stages answered that did so most often."""
+    steps = (step for rollout in done for step in rollout.steps if step.stage in places)
+    counts = Counter(step.stage for step in steps if step.completion.finished not in ("too_long", "refused"))
+    return max(counts.values(), default=0)
+
+
+def _any_chances(done: Sequence[Rollout]) -> bool:
+    return any(step.completion.chances for rollout in done for step in rollout.steps)
 
 
 def _has_choices(program: Program) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from types import MappingProxyType
+from typing import Any
 
 from cotune.errors import BadValueError
 from cotune.programs import (
@@ -130,6 +131,11 @@ class CountingLM:
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.calls += len(requests)
         return self._lm.complete(requests, sampling)
+
+    @property
+    def codec(self) -> Any:
+        """The LM's; None of one without a tokenizer in this process."""
+        return getattr(self._lm, "codec", None)
 
     def counted(self) -> dict[str, float]:
         """The calls so far; see `Counter`."""

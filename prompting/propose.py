@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cotune.errors import BadValueError
-from cotune.programs import LM, Completion, Program, Request, RoleSpentError, Sampling
+from cotune.programs import LM, Completion, Program, Request, Sampling
+from cotune.programs.budget import complete_within
 from cotune.programs.lm import completion_of_plain
 from cotune.programs.ranks import Ranks
 from cotune.prompting.evaluate import CountingLM
 from cotune.prompting.search import PromptSearch, Review, Reviewer, SearchTask, at_least
 
-_FENCED = re.compile(r"^[ \t]*(`{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
-_OPENED = re.compile(r"^[ \t]*`{3,}[^\n`]*\n", re.MULTILINE)
+_FENCE = re.compile(r"^[ \t]*(`{3,})([^\n`]*)$", re.MULTILINE)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _PREAMBLE = re.compile(
     r"\A(?:(?:sure|certainly|of course|okay|ok|here)\b[^\n]*|[^\n.]{0,40}\b(?:instructions?|prompt))\**:\**[ \t]*\n+",
@@ -114,17 +114,14 @@ class Proposer:
         return re.findall(f"{first}.*?{last}", instruction, re.DOTALL)
 
     def write(self, asked: Sequence[str], seeds: Sequence[int]) -> list[Completion]:
-        """One completion for each request, in one LM batch."""
+        """One completion for each request, in one LM batch; "refused" for those that `max_calls` do not last for."""
         assert self.lm is not None
         requests = [
             Request([{"role": "user", "content": text}], seed=seed, adapter="")
             for text, seed in zip(asked, seeds, strict=True)
         ]
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_tokens)
-        try:
-            return self.lm.complete(requests, sampling) if requests else []
-        except RoleSpentError:
-            return [Completion("", finished="refused")] * len(requests)
+        return complete_within(self.lm, requests, sampling)
 
     def read_all(
         self, done: Sequence[Completion], asked: Sequence[tuple[str, str]], tried: Mapping[str, set[str]]
@@ -217,19 +214,20 @@ class WritingSearch(PromptSearch):
 
 
 class _OnceLM:
-    """An LM that the first of several processes asks, for all: what is drawn or paid for is so once."""
+    """An LM that the first of several processes asks, for all: what is drawn or paid for is so once. It refuses what
+    its `max_calls` do not last for."""
 
     def __init__(self, lm: LM, ranks: Ranks) -> None:
         self._lm, self._ranks = lm, ranks
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         if self._ranks.count == 1:
-            return self._lm.complete(requests, sampling)
+            return complete_within(self._lm, requests, sampling)
 
         def asked() -> list[dict[str, Any]]:
-            return [asdict(one) for one in self._lm.complete(requests, sampling)] if self._ranks.first else []
+            return [asdict(one) for one in complete_within(self._lm, requests, sampling)] if self._ranks.first else []
 
-        return [completion_of_plain(one) for one in self._ranks.share_out(asked)[0]]
+        return [completion_of_plain(one) for one in self._ranks.share_out(asked, self._lm)[0]]
 
 
 @dataclass
@@ -289,15 +287,38 @@ def _instruction_in(text: str) -> str:
     'Name the species.'
     """
     text = _THOUGHT.sub("", text).strip()
-    found: list[str] = [block[1].strip() for block in _FENCED.findall(text)]
-    if found:
-        return max(found, key=len)
-    opened = _OPENED.search(text)
-    if opened is not None:  # the fence was opened and never closed
-        return text[opened.end() :].strip()
+    if blocks := _blocks(text):
+        return max(blocks, key=len)
     text = _PREAMBLE.sub("", text, count=1).strip().strip("`").strip()
     quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]
     return text[1:-1].strip() if quoted else text
+
+
+def _blocks(text: str) -> list[str]:
+    """The fenced blocks of a text, those within them included.
+
+    Within a block a fence opens another if it names a language, is longer, or follows the block's text up to a colon. A
+    block that is never closed ends at the last fence that could close it, else with the text.
+    """
+    found: list[str] = []
+    open_: list[int] = []  # the backticks of each fence that is open
+    start = last = len(text)
+    for fence in _FENCE.finditer(text):
+        size, bare = len(fence[1]), not fence[2].strip()
+        if not open_:
+            start, last, open_ = fence.end(), len(text), [size]
+            continue
+        if bare and size == open_[0]:
+            last = fence.start()
+        leads_in = len(open_) == 1 and text[start : fence.start()].rstrip().endswith(":")
+        if bare and size == open_[-1] and not leads_in:
+            open_.pop()
+            if not open_:
+                found.append(text[start : fence.start()].strip())
+        elif size >= open_[-1]:
+            open_.append(size)
+    rest = text[start:last].strip() if open_ else ""
+    return found or ([rest] if rest else [])
 
 
 def same(text: str) -> str:

@@ -61,12 +61,31 @@ def test_answers_given_before_the_terminal_was_closed_are_kept(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: {stage: s, now: a, proposed: b, answer: perhaps}", "write y or n"), ("- a", "cannot be read")],
+    [
+        ("a: {stage: s, now: a, proposed: b, answer: perhaps}", "write y or n"),
+        ("- a", "cannot be read"),
+        ("a: {stage: s, now: a, proposed: , answer: y}", '`proposed` of entry a, for the instruction of "s", is empty'),
+        ("a: {stage: s, now: a, proposed: ' ', answer: ''}", "entry a, .* is empty"),
+        ("a: {stage: s, now: a, proposed: [b], answer: y}", "entry a, .* is no text but .*put it in quotes"),
+    ],
 )
 def test_a_file_that_was_filled_in_wrong_is_named(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(ApprovalNeededError, match=said):
         Approval(tmp_path / "p.yaml", terminal=False).review(ASKED)
+    assert (tmp_path / "p.yaml").read_text() == text
+
+
+def test_a_text_that_was_emptied_can_be_refused_and_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "p.yaml"
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", "truncate -s 0")
+    answering(monkeypatch, "n", "e", "y")
+    assert Approval(path, terminal=True).review(ASKED) == ["", "Work hard."]
+    rows = yaml.safe_load(path.read_text())
+    next(iter(rows.values()))["proposed"] = None
+    path.write_text(yaml.safe_dump(rows, sort_keys=False))
+    assert Approval(path, terminal=False).review(ASKED) == ["", "Work hard."]
 
 
 @pytest.mark.slow

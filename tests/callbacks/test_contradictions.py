@@ -77,6 +77,15 @@ def test_labels_that_the_metric_scores_as_wrong_are_said_with_the_count_and_refu
     assert check_gold(strict, labelled("red"), threshold=1.0) == []
 
 
+def test_a_label_that_is_wrong_once_its_type_has_read_it_is_refused() -> None:
+    program = Predict("question -> answer: float")
+    with pytest.raises(ContradictionError, match=r"answer '50%', which its type reads as 50\.0\) 0 "):
+        check_gold(exact_match, labelled("50%"), threshold=1.0, program=program)
+    right = labelled("7", "1,200.0", 7, ["7", "8"])
+    assert check_gold(exact_match, right, threshold=1.0, program=program) == []
+    assert check_gold(exact_match, labelled("50%"), threshold=1.0, program=Loop()) == []  # may predict what it likes
+
+
 def test_labels_that_the_form_cannot_write_are_said_with_the_reason_and_refused_where_it_can_write_none() -> None:
     program, broken = Predict("question -> answer", reasoning=True), "yes\nquestion: and then?"
     (said,) = check_texts(program, ReasonThenFill(), labelled("red", broken, 3, None))

@@ -40,6 +40,7 @@ from cotune.programs import (
     exact_match,
     prompts_id,
 )
+from cotune.programs.calibration import is_calibrated
 from cotune.programs.lm import Filled
 from cotune.storage.durable import DamagedFileError
 from datasets import load_from_disk
@@ -717,5 +718,13 @@ def test_the_teacher_runs_what_is_not_solved_and_its_successes_are_the_students_
 def test_a_teacher_whose_calls_are_made_leaves_the_rest_unsolved(capsys: pytest.CaptureFixture[str]) -> None:
     teacher = BudgetedLM(FakeLM(doubling), Ledger(), role="teacher", max_calls=40)
     _, report = run(FakeLM(lambda request: "no"), doubles(*range(1, 70)), teacher=teacher)
-    assert (report.taught, teacher.usage.calls) == (32, 40)
-    assert "the teacher stopped after 32 of 69 unsolved examples: max_calls 40" in capsys.readouterr().out
+    assert (report.taught, teacher.usage.calls) == (40, 40)
+    assert "the teacher stopped after 40 of 69 unsolved examples: max_calls 40" in capsys.readouterr().out
+
+
+def test_a_teacher_is_shown_no_calibration_since_it_is_of_the_students_choices() -> None:
+    program = Predict("number -> answer", types={"answer": ["2", "4"]})
+    prompts = {"predict": replace(program.initial_prompts()["predict"], calibration={"answer": {"2": 1.0, "4": 0.0}})}
+    teacher = FakeLM(doubling)
+    run(FakeLM(lambda request: "2"), doubles(2), program, prompts=prompts, attempts=1, teacher=teacher)
+    assert [is_calibrated(request.layout) for request in teacher.requests] == [False]

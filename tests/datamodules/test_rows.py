@@ -16,6 +16,9 @@ import pytest
 from cotune.datamodules.files import DataError, find_file, read_rows, read_split
 from cotune.datamodules.rows import examples_from_rows
 from cotune.datamodules.table import table_examples
+from cotune.programs import Predict
+from cotune.programs.demos import labelled_demos
+from fakes import FakeLM, asked, runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,6 +87,22 @@ def test_an_input_may_be_what_json_has(value: object) -> None:
 def test_a_bad_row_is_named_with_its_field_and_counted(bad: Any, said: str) -> None:
     with pytest.raises(DataError, match=rf"^qa\.csv, row 2: {said}.*\(2 of 4 rows are bad\.\)$"):
         read([GOOD, bad, GOOD, bad])
+
+
+def test_a_label_may_be_an_empty_list_where_the_column_holds_lists(tmp_path: Path) -> None:
+    rows = [{"question": q, "answer": people} for q, people in (("Anna met Bo.", ["Anna", "Bo"]), ("Nobody came.", []))]
+    _, nobody = examples = read(rows)
+    assert nobody.labels == {"answer": []}
+    said = {"Anna met Bo.": '["Anna","Bo"]', "Nobody came.": "[]"}
+    lm, program = (
+        FakeLM(lambda request: f"answer: {said[asked(request, 'question')]}"),
+        Predict("question -> answer: list[str]"),
+    )
+    assert [run.score for run in runner(lm, program).run(examples, program.initial_prompts())] == [1, 1]
+    assert [demo.outputs["answer"] for demo in labelled_demos(program, examples)["predict"]] == [*said.values()]
+    for others in (["2"], [["a"], "2"], [[]], [["a"], None], [["a"], [""]]):
+        with pytest.raises(DataError, match="is empty"):
+            read([{"question": "q", "answer": answer} for answer in [*others, []]])
 
 
 @pytest.mark.parametrize("value", ["", None, True, 1.5, ["a"], "\ud800"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,22 @@ def test_how_many_examples_fail_is_measured_over_the_whole_set_and_not_in_its_la
     broken.add("2")
     with pytest.raises(FaultyProgramError, match="the metric failed on 2 of 2 examples"):
         run.validate(made, datamodule=data, verbose=False)
+
+
+def test_with_several_runs_of_an_example_each_run_that_fails_is_one_of_them(tiny_model: Path, tmp_path: Path) -> None:
+    calls = itertools.count()
+
+    def breaks_down_now_and_then(example: Example, prediction: Any) -> float:
+        if next(calls) % 3 == 0:
+            raise OSError("no connection")
+        return 1.0
+
+    made, data = module(tiny_model), Doubling()
+    data.metric, data.val_samples = breaks_down_now_and_then, 4
+    made.program = Unparsed()
+    made.prompts = made.program.initial_prompts()
+    (found,) = trainer(tmp_path).validate(made, datamodule=data, verbose=False)  # 3 of 8 runs fail, of both examples
+    assert found["val/score"] == pytest.approx(5 / 8)
 
 
 class Unparsed(Loop):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cotune.inference import StoredLM
+from cotune.lightning_modules.text_lm import metered
 from cotune.programs import (
     Budget,
     BudgetedLM,
@@ -108,6 +111,14 @@ def test_what_was_spent_outlives_a_kill_to_the_answer() -> None:
     assert (resumed.spent.calls, resumed.spent.dollars) == (1, 0.01)
     with pytest.raises(BudgetSpentError, match=r"minutes 2 .*2\.0 minutes"):
         BudgetedLM(PaidLM(), resumed).complete(asking(2), Sampling())
+
+
+def test_max_calls_bound_an_lm_that_comes_with_a_store(tmp_path: Path) -> None:
+    lm = PaidLM()
+    lm.max_calls = 2  # type: ignore[attr-defined]
+    asked, _ = metered(StoredLM(lm, str(tmp_path / "c.sqlite"), {"lm": "paid"}), Ledger(), None, role="teacher")
+    with pytest.raises(RoleSpentError, match="max_calls 2 of the teacher"):
+        asked.complete(asking(1, 2, 3), Sampling())
 
 
 def test_time_in_which_nothing_is_paid_counts_in_the_next_start_too() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from cotune.programs import Example, exact_match, f1, first_line_number, number_match
 from cotune.programs.metrics import last_number
@@ -159,6 +161,12 @@ def test_any_of_several_answers_counts_and_the_feedback_says_what_was_expected()
     wrong = exact_match(example, {"answer": "blue"})
     assert (wrong.value, wrong.feedback) == (0.0, "answer: expected 'red' (or 1 more), got 'blue'")
     assert "no such field; it has colour" in exact_match(example, {"colour": "red"}).feedback
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, number_match])
+def test_a_label_that_is_an_empty_list_equals_an_empty_list_alone(metric: Any) -> None:
+    example = Example.of({"text": "nobody"}, {"people": []})
+    assert [metric(example, {"people": said}).value for said in ([], ["Anna"], [7])] == [1.0, 0.0, 0.0]
 
 
 def test_a_wrong_score_is_false_and_a_right_one_is_not() -> None:

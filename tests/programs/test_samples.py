@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cotune.programs import Example, Failure, Rollout, settled
+from cotune.programs import Example, Failure, Rollout, faults_of, settled
 from cotune.programs.samples import Vote
 
 ROW = Example.of({"q": "1+1"}, {"answer": "2"})
 
 
-def run(answer: Any, score: float) -> Rollout:
+def run(answer: Any, score: float, fault: str = "") -> Rollout:
+    if fault:
+        return Rollout(ROW, (), {"answer": answer}, 0.0, Failure("metric", fault))
     error = Failure("format", "unreadable") if answer is None else None
     return Rollout(ROW, (), None if answer is None else {"answer": answer}, score, error)
 
@@ -33,3 +35,12 @@ def test_runs_of_an_example_become_one(vote: Vote, runs: list[tuple[Any, float]]
     (one,) = settled([[run(*given)] for given in runs], vote)
     assert one.score == score
     assert (one.prediction or {}).get("answer") == answer
+
+
+@pytest.mark.parametrize(("vote", "score"), [("mean", 0.25), ("majority", 1.0)])
+def test_a_fault_of_the_users_code_in_one_run_is_not_hidden_by_another(vote: Vote, score: float) -> None:
+    faulty = run("2", 0.0, "the metric raised ValueError: x")
+    runs = [run("2", 1.0), faulty, run(None, 0.0), faulty]
+    (one,) = settled([[one] for one in runs], vote)
+    assert (one.score, one.prediction) == (score, {"answer": "2"})
+    assert str(faults_of([one])["metric"]).endswith("in 2 of 4 runs: the metric raised ValueError: x")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from cotune.callbacks.loggers.program_tables import prompt_text
 from cotune.programs import Completion, Example, Filled, Predict, Program, Request, Runner, Sampling, Stage, exact_match
 from cotune.programs.form import ReasonThenFill
+from cotune.programs.json_form import Json
 from cotune.programs.layout import Choices, Field
 from cotune.programs.prompt import prompts_to_dict
 from cotune.programs.ranks import Ranks
@@ -86,8 +87,39 @@ def test_an_lm_that_tells_no_chances_is_searched_as_it_is_and_that_is_said() -> 
     other = FakeLM(lambda _: "good")
     plain = RandomDemoSearch(num_candidates=1).search(task(lm=other))
     assert found.prompts == plain.prompts
-    assert any("nothing was calibrated" in note for note in found.notes)
+    assert any("nothing was calibrated: the LM tells no probabilities" in note for note in found.notes)
     assert lm.calls - other.calls == 2
+
+
+class Late(Program):
+    """Asks only about what is beyond the first inputs of train."""
+
+    predict = PROGRAM.predict
+    asked = 4
+
+    def run(self, text: str):  # type: ignore[no-untyped-def]  # a generator of calls
+        if text in [row.inputs["text"] for row in ROWS[: 8 - self.asked]]:
+            return {"answer": "good"}
+        return (yield self.predict(text=text))
+
+
+class Hardly(Late):
+    asked = 1
+
+
+def test_a_stage_that_the_first_inputs_do_not_reach_is_calibrated_and_one_that_none_reaches_is_said() -> None:
+    found = CalibratedSearch(RandomDemoSearch(num_candidates=0)).search(task(Late()))
+    assert found.prompts["predict"].calibration
+    assert not any("nothing was calibrated" in note for note in found.notes)
+    lm = FakeLM(lambda request: '{"answer": "good"}')
+    calibrated = CalibratedSearch(RandomDemoSearch(num_candidates=0))
+    assert "no stage filled in its choices twice (train inputs run: 8)" in calibrated.search(task(Hardly())).notes[0]
+    assert "it takes a form with a place for each field" in calibrated.search(in_json(task(lm=lm))).notes[0]
+    assert not any(request.chances for request in lm.requests)
+
+
+def in_json(given: SearchTask) -> SearchTask:
+    return replace(given, runner=replace(given.runner, form=Json()))
 
 
 def test_a_program_without_choices_costs_nothing_more() -> None:

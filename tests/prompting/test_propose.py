@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
-from cotune.inference import Codec
-from cotune.programs import Completion, DescribeThenDecide, Request
+from cotune.inference import Codec, StoredLM
+from cotune.programs import BudgetedLM, Completion, DescribeThenDecide, Ledger, Request
+from cotune.programs.ranks import Ranks
 from cotune.prompting import Proposer
-from cotune.prompting.propose import Spent
+from cotune.prompting.evaluate import CountingLM
+from cotune.prompting.propose import Spent, fenced
 from fakes import FakeLM, doubles, search_task
+from side_by_side import side_by_side
 
 NOW = "Double the number."
 
@@ -33,11 +39,34 @@ def flaw(text: str, proposer: Proposer | None = None, *, finished: str = "eos", 
         "````\nTriple it.\n````",
         "`Triple it.`",
         "```\nIt.\n```\nor longer:\n```\nTriple it.\n```",
+        "```text\nIt.\n```\nor longer:\n```text\nTriple it.\n```",
+        "Triple it.\n```",
     ],
 )
 def test_the_instruction_is_found_in_what_was_written(written: str) -> None:
     found = Proposer().read(Completion(written), NOW, ())
     assert (found.text, found.flaw) == ("Triple it.", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'Name the team.\nThe output:\n```json\n{"team": "billing"}\n```\nNever name two.',
+        "Name the team. For example:\n\n```\nbilling\n```\nNever name two.",
+        "Name the team.\n````\nbilling\n```\n````\nNever name two.",
+    ],
+)
+def test_an_instruction_in_a_fence_keeps_the_fences_that_it_holds(text: str) -> None:
+    for written in (f"```\n{text}\n```", f"Sure:\n```text\n{text}\n```\nI hope it helps!"):
+        assert Proposer().read(Completion(written), NOW, ()).text == text
+    # Of two blocks it is the longer one, each taken whole.
+    for written in (f"{fenced(text)}\nOr shorter:\n```\nName it.\n```", f"```\nName it.\n```\nOr:\n```\n{text}\n```"):
+        assert Proposer().read(Completion(written), NOW, ()).text == text
+
+
+@pytest.mark.parametrize("text", ["Name the team of:", "Reply behind a line\n```json\nand name one team."])
+def test_fences_that_do_not_come_out_even_are_taken_to_the_last_one(text: str) -> None:
+    assert Proposer().read(Completion(f"```\n{text}\n```\nI hope it helps!"), NOW, ()).text == text
 
 
 @pytest.mark.parametrize("text", ["Rules for the numbers:\n- double them", "The answer is one of:\n- yes\n- no"])
@@ -98,6 +127,45 @@ def test_an_instruction_is_held_to_a_number_of_tokens_of_the_programs_lm() -> No
     assert "characters and 3 tokens" in proposer.rules(NOW)
     assert flaw("Now triple it.", proposer) == ""
     assert flaw("Now triple it twice.", proposer) == "longer than max_instruction_tokens (3)"
+    for wrapped in (CountingLM(lm), BudgetedLM(lm, Ledger()), CountingLM(BudgetedLM(lm, Ledger()))):
+        given = search_task(wrapped, task_of, train=[], dev=doubles(1))
+        assert Spent.of(given, Proposer(max_instruction_tokens=3))[2].count("Now triple it.") == 3
+
+
+def test_a_proposer_within_a_budget_is_loaded_like_any_other() -> None:
+    lm, program = Loaded(lambda request: "Triple it."), DescribeThenDecide("number -> answer", "Describe.", "Decide.")
+    given = search_task(FakeLM(lambda request: ""), program, train=[], dev=doubles(1))
+    Spent.of(given, Proposer(BudgetedLM(lm, Ledger(), role="proposer")))
+    assert lm.loads == 1
+
+
+class Loaded(FakeLM):
+    """Counts how often it was loaded."""
+
+    loads = 0
+
+    def load(self) -> None:
+        self.loads += 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("counted", [False, True])
+def test_what_was_proposed_before_max_calls_are_met_is_kept(stored: bool, counted: bool, tmp_path: Path) -> None:
+    lm = FakeLM(lambda request: request.messages[0]["content"])
+    ledger = Ledger()
+    budgeted = BudgetedLM(lm, ledger, role="proposer", max_calls=3)
+    proposer = Proposer(StoredLM(budgeted, str(tmp_path / "c.sqlite"), {"lm": "fake"}) if stored else budgeted)
+    if counted:  # as in a search
+        program = DescribeThenDecide("number -> answer", "Describe.", "Decide.")
+        spent, _, proposer = Spent.of(search_task(lm, program, train=[], dev=doubles(1)), proposer)
+    done = proposer.write(list("abcde"), range(5))
+    assert [(one.text, one.finished == "refused") for one in done[:3]] == [(text, False) for text in "abc"]
+    assert [one.finished for one in done[3:]] == ["refused", "refused"]
+    assert lm.calls == ledger.roles["proposer"].calls == 3
+    assert not counted or spent.proposer.calls == 5
+    again = proposer.write(list("fbcg"), [5, 1, 2, 6])
+    assert [one.text for one in again] == (["", "b", "c", ""] if stored else [""] * 4)
+    assert lm.calls == 3
 
 
 def test_proposals_are_one_batch_of_plain_text_by_the_base() -> None:
@@ -108,6 +176,17 @@ def test_proposals_are_one_batch_of_plain_text_by_the_base() -> None:
         Request([{"role": "user", "content": text}], seed=seed, adapter="") for text, seed in (("a", 3), ("b", 4))
     ]
     assert (lm.samplings[0].temperature, lm.samplings[0].max_new_tokens) == (0.7, 99)
+
+
+def test_proposals_that_one_process_asks_for_are_counted_in_all_by_the_search_around() -> None:
+    def run(ranks: Ranks) -> int:
+        around = CountingLM(FakeLM(lambda request: "Triple it."))
+        given = search_task(around, DescribeThenDecide("number -> answer", "A.", "B."), train=[], dev=doubles(1))
+        _, _, proposer = Spent.of(replace(given, runner=replace(given.runner, ranks=ranks)), Proposer())
+        proposer.write(["a", "b"], [1, 2])
+        return around.calls
+
+    assert side_by_side(2, run) == [run(Ranks())] * 2 == [2, 2]
 
 
 def test_stages_that_are_frozen_are_named_right() -> None:

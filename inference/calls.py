@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +20,14 @@ FORMAT = 1
 """Changes with the meaning of keys or values: what another format kept is not found."""
 
 _REFUSED = ("refused", "too_long")
+
+_known: ContextVar[bool] = ContextVar("_known", default=False)
+
+
+def is_known() -> bool:
+    """Whether the LM that is being asked has answered other requests of the run: a store has these answers."""
+    # A run that is resumed asks for nothing but what was refused, and that does not mean that all is refused.
+    return _known.get()
 
 
 class StoredLM:
@@ -58,11 +68,13 @@ class StoredLM:
         self._stored += len(found)
         asked = {key: request for key, request in zip(keys, requests, strict=True) if key not in found}
         places = list(asked)
-        for come in answers_of(self.lm, list(asked.values()), sampling) if asked else ():
-            new = {places[at]: one for at, one in come.items()}
-            if answered := {key: _pack(one) for key, one in new.items() if one.finished not in _REFUSED}:
-                self._store.write(answered)
-            found |= new
+        usage = self.usage
+        with _knowing(usage.calls + usage.stored > 0):
+            for come in answers_of(self.lm, list(asked.values()), sampling) if asked else ():
+                new = {places[at]: one for at, one in come.items()}
+                if answered := {key: _pack(one) for key, one in new.items() if one.finished not in _REFUSED}:
+                    self._store.write(answered)
+                found |= new
         return [found[key] for key in keys]
 
     def close(self) -> None:
@@ -72,6 +84,15 @@ class StoredLM:
 
     def _find(self, keys: Sequence[bytes]) -> dict[bytes, Completion]:
         return {key: _unpack(value) for key, value in self._store.read(list(dict.fromkeys(keys))).items()}
+
+
+@contextmanager
+def _knowing(known: bool) -> Iterator[None]:
+    token = _known.set(known)
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def _call_keys(requests: Sequence[Request], sampling: Sampling, identity: Mapping[str, Any]) -> list[bytes]:

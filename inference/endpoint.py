@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
 import os
 import queue
 import random
-import re
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from urllib.parse import urlsplit
 
 from cotune.errors import BadValueError, MissingPackageError
 from cotune.inference.loop_thread import LoopThread
+from cotune.inference.try_error import TryError, connection_fault, status_fault
 from cotune.programs.lm import LMUnavailableError, completed
 
 HOSTED = "https://api.openai.com/v1"
@@ -31,14 +30,6 @@ _MAX_REFUSED = 8
 """Requests refused before any was answered: more would be refused too."""
 
 _AGAIN = (408, 409, 425, 429)
-_TOO_LONG = re.compile(
-    r"context.?(length|window|size)|maximum.{0,20}(context|length|tokens)|too (long|many tokens)", re.I
-)
-_SPENT = re.compile(
-    r"insufficient.(quota|credit|balance|funds)|exceeded your current quota|billing.(hard.)?limit|(out of|no) credit",
-    re.I,
-)
-"""A 429 of an empty account. One that says where to pay for higher limits is an ordinary one."""
 _OPTIONAL = ("response_format", "seed", "stop", "top_p", "temperature", "max_tokens", "max_completion_tokens")
 """What a request can do without, and an endpoint may not know."""
 
@@ -82,6 +73,7 @@ class Endpoint:
     Attributes:
         retries: requests that were sent again, so far.
         without: parameters that the endpoint has turned out not to take; they are left out.
+        without_formats: response formats likewise, as JSON.
 
     Raises:
         ImportError: the openai client is not installed.
@@ -112,18 +104,25 @@ class Endpoint:
         self.concurrency, self.timeout, self.tries, self.first_wait = concurrency, timeout, tries, first_wait
         self.retries = 0
         self.without: set[str] = set()
+        self.without_formats: set[str] = set()
         self._live: _Live | None = None
-        self._answered, self._refused, self._not_before, self._gone = 0, 0, 0.0, False
+        self._answered, self._refused, self._not_before = 0, 0, 0.0
+        self._gone, self._known = False, False
         self._jitter = random.Random()  # seeded by the system: processes that were turned away together come back apart
 
-    def answers(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[list[tuple[int, Answer | Refusal]]]:
+    def answers(
+        self, bodies: Sequence[Mapping[str, Any]], *, known: bool = False
+    ) -> Iterator[list[tuple[int, Answer | Refusal]]]:
         """The answers with their places among the requests, as they come: each time, all that have come since.
+
+        Args:
+            known: it has answered such requests before, in an earlier process.
 
         Raises:
             EndpointError: after all that was under way has ended, and what was answered has been given.
         """
         arrived: queue.SimpleQueue[tuple[int, Answer | Refusal] | None] = queue.SimpleQueue()
-        live = self._connected()
+        live, self._known = self._connected(), self._known or known
         work = asyncio.run_coroutine_threadsafe(self._all(live, bodies, arrived.put), live.loop)
         work.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -188,62 +187,90 @@ class Endpoint:
 
     async def _ask(self, live: _Live, body: Mapping[str, Any]) -> Answer | Refusal:
         """One request, tried until it is answered, refused, or the endpoint is given up."""
-        answered, tries, plain = self._answered, 0, False
+        off: set[str] = set()  # what this request does without
+        answered, tries, alone = self._answered, 0, False
         while True:
             await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
-            sent = self._sent(body, plain)
+            sent = self._sent(body, off)
             try:
-                answer = await asyncio.wait_for(live.send(sent), self.timeout)
-            except asyncio.TimeoutError:
-                fault = _TryError(f"no answer within {self.timeout:g} s")
-            except _TryError as error:
+                answer = await self._try(live, sent)
+            except TryError as error:
                 fault = error
             else:
-                self._answered += 1
-                if plain:
-                    self._leave_out("response_format")
+                self._leave_out(off, body)
                 return answer
             if fault.status in (400, 413, 422):
-                too_long = bool(_TOO_LONG.search(fault.text))
                 if blamed := next((name for name in _OPTIONAL if name in sent and fault.blames(name)), ""):
-                    self._leave_out(blamed)
-                elif "response_format" in sent and not too_long:
-                    plain = True  # servers refuse a schema in many words
+                    off.add(blamed)
+                elif "response_format" in sent and not fault.too_long:
+                    off.add("response_format")  # servers refuse a schema in many words
                 else:
-                    return self._refusal(fault, too_long)
+                    return self._refusal(fault)
                 continue
+            if fault.may_be_content and (self._worked or fault.flagged) and await self._works(live, sent, answered):
+                return self._refusal(fault)
             tries += 1
-            self._check(fault, tries)
+            self._check(fault)
             if tries >= self.tries or self._gone:
-                # Others were answered meanwhile: it is this request that the server cannot do.
-                if self._answered > answered and fault.status != 429:
+                others = self._worked and fault.status != 429 and not self._gone
+                if not others or not await self._works(live, sent, answered):
+                    raise self._error(f"{fault}, after {tries} tries", "is it running, and is the address right?")
+                if alone:  # others were answered before its last try and after it: it is this request
                     return Refusal(self.clean(f"{fault} ({tries} tries)"))
-                raise self._error(f"{fault}, after {tries} tries", "is it running, and is the address right?")
+                alone = True
+            answered = self._answered
             self.retries += 1
             await self._wait(fault, tries)
 
-    def _refusal(self, fault: _TryError, too_long: bool) -> Refusal:
-        self._refused += not too_long
-        if self._refused >= _MAX_REFUSED and not self._answered:
-            raise self._error(f"it refuses every request, {fault}", "what this server takes, and the LM's options.")
-        return Refusal(self.clean(str(fault)), too_long)
+    async def _try(self, live: _Live, sent: Mapping[str, Any]) -> Answer:
+        """Sends it once; raises TryError."""
+        try:
+            answer = await asyncio.wait_for(live.send(sent), self.timeout)
+        except asyncio.TimeoutError:
+            raise TryError(f"no answer within {self.timeout:g} s") from None
+        self._answered += 1
+        return answer
 
-    def _sent(self, body: Mapping[str, Any], plain: bool) -> dict[str, Any]:
-        """The request without what the endpoint does not take, and without a response format if it is to be plain."""
-        without = self.without | ({"response_format"} if plain else set())
+    async def _works(self, live: _Live, sent: Mapping[str, Any], answered: int) -> bool:
+        """Whether others were answered since `answered` were; if none was, whether a greeting is answered now."""
+        if self._answered > answered:
+            return True
+        self.retries += 1
+        greeting = {**sent, "messages": [{"role": "user", "content": "Say hello."}]}
+        try:
+            await self._try(live, self._sent(greeting, {"response_format"}))
+        except TryError:
+            return False
+        return True
+
+    @property
+    def _worked(self) -> bool:
+        return self._answered > 0 or self._known
+
+    def _refusal(self, fault: TryError) -> Refusal:
+        self._refused += not fault.too_long
+        if self._refused >= _MAX_REFUSED and not self._worked:
+            raise self._error(f"it refuses every request, {fault}", "what this server takes, and the LM's options.")
+        return Refusal(self.clean(str(fault)), fault.too_long)
+
+    def _sent(self, body: Mapping[str, Any], off: set[str]) -> dict[str, Any]:
+        """The request without what the endpoint does not take, and without what it is to do without."""
+        without = self.without | off
+        if json.dumps(body.get("response_format")) in self.without_formats:
+            without |= {"response_format"}
         sent = {name: value for name, value in body.items() if name not in without}
         if "max_tokens" in body and "max_tokens" in without and "max_completion_tokens" not in without:
             sent["max_completion_tokens"] = body["max_tokens"]
         return sent
 
-    def _check(self, fault: _TryError, tries: int) -> None:
+    def _check(self, fault: TryError) -> None:
         """Raises for what no further try will change."""
-        if fault.status == 401 or (fault.status == 403 and not self._answered):
+        if fault.status == 401 or fault.may_be_content:
             where = "is it the right one" if os.environ.get(self.key_variable) else "it is not set"
             raise self._error(
                 str(fault), f"the key is read from the environment variable {self.key_variable}: {where}?"
             )
-        if fault.status == 402 or (fault.status == 429 and _SPENT.search(fault.text)):
+        if fault.spent:
             raise self._error(str(fault), "the account is out of credit; add some and start the same command again.")
         if fault.status == 404:
             raise self._error(
@@ -254,38 +281,32 @@ class Endpoint:
         if fault.status and fault.status not in _AGAIN and fault.status < 500:
             raise self._error(str(fault), "is it an endpoint with chat completions?")
 
-    async def _wait(self, fault: _TryError, tries: int) -> None:
+    async def _wait(self, fault: TryError, tries: int) -> None:
         """Waits before the next try, longer each time; what the server orders holds for all requests."""
         if fault.wait:
             self._not_before = max(self._not_before, time.monotonic() + fault.wait)
         wait = min(self.first_wait * 2 ** (tries - 1), _LONGEST_WAIT)
         await asyncio.sleep(fault.wait + wait * self._jitter.uniform(0.5, 1.0))
 
-    def _leave_out(self, name: str) -> None:
-        if name not in self.without:
-            self.without.add(name)
+    def _leave_out(self, off: set[str], body: Mapping[str, Any]) -> None:
+        """Notes what a request was answered without; a response format is one of many, each with its own schema."""
+        for name in sorted(off - self.without):
             instead = "max_completion_tokens is sent instead" if name == "max_tokens" else "it is left out"
-            print(f'{self.url}: "{self.model}" does not take {name}; {instead}.')
+            if name == "response_format":
+                form = json.dumps(body[name])
+                if form in self.without_formats:
+                    continue
+                self.without_formats.add(form)
+                instead += f" where this schema is asked for: {form}"
+            else:
+                self.without.add(name)
+            print(self.clean(f'{self.url}: "{self.model}" does not take {name}; {instead}.'))
 
     def _error(self, what: str, way_out: str) -> EndpointError:
         return EndpointError(
             self.clean(f'{self.url} does not answer for model "{self.model}": {what}.')
             + f" What to look at: {way_out} What was answered before is in the store, if there is one."
         )
-
-
-class _TryError(Exception):
-    """One try that failed: the HTTP status (0 for none), what the server said, and the seconds it orders to wait."""
-
-    def __init__(self, what: str, status: int = 0, text: str = "", wait: float = 0.0, parameter: str = "") -> None:
-        super().__init__(what)
-        self.status, self.text, self.wait, self.parameter = status, text, wait, parameter
-
-    def blames(self, name: str) -> bool:
-        """Whether the server says that it is this parameter that it does not take."""
-        if self.parameter:
-            return self.parameter.split(".")[0] == name
-        return not _TOO_LONG.search(self.text) and re.search(rf"(?<!\w){name}(?!\w)", self.text) is not None
 
 
 class _Live:
@@ -299,16 +320,16 @@ class _Live:
         self.loop = self._thread.loop
 
     async def send(self, body: Mapping[str, Any]) -> Answer:
-        """One try; raises _TryError."""
+        """One try; raises TryError."""
         rest = {name: value for name, value in body.items() if name not in ("model", "messages")}
         try:
             raw = await self.client.chat.completions.with_raw_response.create(
                 model=body["model"], messages=body["messages"], extra_body=rest
             )
         except self.openai.APIStatusError as error:
-            raise _status_fault(error) from None
+            raise status_fault(error) from None
         except self.openai.APIConnectionError as error:
-            raise _TryError(_cause(error)) from None
+            raise connection_fault(error) from None
         return _answer(raw.content)
 
     def end(self) -> None:
@@ -326,7 +347,7 @@ def _answer(content: bytes) -> Answer:
             raise TypeError("its content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         shown = content[:120].decode(errors="replace")
-        raise _TryError(f"an answer that holds no completion ({type(error).__name__}): {shown}", text=shown) from None
+        raise TryError(f"an answer that holds no completion ({type(error).__name__}): {shown}", text=shown) from None
     usage = said.get("usage") if isinstance(said.get("usage"), dict) else {}
     cost = usage.get("cost")
     dollars = float(cost) if isinstance(cost, (int, float)) and cost >= 0 else None
@@ -342,35 +363,6 @@ def _answer(content: bytes) -> Answer:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and value >= 0 else None
-
-
-def _status_fault(error: Any) -> _TryError:
-    body = error.body if isinstance(error.body, dict) else {}
-    said = str(body.get("message") or error.message)
-    text = f"{said} {body.get('code') or ''} {body.get('type') or ''}"
-    parameter = str(body.get("param") or "")
-    return _TryError(
-        f"status {error.status_code}, {said}", error.status_code, text, _ordered(error.response), parameter
-    )
-
-
-def _ordered(response: Any) -> float:
-    """The seconds of a Retry-After header, which may be a number or a date; 0 without one."""
-    given = str(response.headers.get("retry-after") or "")
-    try:
-        return max(0.0, float(given))
-    except ValueError:
-        date = email.utils.parsedate_tz(given)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-
-
-def _cause(error: BaseException) -> str:
-    """Why a connection failed: the innermost exception says it best."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    if isinstance(error, ConnectionRefusedError):
-        return "the connection is refused"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _check_url(url: str) -> None:

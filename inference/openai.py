@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from cotune.errors import BadValueError
+from cotune.inference.calls import is_known
 from cotune.inference.endpoint import HOSTED, Answer, Endpoint, EndpointError
 from cotune.inference.response_format import read_reply, response_format
 from cotune.programs.calibration import is_calibrated
-from cotune.programs.layout import Field
+from cotune.programs.layout import Field, Fixed, Layout
 from cotune.programs.lm import LM, Completion, Request, Sampling
 from cotune.programs.usage import Usage
 
@@ -110,7 +111,7 @@ class OpenAILM(LM):
         refused: list[str] = []
         bodies = [self._body(request, sampling) for request in requests]
         try:
-            for come in self._endpoint.answers(bodies) if bodies else ():
+            for come in self._endpoint.answers(bodies, known=is_known()) if bodies else ():
                 found: dict[int, Completion] = {}
                 for at, said in come:
                     if isinstance(said, Answer):
@@ -130,7 +131,7 @@ class OpenAILM(LM):
     def _check_refused(self, refused: Sequence[str], total: int) -> None:
         if not refused:
             return
-        if len(refused) == total and not self.usage.calls:
+        if len(refused) == total and not self.usage.calls and not is_known():
             raise EndpointError(
                 f'{self._endpoint.url} refuses every request to model "{self.model}": {refused[0]}. What to look at: '
                 "the options of the LM (model, extra), and what this server takes."
@@ -148,7 +149,8 @@ class OpenAILM(LM):
                 'remove "calibration" from the prompts.'
             )
         form = response_format(request.layout) if self.response_format == "auto" else None
-        stops = [] if form else _stops(request)[:_MAX_STOPS]
+        # No bare line breaks: a server would stop at one in the LM's thinking, or before its first word.
+        stops = [] if form else [stop for stop in _stops(request) if stop.strip()][:_MAX_STOPS]
         return {
             "model": self.model,
             "messages": [dict(message) for message in request.messages],
@@ -191,8 +193,18 @@ def _completion(request: Request, answer: Answer, *, formatted: bool) -> Complet
     read = read_reply(request.layout, text) if formatted and response_format(request.layout) else None
     if read is not None:
         return Completion(read[0], finished=cut, fields=read[1])
-    places = [at for stop in _stops(request) if stop and (at := text.find(stop)) >= 0]
+    began = _began(request.layout, text)
+    places = [at for stop in _stops(request) if stop and (at := text.find(stop, 0 if stop.strip() else began)) >= 0]
     return Completion(text[: min(places)], finished="stop") if places else Completion(text, finished=cut)
+
+
+def _began(layout: Layout, text: str) -> int:
+    """Where the last field's value begins, behind its name and blank lines: there a line break may end it."""
+    began = 0
+    if len(layout) > 1 and isinstance(name := layout[-2], Fixed):
+        found = re.search(rf"^[ \t*#]*{re.escape(name.text.strip())}[ \t*]*", text, re.IGNORECASE | re.MULTILINE)
+        began = found.end() if found else len(text)
+    return len(text) - len(text[began:].lstrip())
 
 
 def _stops(request: Request) -> list[str]:

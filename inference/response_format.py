@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema, Syntax
 from cotune.programs.lm import Filled
+
+_KEPT = (
+    *("type", "enum", "const", "$ref", "title", "description", "required", "additionalProperties"),
+    *("pattern", "format", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    *("minItems", "maxItems"),
+)
+"""What strict mode takes as it stands."""
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid")
 
 
 def response_format(layout: Layout) -> dict[str, Any] | None:
@@ -15,17 +24,20 @@ def response_format(layout: Layout) -> dict[str, Any] | None:
     where the fields' schemas do not fit into one.
 
     One field of any text needs no format. Several become the properties of an object, in their order, so that the
-    reasoning comes before what follows from it.
+    reasoning comes before what follows from it. Where strict mode has no schema of the same meaning, it is not asked
+    for.
     """
     fields = _fields(layout)
     if len(fields) == 1 and fields[0].syntax is None:
         return None
     whole = _whole(layout)
-    found = json.loads(whole.json) if whole else _object(fields)
+    found = _rooted(json.loads(whole.json) if whole else _object(fields))
     if found is None:
         return None
     schema = _without_lengths(found)
-    return {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}
+    strict = _strict(schema)
+    asked = {"name": "reply", "strict": strict is not None, "schema": schema if strict is None else strict}
+    return {"type": "json_schema", "json_schema": asked}
 
 
 def read_reply(layout: Layout, content: str) -> tuple[str, tuple[Filled, ...]] | None:
@@ -67,21 +79,27 @@ def _whole(layout: Layout) -> Schema | None:
     return syntax if isinstance(syntax, Schema) and json.loads(syntax.json).get("type") == "object" else None
 
 
-def _object(fields: list[Field]) -> dict[str, Any] | None:
-    """An object with a property for each field; None where two fields' definitions share a name."""
-    properties, definitions = {}, dict[str, Any]()
-    for field in fields:
-        schema = _schema(field.syntax)
-        for name, definition in schema.pop("$defs", {}).items():  # references are to the root
-            if definitions.setdefault(name, definition) != definition:
-                return None
-        properties[field.name] = schema
-    found = {
+def _object(fields: list[Field]) -> dict[str, Any]:
+    """An object with a property for each field."""
+    properties = {field.name: _schema(field.syntax) for field in fields}
+    return {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
     }
+
+
+def _rooted(schema: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object with its properties' definitions at its root, where references look for them; None where two share a
+    name."""
+    properties, definitions = {}, dict(schema.get("$defs", {}))
+    for name, one in schema.get("properties", {}).items():
+        for key, definition in one.get("$defs", {}).items():
+            if definitions.setdefault(key, definition) != definition:
+                return None
+        properties[name] = {key: value for key, value in one.items() if key != "$defs"}
+    found = {**schema, "properties": properties} if "properties" in schema else dict(schema)
     return {**found, "$defs": definitions} if definitions else found
 
 
@@ -104,3 +122,54 @@ def _without_lengths(schema: Any) -> Any:
             if not (name == "minLength" and isinstance(value, int))
         }
     return [_without_lengths(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def _strict(schema: Any) -> dict[str, Any] | None:
+    """The schema as strict mode takes it: its objects are closed, and all their properties are required. None where
+    that would mean something else, or strict mode does not know what it says."""
+    if isinstance(schema, Mapping) and all(isinstance(one, str) for one in schema.get("enum", (0,))):
+        schema = {"type": "string", **schema}
+    if not isinstance(schema, Mapping) or not {"type", "anyOf", "$ref"} & set(schema):
+        return None
+    found: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in ("properties", "$defs"):
+            found[name] = {key: _strict(inner) for key, inner in value.items()}
+        elif name == "anyOf":
+            found[name] = [_strict(inner) for inner in value]
+        elif name == "items":
+            found[name] = _strict(value)
+        elif name in _KEPT:
+            found[name] = value
+        elif name != "default":  # a default says what is read where nothing is written, see `_closes`
+            return None
+    inner = [*found.get("properties", {}).values(), *found.get("$defs", {}).values(), *found.get("anyOf", ())]
+    if None in inner or not _is_plain(found):
+        return None
+    if "object" in found.get("type", ()):
+        if not _closes(schema):
+            return None
+        found |= {"required": list(found["properties"]), "additionalProperties": False}
+    if "$ref" in found and len(found) > 1:  # nothing may stand beside a reference
+        return {"anyOf": [{"$ref": found.pop("$ref")}], **found}
+    return found
+
+
+def _is_plain(schema: Mapping[str, Any]) -> bool:
+    """Whether its array, format and pattern are of the kinds that strict mode knows."""
+    listed = "array" not in schema.get("type", ()) or schema.get("items") is not None
+    return (
+        listed and schema.get("format", "date") in _FORMATS and not re.search(r"\(\?<?[=!]", schema.get("pattern", ""))
+    )
+
+
+def _closes(schema: Mapping[str, Any]) -> bool:
+    """Whether the object means the same with all its properties required and no others: one that may be missing has to
+    be null by default and to take null."""
+    required, properties = schema.get("required", ()), schema.get("properties")
+    if properties is None or schema.get("additionalProperties", False) is not False:
+        return False
+    return all(
+        name in required or (one.get("default", "") is None and {"type": "null"} in one.get("anyOf", ()))
+        for name, one in properties.items()
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -70,6 +71,47 @@ def test_definitions_move_to_the_root_unless_two_share_a_name() -> None:
     assert asked["json_schema"]["schema"]["$defs"] == {"P": {"type": "string"}}
     assert "$defs" not in asked["json_schema"]["schema"]["properties"]["a"]
     assert response_format((*one[:3], Field("b", syntax=Schema(other)))) is None
+
+
+@dataclass
+class Goods:
+    name: str
+    size: int | None = None
+
+
+@dataclass
+class Order:
+    goods: list[Goods]
+    first: Goods
+
+
+@dataclass
+class Urgent:
+    order: Order
+    urgent: bool = False
+
+
+def asked_of(kind: type) -> dict[str, Any]:
+    asked = response_format(Json().layout(Signature(("mail",), ("found",), "Read.", {}, {"found": kind})))
+    assert asked is not None
+    return dict(asked["json_schema"])
+
+
+def test_objects_are_closed_at_every_depth_where_that_keeps_their_meaning() -> None:
+    asked = asked_of(Order)
+    goods = asked["schema"]["$defs"]["Goods"]
+    assert asked["strict"] is True
+    assert goods["required"] == ["name", "size"], "null says the same as nothing"
+    assert {"type": "null"} in goods["properties"]["size"]["anyOf"]
+    assert not any("default" in one for one in goods["properties"].values())
+    assert goods["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("kind", [Urgent, dict[str, int], list[tuple[int, str]], list[Any]], ids=str)
+def test_a_schema_that_cannot_be_strict_is_sent_as_it_is(kind: type) -> None:
+    asked = asked_of(kind)
+    assert asked["strict"] is False
+    assert '"required": ["order", "urgent"]' not in json.dumps(asked)
 
 
 def test_text_alone_needs_no_format() -> None:
@@ -149,6 +191,24 @@ def test_an_endpoint_without_them_is_found_out_and_read_as_text(
     assert [rollout.score for rollout in run(server, ReasonThenFill(), concurrency=1)] == [1, 1, 1]
     assert len(server.bodies) == 4
     assert capsys.readouterr().out.count("does not take response_format; it is left out") == 1
+
+
+def test_a_schema_that_is_refused_is_refused_for_its_stage_alone(server: EndpointServer) -> None:
+    def answer(body: Body) -> str | Reply:
+        if "sure" in json.dumps(body.get("response_format", {})):
+            return Reply(
+                status=400, error={"message": "Invalid schema for response_format", "param": "response_format"}
+            )
+        return json.dumps({"reasoning": "so", "answer": 2}) if "response_format" in body else "so\n\nsure: yes"
+
+    server.answer = answer
+    lm = OpenAILM("m", server.url)
+    for _ in range(2):
+        for signature in ("question -> reasoning, sure: bool", "question -> reasoning, answer: int"):
+            program = Predict(signature)
+            Runner(program, lm, ReasonThenFill(), exact_match, Sampling()).run(ASKED[:1], program.initial_prompts())
+    lm.close()
+    assert ["response_format" in body for body in server.bodies] == [True, False, True, False, True]
 
 
 def test_what_cannot_be_read_is_asked_for_once_more_in_the_form(server: EndpointServer) -> None:

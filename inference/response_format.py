@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema, Syntax
+from cotune.programs.layout import Choices, Field, Fixed, Layout, Number, Pattern, Schema, Syntax, object_schema
 from cotune.programs.lm import Filled
 
 _KEPT = (
@@ -20,8 +20,7 @@ _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4"
 
 
 def response_format(layout: Layout) -> dict[str, Any] | None:
-    """What to ask an endpoint for, so that every field of the layout is in its answer; None where any text will do, or
-    where the fields' schemas do not fit into one.
+    """What to ask an endpoint for, so that every field of the layout is in its answer; None where any text will do.
 
     One field of any text needs no format. Several become the properties of an object, in their order, so that the
     reasoning comes before what follows from it. Where strict mode has no schema of the same meaning, it is not asked
@@ -31,10 +30,7 @@ def response_format(layout: Layout) -> dict[str, Any] | None:
     if len(fields) == 1 and fields[0].syntax is None:
         return None
     whole = _whole(layout)
-    found = _rooted(json.loads(whole.json) if whole else _object(fields))
-    if found is None:
-        return None
-    schema = _without_lengths(found)
+    schema = _without_lengths(json.loads(whole.json) if whole else _object(fields))
     strict = _strict(schema)
     asked = {"name": "reply", "strict": strict is not None, "schema": schema if strict is None else strict}
     return {"type": "json_schema", "json_schema": asked}
@@ -81,26 +77,7 @@ def _whole(layout: Layout) -> Schema | None:
 
 def _object(fields: list[Field]) -> dict[str, Any]:
     """An object with a property for each field."""
-    properties = {field.name: _schema(field.syntax) for field in fields}
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _rooted(schema: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object with its properties' definitions at its root, where references look for them; None where two share a
-    name."""
-    properties, definitions = {}, dict(schema.get("$defs", {}))
-    for name, one in schema.get("properties", {}).items():
-        for key, definition in one.get("$defs", {}).items():
-            if definitions.setdefault(key, definition) != definition:
-                return None
-        properties[name] = {key: value for key, value in one.items() if key != "$defs"}
-    found = {**schema, "properties": properties} if "properties" in schema else dict(schema)
-    return {**found, "$defs": definitions} if definitions else found
+    return object_schema({field.name: _schema(field.syntax) for field in fields})
 
 
 def _schema(syntax: Syntax | None) -> dict[str, Any]:

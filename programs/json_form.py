@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from cotune.programs.form import Form, ParseError, short
-from cotune.programs.layout import Field, Layout, Schema
+from cotune.programs.layout import Field, Layout, Schema, object_schema
 from cotune.programs.lm import Completion
 from cotune.programs.prompt import Prompt
 from cotune.programs.signature import Signature
@@ -23,13 +24,7 @@ class Json(Form):
         )
 
     def layout(self, signature: Signature) -> Layout:
-        kinds = {name: _json_schema(signature, name) for name in signature.outputs}
-        schema = {
-            "type": "object",
-            "properties": kinds,
-            "required": list(signature.outputs),
-            "additionalProperties": False,
-        }
+        schema = object_schema({name: _json_schema(signature, name) for name in signature.outputs})
         return (Field("json", syntax=Schema(json.dumps(schema))),)
 
     def write(self, signature: Signature, outputs: Mapping[str, str]) -> str:
@@ -62,7 +57,7 @@ class Json(Form):
         return found
 
 
-def _json_schema(signature: Signature, name: str) -> object:
+def _json_schema(signature: Signature, name: str) -> Any:
     kind = signature.type_of(name)
     syntax = syntax_of(kind)
     choices = choices_of(kind)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,36 @@ class Schema:
     """A field that holds JSON of this JSON schema, which is text so that it can be hashed; keys come in its order."""
 
     json: str
+
+
+def _referring(schema: Any, names: Mapping[str, str]) -> Any:
+    """The schema with its references under other names."""
+    if isinstance(schema, Mapping):
+        return {k: names.get(v, v) if k == "$ref" else _referring(v, names) for k, v in schema.items()}
+    return [_referring(one, names) for one in schema] if isinstance(schema, list) else schema
+
+
+def object_schema(properties: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON schema of an object with all these properties and no others.
+
+    Their definitions move to its root, where references look for them; one of another's name gets its property's before
+    its own.
+
+    >>> found = object_schema({"a": {"$ref": "#/$defs/P", "$defs": {"P": {"type": "string"}}}})
+    >>> found["properties"], found["$defs"]
+    ({'a': {'$ref': '#/$defs/P'}}, {'P': {'type': 'string'}})
+    """
+    found: dict[str, Any] = {"type": "object", "properties": {}, "required": [*properties]}
+    definitions: dict[str, Any] = {}
+    for name, schema in properties.items():
+        own: dict[str, Any] = schema.get("$defs", {})
+        taken = [key for key in own if definitions.get(key, own[key]) != own[key]]
+        names = {f"#/$defs/{key}": f"#/$defs/{name}.{key}" for key in taken}
+        definitions |= {f"{name}.{key}" if key in taken else key: _referring(one, names) for key, one in own.items()}
+        rest = {key: value for key, value in schema.items() if key != "$defs"}
+        found["properties"][name] = _referring(rest, names)
+    found["additionalProperties"] = False
+    return {**found, "$defs": definitions} if definitions else found
 
 
 Syntax = Union[Choices, Number, Pattern, Schema]  # noqa: UP007 (an alias that isinstance and docs can show on 3.10)

@@ -50,8 +50,8 @@ class Rollout:
     """One run of a program on one example.
 
     `score` is in [0, 1], and 0 wherever there is an `error`, unless it settles several runs; `feedback`, `objectives`
-    and `stages` (feedback by stage) are what the metric said beside it. `steps` holds the calls that were made, one whose completion could not be read
-    with empty `outputs`.
+    and `stages` (feedback by stage) are what the metric said beside it. `steps` holds the calls that were made, one
+    whose completion could not be read with empty `outputs`.
     """
 
     example: Example

@@ -48,6 +48,19 @@ def test_an_engine_of_ones_own_writes_the_same(tiny_model: Path) -> None:
     assert [done.forced for done in found[:3]] == [done.forced for done in expected[:3]]
 
 
+@pytest.mark.parametrize("kind", ["merged", "unmerged", "own"])
+def test_what_is_written_does_not_depend_on_mixed_precision_around_it(tiny_model: Path, kind: str) -> None:
+    """Lightning's is on in validation, and off in searches and collections."""
+    lm, mixed = (loaded(tiny_model, merge_while_generating=kind == "merged") for _ in range(2))
+    if kind == "own":
+        lm.use(PlainEngine())
+        mixed.use(PlainEngine())
+    requests = [*asked(layout=FORM, scores=True, chances=True), *asked(1, adapter="")]
+    expected = lm.complete(requests, GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mixed.complete(requests, GREEDY) == expected
+
+
 def test_engines_do_not_share_completions(tiny_model: Path, tmp_path: Path) -> None:
     store = str(tmp_path / "completions.sqlite")
     local, own = loaded(tiny_model, completions=store), loaded(tiny_model, completions=store)

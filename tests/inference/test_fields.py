@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from cotune.inference import Codec, Filling, Plan, canonical_share
+from cotune.programs import Json, Signature
 from cotune.programs.layout import FREE, Choices, Field, Fixed, Layout, Number, Pattern, Schema
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -357,6 +359,13 @@ def test_choices_differ_and_have_tokens() -> None:
 
 # Guided by a grammar
 
+
+@dataclass
+class Goods:
+    name: str
+    count: int
+
+
 GRAMMARS: list[tuple[Pattern | Schema, Callable[[str], bool]]] = [
     (Pattern("[a-c]{2,4}(-[0-9]+)?"), lambda text: re.fullmatch("[a-c]{2,4}(-[0-9]+)?", text) is not None),
     (Pattern("a/b|\\d{4}"), lambda text: re.fullmatch(r"a/b|\d{4}", text) is not None),
@@ -381,7 +390,6 @@ def test_a_pattern_is_all_that_a_field_holds(kind: str, syntax: Pattern, lead: s
 
 @each_kind
 def test_a_schema_is_all_that_a_field_holds_even_closed_at_its_limit(kind: str) -> None:
-    import json
 
     pytest.importorskip("llguidance")
     schema = {
@@ -402,6 +410,16 @@ def test_a_schema_is_all_that_a_field_holds_even_closed_at_its_limit(kind: str) 
         assert isinstance(value["s"], str)
         assert value["l"] in ("x", "yy")
     assert ends <= {"complete", "length"}
+
+
+def test_records_within_records_can_be_decoded_in_the_form_of_one_json_object() -> None:
+    pytest.importorskip("llguidance")
+    signature = Signature.parse("text -> order, team", types={"order": list[Goods], "team": ["a", "b"]})
+    plan = Plan(Json().layout(signature), codec("byte_level"))
+    for seed in range(6):
+        held = json.loads(filled(plan, Writer(plan.codec, seed), new=60, room=400).text)
+        assert all({"name", "count"} <= set(one) for one in held["order"])
+        assert held["team"] in ("a", "b")
 
 
 def test_what_no_grammar_can_read_is_refused_with_its_text() -> None:

@@ -62,7 +62,7 @@ def test_every_field_is_a_property_in_its_order_and_of_its_type() -> None:
     assert days == [True, False]
 
 
-def test_definitions_move_to_the_root_unless_two_share_a_name() -> None:
+def test_definitions_move_to_the_root_and_of_two_of_a_name_each_is_still_referred_to() -> None:
     nested = json.dumps({"type": "array", "items": {"$ref": "#/$defs/P"}, "$defs": {"P": {"type": "string"}}})
     other = nested.replace('"string"', '"number"')
     one = (Fixed("a:"), Field("a", syntax=Schema(nested)), Fixed("b:"), Field("b"))
@@ -70,7 +70,11 @@ def test_definitions_move_to_the_root_unless_two_share_a_name() -> None:
     assert asked is not None
     assert asked["json_schema"]["schema"]["$defs"] == {"P": {"type": "string"}}
     assert "$defs" not in asked["json_schema"]["schema"]["properties"]["a"]
-    assert response_format((*one[:3], Field("b", syntax=Schema(other)))) is None
+    both = response_format((*one[:3], Field("b", syntax=Schema(other))))
+    assert both is not None
+    found = both["json_schema"]["schema"]
+    assert found["properties"]["b"]["items"] == {"$ref": "#/$defs/b.P"}
+    assert found["$defs"] == {"P": {"type": "string"}, "b.P": {"type": "number"}}
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from cotune.callbacks.alternation import Alternation
 from cotune.callbacks.diagnosis import advice_without_traces
 from cotune.callbacks.schedule import PROMPTS, WeightStep
-from cotune.callbacks.trainer_options import check_trainer_options
+from cotune.callbacks.trainer_options import Share, check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
 from cotune.errors import BadValueError, WrongTypeError
 from cotune.lightning_modules import ProgramModule
@@ -44,7 +44,7 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         )
     if any(step.rounds for step in alternation.steps):
         _ = module.weights
-    _check_trainer(trainer, sum(step.rounds for step in alternation.steps))
+    _check_trainer(trainer, module, sum(step.rounds for step in alternation.steps))
     for name in ("dev", "val"):
         if not getattr(data.splits, name):
             raise BadValueError(f"the {name} set is empty, but its scores choose between steps; set data.sizes.{name}.")
@@ -90,10 +90,11 @@ def check_teachers(
             )
 
 
-def _check_trainer(trainer: Trainer, epochs: int) -> None:
+def _check_trainer(trainer: Trainer, module: ProgramModule, epochs: int) -> None:
     """What the trainer was made with, as far as it still says so. Its number of epochs may be the schedule's own."""
     own = ("callbacks", "strategy", "precision", "val_check_interval", "limit_train_batches", "limit_val_batches")
-    names = (*own, "overfit_batches", "reload_dataloaders_every_n_epochs", "max_steps", "min_steps", "min_epochs")
+    counts = ("accumulate_grad_batches", "check_val_every_n_epoch", "overfit_batches", "max_steps", "min_steps")
+    names = (*own, *counts, "reload_dataloaders_every_n_epochs", "min_epochs")
     values = {name: getattr(trainer, name, None) for name in (*names, "max_epochs")}
     but: tuple[str, ...] = () if epochs else ("reload_dataloaders_every_n_epochs",)
     if trainer.max_epochs in (1000, epochs):  # 1000 is what Lightning makes of none
@@ -102,7 +103,9 @@ def _check_trainer(trainer: Trainer, epochs: int) -> None:
         but = (*but, "max_epochs", "max_steps", "limit_val_batches")  # Lightning has set them
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         but = (*but, "limit_train_batches", "limit_val_batches")  # so here
-    check_trainer_options(values, but=but)
+    check_trainer_options(values, but=but, module=module)
+    if isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches < 1:
+        trainer.limit_train_batches = Share(trainer.limit_train_batches)
 
 
 def _labels_fill_a_stage(program: Program, data: TraceDataModule) -> bool:

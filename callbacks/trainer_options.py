@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,8 +83,8 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "ends with exit code 143; the same command with more time resumes. From Python: StopSignals(max_seconds=…)"
     ),
     "limit_train_batches": _works(
-        "shortens each training epoch to this many batches, or this share of them; to train nothing, leave w out of "
-        "the schedule",
+        "shortens each training epoch to this many batches, or this share of them, at least one; to train nothing, "
+        "leave w out of the schedule",
         lambda value: value > 0,
     ),
     "limit_val_batches": _refused(
@@ -104,7 +104,11 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "the adapter is scored at the end of an epoch; for fewer validations set trainer.check_val_every_n_epoch",
         lambda value: isinstance(value, float) and value == 1,
     ),
-    "check_val_every_n_epoch": _works("epochs between two validations; a step's last epoch always gets its score"),
+    "check_val_every_n_epoch": _works(
+        "epochs between two validations, 1 or more; a step's last epoch always gets its score. For no validation "
+        "between epochs set trainer.limit_val_batches 0",
+        lambda value: value >= 1,
+    ),
     "num_sanity_val_steps": _works("batches of val to run before training; their scores are not kept"),
     "log_every_n_steps": _works("optimiser steps between two rows of loss and rate; the command line's default is 1"),
     "enable_checkpointing": _irrelevant(
@@ -112,7 +116,9 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
     ),
     "enable_progress_bar": _works("on in a terminal, off in a log file"),
     "enable_model_summary": _works("Lightning's table of the LM's layers"),
-    "accumulate_grad_batches": _works("batches per optimiser step, weighted by their tokens"),
+    "accumulate_grad_batches": _works(
+        "batches per optimiser step, 1 or more, weighted by their tokens", lambda value: value >= 1
+    ),
     "gradient_clip_val": _works("largest norm, or value, of a gradient; the command line's default is 1"),
     "gradient_clip_algorithm": _works("norm or value"),
     "deterministic": _works("true or warn; on a CPU a run is reproducible to the bit without it"),
@@ -142,23 +148,71 @@ _CALLBACKS = {
 }
 
 
+LOGGED = ("train/loss", "train/lr", "train/skipped_steps", "val/score")
+"""What a callback can monitor: all that `ProgramModule` logs while it trains."""
+
+
+class Share(float):
+    """A share of an epoch's batches, of which Lightning takes one at least, and all of those that it cannot count.
+
+    It computes `int(batches * share)`, stops the fit where that is 0, and takes a loader without a length only with a
+    share that is 1: the one that a fit has when all of its training is over.
+    """
+
+    def __rmul__(self, batches: float) -> float:
+        return max(batches * float(self), 1.0)
+
+    def __eq__(self, other: object) -> bool:
+        return other == 1.0 or float(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__
+
+
 def _refused_callbacks(chosen: Any) -> list[str]:
     """A phrase for each callback that would break the schedule; they may be objects, or as a config names them."""
-    found = []
-    for callback in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
-        path = getattr(callback, "class_path", None) or (callback if isinstance(callback, str) else None)
-        name = path.rpartition(".")[2] if path else type(callback).__name__
-        if name in _CALLBACKS:
-            found.append(f"{name}: {_CALLBACKS[name]}")
-    return found
+    names = [path.rpartition(".")[2] for path, _ in _described(chosen)]
+    return [f"{name}: {_CALLBACKS[name]}" for name in names if name in _CALLBACKS]
 
 
-def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = ()) -> None:
+def _without_a_metric(chosen: Any, module: object, *, validates: bool) -> list[str]:
+    """A phrase for each callback that waits for what nothing logs. A class of the user's own may log anything."""
+    callbacks = list(_described(chosen))
+    paths = [path for path, _ in callbacks] + ([] if module is None else [_path_of(module)])
+    if any("." in path and not path.startswith(("lightning.", "cotune.")) for path in paths):
+        return []
+    logged = [name for name in LOGGED if validates or not name.startswith("val/")]
+    return [
+        f"{path.rpartition('.')[2]} monitors {monitor}, which is not logged; logged are {', '.join(logged)}"
+        for path, options in callbacks
+        if (monitor := getattr(options, "monitor", None)) not in (None, *logged) and getattr(options, "strict", True)
+    ]
+
+
+def _described(chosen: Any) -> Iterator[tuple[str, Any]]:
+    """Class path, and what has the options, of each callback."""
+    for one in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
+        if isinstance(one, str):
+            yield one, None
+        elif path := getattr(one, "class_path", None):
+            yield path, getattr(one, "init_args", None)
+        elif one is not None:
+            yield _path_of(one), one
+
+
+def _path_of(one: object) -> str:
+    return f"{type(one).__module__}.{type(one).__qualname__}"
+
+
+def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = (), module: object = None) -> None:
     """Refuses a fit with a value that it cannot honour.
 
     Args:
         values: argument of `Trainer` -> value.
         but: arguments that are not looked at.
+        module: what is trained; None: a `ProgramModule`, which logs nothing of its own.
 
     Raises:
         TrainerOptionError: names the option, the reason and the way out.
@@ -170,6 +224,9 @@ def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = ())
         if name == "callbacks":
             raise TrainerOptionError(f"trainer.callbacks: {'; '.join(_refused_callbacks(value))}.")
         raise TrainerOptionError(f"trainer.{name} {value} does not work here: {option.says}.")
+    validates = values.get("limit_val_batches") != 0
+    if found := _without_a_metric(values.get("callbacks"), module, validates=validates):
+        raise TrainerOptionError(f"trainer.callbacks: {'; '.join(found)}.")
 
 
 def page() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cotune.errors import BadValueError
@@ -47,6 +47,7 @@ class Splits:
 
     Attributes:
         notes: what the user should know of how they came about, a line each.
+        rest: what was drawn into no set and is no test example, for folds.
 
     Raises:
         ValueError: two sets share an id, or one set has it twice.
@@ -57,6 +58,7 @@ class Splits:
     val: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...] = ()
+    rest: tuple[Example, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         home: dict[str, str] = {}
@@ -108,12 +110,14 @@ def split(
     for name, part in names.items():
         if part:
             sets |= _draw(pools[name], {part: getattr(sizes, part)}, seed, stratify, name)
-    return Splits(**sets, notes=tuple(notes))
+    drawn = {example.id for examples in sets.values() for example in examples}
+    left = (e for name, part in names.items() if part != "test" for e in pools[name] if e.id not in drawn)
+    return Splits(**sets, notes=tuple(notes), rest=tuple(left))
 
 
 def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
-    """Other dev and val sets of the same examples: of so many parts that all but test is dealt into, one is val and the
-    next one dev. Over all folds each example is in each of them once. Labels are spread over the parts evenly.
+    """Other train, dev and val sets: of so many parts that all but test is dealt into, also what was drawn into no set,
+    one is val and the next one dev. Over all folds each example is in each of them once. Labels are spread evenly.
 
     >>> rows = tuple(Example.of({"n": n}, {"even": n % 2 == 0}) for n in range(10))
     >>> folds = [rotated(Splits(rows[:6], rows[6:8], rows[8:], ()), fold=k, folds=5, seed=0) for k in range(5)]
@@ -123,7 +127,8 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
     Raises:
         ValueError: fewer than 3 folds, no such fold, or fewer examples than folds.
     """
-    pool = sorted((*splits.train, *splits.dev, *splits.val), key=lambda e: (str(dict(e.labels)), _order(seed, e)))
+    pool = [*splits.train, *splits.dev, *splits.val, *splits.rest]
+    pool.sort(key=lambda e: (str(dict(e.labels)), _order(seed, e)))
     if not 3 <= folds <= len(pool) or not 0 <= fold < folds:
         raise BadValueError(
             f"fold {fold} of {folds} folds, over {len(pool)} examples: folds must be at least 3 (train, dev and val) "
@@ -136,7 +141,8 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
         train=tuple(sorted(train, key=lambda e: _order(seed, e))),
         dev=parts[(fold + 1) % folds],
         val=parts[fold],
-        notes=(*splits.notes, f"fold {fold} of {folds}: val and dev are one part each of all but test"),
+        notes=(*splits.notes, f"fold {fold} of {folds}: val and dev are one part each of all {len(pool)} but test"),
+        rest=(),
     )
 
 

@@ -227,7 +227,7 @@ class TraceDataModule(LightningDataModule, ABC):
             made = self.load()
             if self.folds is not None:
                 made = rotated(made, fold=self.fold, folds=self.folds, seed=self.seed)
-            self._splits = replace(made, notes=(*made.notes, *leak_notes(made)))
+            self._splits = replace(made, rest=(), notes=(*made.notes, *leak_notes(made)))
         return self._splits
 
     def rehearse(self, batches: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cotune.callbacks.progress import say
 from cotune.callbacks.say_plan import format_duration
+from cotune.experiments.content import ContentNow
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.parts import Parts
@@ -24,7 +25,7 @@ from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
-from cotune.storage.run_identity import changed_options, read_identity
+from cotune.storage.run_identity import changed_content, changed_options, read_identity
 
 
 class TableCommand:
@@ -122,17 +123,27 @@ class TableCommand:
         return [read_result(run, self.runs_folder) for run in self.runs]
 
     def _refuse_others(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
-        """A finished run is not started again, so it is asked here whether it was made with these options."""
+        """A finished run is not started again, so it is asked here whether it was made with these options, this data
+        and this base model."""
 
+        finished = {}
         for result in results:
             made = read_identity(self.runs_folder / result.run.name)
-            if made is None or not result.finished:
-                continue
-            if found := changed_options(made, parts[result.run.cell].counted, but=_OF_A_RUN):
-                raise TableError(
-                    f"{self.runs_folder / result.run.name} was made with other options (then -> now): "
-                    f"{'; '.join(found)}. Give this table another --folder, or remove that run."
-                )
+            if made is not None and result.finished:
+                finished[result.run] = made
+        for run, made in finished.items():
+            if found := changed_options(made, parts[run.cell].counted, but=_OF_A_RUN):
+                raise TableError(self._another(run, "with other options", found))
+        now = ContentNow(self.config, parts, self._parts_of, own_store(self.runs_folder))
+        for run, made in finished.items():
+            if found := changed_content(made, data=now.data(run), base=now.base(run.cell)):
+                raise TableError(self._another(run, "of other data or another base model", found))
+
+    def _another(self, run: Run, how: str, found: Sequence[str]) -> str:
+        return (
+            f"{self.runs_folder / run.name} was made {how} (then -> now): {'; '.join(found)}. Give this table another "
+            "--folder, or remove that run."
+        )
 
     def _say_cost(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
         left = [r.run for r in results if not r.finished]

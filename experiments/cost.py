@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cotune.callbacks.say_plan import runs_of
+from cotune.datamodules.splits import NAMES, Sizes
 from cotune.experiments.parts import Parts
 from cotune.experiments.results import RunResult
 from cotune.experiments.runs import Cell, Run
@@ -133,7 +134,10 @@ def totals(costs: Mapping[Run, Cost]) -> dict[Cell, Cost]:
 
 def _runs(steps: Steps, parts: Parts) -> tuple[int, int]:
     """(runs of the program at most, runs that are trained on, counted once an epoch)."""
-    sizes, data, alternate = parts.data.sizes, parts.data, parts.alternate
+    data, alternate = parts.data, parts.alternate
+    sizes = data.sizes
+    if data.folds is not None:  # which share out all rows but test's, so the data says how many
+        sizes = Sizes(*(len(getattr(data.splits, name)) for name in NAMES))
     runs = [runs_of(s, alternate, data, train=sizes.train, dev=sizes.dev, val=sizes.val) for s in steps]
     trained = 0
     for settings in (alternate.steps[step] for step in steps if step in alternate.steps):

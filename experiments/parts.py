@@ -13,10 +13,15 @@ from cotune.lightning_modules import ProgramModule
 
 @dataclass(frozen=True)
 class Parts:
-    """What a fit is made of; neither weights nor data have been read. `counted` are the options its result follows
-    from."""
+    """What a fit is made of; neither weights nor data have been read.
+
+    Attributes:
+        counted: the options that its result follows from.
+        data_options: those of its data, all of them but the seed, as text.
+    """
 
     module: ProgramModule
     data: TraceDataModule
     alternate: Alternate
     counted: Mapping[str, Any]
+    data_options: str

@@ -10,18 +10,24 @@ from typing import Any
 HIDDEN = "***"
 _SECRET = re.compile(r"(api_?key|access_?key|secret|secret_?key|token|password|passwd|credentials?)$", re.IGNORECASE)
 _NO_SECRET = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|end|start)_token$", re.IGNORECASE)
+_OWNERS = {"program", "data"}
+_FIELDS = {"inputs", "labels", "outputs", "fields", "columns", "descriptions", "types"}
+"""Options of a program and of data whose keys are the user's names of fields, which may be any word."""
 _SHORTEST = 8
 """A shorter value of the environment is no key, and might be any word."""
 
 
 def is_secret(name: str) -> bool:
-    """Whether an option's name says that its value is nobody's business.
+    """Whether an option's name says that its value is nobody's business. A field of the program is no option.
 
     >>> [is_secret(name) for name in ("model.lm.init_args.api_key", "HF_TOKEN", "max_new_tokens", "pad_token")]
     [True, True, False, False]
+    >>> [is_secret(f"data.init_args.{name}") for name in ("token", "inputs.token", "labels.contains_secret")]
+    [True, False, False]
     """
-    last = name.rpartition(".")[2]
-    return bool(_SECRET.search(last)) and not _NO_SECRET.search(last)
+    *above, last = name.lstrip("-").split(".")
+    names_a_field = bool(above) and above[-1] in _FIELDS and not _OWNERS.isdisjoint(above)
+    return bool(_SECRET.search(last)) and not _NO_SECRET.search(last) and not names_a_field
 
 
 def redacted(options: Any) -> Any:
@@ -44,14 +50,14 @@ def redacted_text(text: str, options: Any = None) -> str:
     return re.sub(r"(--([\w.-]+)(?:=|\s+))(\S+)", lambda m: m[1] + HIDDEN if is_secret(m[2]) else m[0], text)
 
 
-def _replaced(options: Any, secrets: list[str]) -> Any:
+def _replaced(options: Any, secrets: list[str], path: str = "") -> Any:
     if isinstance(options, Mapping):
         return {
-            name: HIDDEN if is_secret(str(name)) and isinstance(value, str) else _replaced(value, secrets)
-            for name, value in options.items()
+            name: HIDDEN if is_secret(own) and isinstance(value, str) else _replaced(value, secrets, own)
+            for name, own, value in _named(options, path)
         }
     if isinstance(options, (list, tuple)):
-        return [_replaced(value, secrets) for value in options]
+        return [_replaced(value, secrets, path) for value in options]
     if isinstance(options, str):
         for value in secrets:
             options = options.replace(value, HIDDEN)
@@ -65,13 +71,19 @@ def _secret_values(options: Any) -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def _values(options: Any) -> Iterator[str]:
+def _values(options: Any, path: str = "") -> Iterator[str]:
     if isinstance(options, Mapping):
-        for name, value in options.items():
-            if is_secret(str(name)) and isinstance(value, str):
+        for _, own, value in _named(options, path):
+            if is_secret(own) and isinstance(value, str):
                 yield value
             else:
-                yield from _values(value)
+                yield from _values(value, own)
     elif isinstance(options, (list, tuple)):
         for value in options:
-            yield from _values(value)
+            yield from _values(value, path)
+
+
+def _named(options: Mapping[Any, Any], path: str) -> Iterator[tuple[Any, str, Any]]:
+    """Key, dotted name and value of each option."""
+    for key, value in options.items():
+        yield key, f"{path}.{key}" if path else str(key), value

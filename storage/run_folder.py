@@ -42,18 +42,24 @@ class RunFolder:
         """
         self._take_lock()  # a running process must not lose the folder from under it
         if fresh and any(path.name != ".lock" for path in self.path.iterdir()):
-            self.release()
+            aside = self._lock  # held until the new folder is: nobody else may find the old one free and run in it
             self._set_aside()
-            self._take_lock()
+            self._lock = None
+            try:
+                self._take_lock()
+            finally:
+                _let_go(aside)
 
     def release(self) -> None:
-        if self._lock is not None:
-            with suppress(OSError):  # a full disk is no reason to end badly
-                self._lock.truncate(0)  # clean exit: clear the holder
-                self._lock.close()
-            self._lock = None
+        _let_go(self._lock)
+        self._lock = None
 
     def _take_lock(self) -> None:
+        while self._lock is None:
+            self._try_lock()
+
+    def _try_lock(self) -> None:
+        """Takes the lock, unless the folder was renamed while its lock was asked for: then there is another one."""
         import fcntl
 
         try:
@@ -76,6 +82,9 @@ class RunFolder:
                 f"{self.path} is on a file system without locks ({error.strerror}), where two runs could mix their "
                 "files. Give a --runs_dir on another file system."
             ) from error
+        if not _is_at(lock, self.path / ".lock"):
+            lock.close()
+            return
         if holder and f" on {socket.gethostname()}" not in holder:
             print(
                 f"{self.path} was last used by {holder}, which no longer locks it. If that process is still running, "
@@ -98,6 +107,21 @@ class RunFolder:
             number += 1
         self.path.rename(aside)
         print(f"the earlier run is archived as {aside}")
+
+
+def _let_go(lock: IO[str] | None) -> None:
+    if lock is not None:
+        with suppress(OSError):  # a full disk is no reason to end badly
+            lock.truncate(0)  # clean exit: clear the holder
+            lock.close()
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one that has this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _boot() -> str:

@@ -146,9 +146,18 @@ def changed_options(then: RunIdentity, now: Mapping[str, Any], *, but: Collectio
     return differences(_by_definition(known), _by_definition(asked))
 
 
-def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """A phrase for each set whose examples are others."""
-    return differences(*({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then, now)))
+def changed_content(then: RunIdentity, *, data: Mapping[str, str], base: str) -> list[str]:
+    """A phrase for each set whose examples are others, and one for another base model.
+
+    Args:
+        data, base: as of a `RunIdentity`; a base of "" is not known, and not compared.
+
+    >>> changed_content(RunIdentity({}, {"val": "aa"}, "one", {}), data={"val": "bb"}, base="two")
+    ['data, val set: "aa" -> "bb"', 'base model: one -> two']
+    """
+    shown = ({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then.data, data))
+    other = [f"base model: {then.base[:12]} -> {base[:12]}"] if base not in ("", then.base) else []
+    return [*differences(*shown), *other]
 
 
 def _by_definition(options: Mapping[str, Any]) -> dict[str, Any]:

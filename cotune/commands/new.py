@@ -6,9 +6,12 @@ import argparse
 import json
 import keyword
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from cotune.errors import CotuneError
 
@@ -101,22 +104,24 @@ def _task_files(
         data: the path in the config.
         task: the instruction; one made of the fields without it.
     """
-    fields = {column: _identifier(column) for column in (*inputs, *labels)}
+    fields = _identifiers([*inputs, *labels])
     kinds = {column: _kind([row[column] for row in rows if column in row]) for column in labels}
     outputs = ", ".join(fields[c] + (f": {kinds[c]}" if kinds[c] else "") for c in labels)
     reads = [fields[c] for c in inputs]
     sizes = propose_sizes(len(rows))
+    run_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "task"
     values = {
-        "cls": "".join(part.capitalize() for part in _identifier(name).split("_")) or "Task",
-        "name": re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "task",
-        "signature": f"{', '.join(reads)} -> {outputs}",
+        "cls": _class_name(name),
+        "name": run_name,
+        "yaml_name": _yaml(run_name),
+        "signature": _literal(f"{', '.join(reads)} -> {outputs}"),
         "task": task or f"Given {', '.join(reads)}, give {', '.join(fields[c] for c in labels)}.",
         "parameters": ", ".join(reads),
         "given": ", ".join(f"{field}={field}" for field in reads),
-        "data": json.dumps(data, ensure_ascii=False),
+        "data": _quoted(data),
         "inputs": _mapping(inputs, fields),
         "labels": _mapping(labels, fields),
-        "stratify": f"{fields[labels[0]]}" if kinds[labels[0]].startswith("Literal") else "null",
+        "stratify": _yaml(fields[labels[0]]) if kinds[labels[0]].startswith("Literal") else "null",
         "sizes": ", ".join(f"{part}: {size}" for part, size in sizes.items()),
         "rows": len(rows),
         "tokens": 16 if all(kinds.values()) else 64,
@@ -147,15 +152,64 @@ def _columns(given: str | None, known: Sequence[str]) -> list[str]:
     return names
 
 
+def _identifiers(columns: Sequence[str]) -> dict[str, str]:
+    """Column -> a Python name of its own, which an argument beside `self` can have.
+
+    >>> _identifiers(["Text A", "text_a", "self"])
+    {'Text A': 'text_a', 'text_a': 'text_a_2', 'self': 'self_'}
+    """
+    found: dict[str, str] = {}
+    for column in columns:
+        first = name = _identifier(column)
+        number = 1
+        while name in found.values():
+            number += 1
+            name = f"{first}_{number}"
+        found[column] = name
+    return found
+
+
 def _identifier(text: str) -> str:
     """A Python name near a text.
 
     >>> _identifier("Question text"), _identifier("2nd"), _identifier("class")
     ('question_text', 'x_2nd', 'class_')
     """
-    name = re.sub(r"\W+", "_", text).strip("_").lower() or "x"
-    name = f"x_{name}" if name[0].isdigit() else name
-    return f"{name}_" if keyword.iskeyword(name) else name
+    name = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", text)).strip("_").lower() or "x"
+    name = name if name.isidentifier() else f"x_{name}"
+    return f"{name}_" if keyword.iskeyword(name) or name == "self" else name
+
+
+def _class_name(task: str) -> str:
+    """
+    >>> _class_name("my-task"), _class_name("none")
+    ('MyTask', 'NoneTask')
+    """
+    name = "".join(part.capitalize() for part in _identifier(task).split("_")) or "Task"
+    return f"{name}Task" if keyword.iskeyword(name) else name
+
+
+def _literal(text: str) -> str:
+    """A text as Python writes it, in double quotes where it holds none.
+
+    >>> print(_literal("a -> b: Literal['c']"), _literal('say "x"'))
+    "a -> b: Literal['c']" 'say "x"'
+    """
+    plain = f'"{text}"'
+    return plain if '"' not in text and "\\" not in text and text.isprintable() else repr(text)
+
+
+def _yaml(name: str) -> str:
+    """A name as YAML writes it: in quotes where it would be another value.
+
+    >>> _yaml("text"), _yaml("no"), _yaml("2024")
+    ('text', '"no"', '"2024"')
+    """
+    return name if yaml.safe_load(name) == name else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _kind(values: Sequence[Any]) -> str:
@@ -182,8 +236,8 @@ def _kind(values: Sequence[Any]) -> str:
 def _mapping(columns: Sequence[str], fields: Mapping[str, str]) -> str:
     """Columns as YAML: a list, or field: column where a column is no Python name."""
     if all(fields[column] == column for column in columns):
-        return f"[{', '.join(columns)}]"
-    return f"{{{', '.join(f'{fields[column]}: {json.dumps(column, ensure_ascii=False)}' for column in columns)}}}"
+        return f"[{', '.join(map(_yaml, columns))}]"
+    return f"{{{', '.join(f'{_yaml(fields[column])}: {_quoted(column)}' for column in columns)}}}"
 
 
 def _filled(template: str, values: Mapping[str, Any]) -> str:
@@ -200,7 +254,7 @@ class <cls>(Program):
 
     answer = Stage(
         Signature.parse(
-            "<signature>",
+            <signature>,
             instruction="<task>",  # say here what the task is
         )
     )
@@ -218,7 +272,7 @@ def metric(example, prediction):
 
 _CONFIG = """\
 # <rows> rows; the embedded LM on 2 CPU cores. What is not set here is as cotune fit --help says.
-name: <name>
+name: <yaml_name>
 model:
   program: program.<cls>
   sampling: {max_new_tokens: <tokens>} # most tokens of one answer

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar, Timer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import Checkpoints, whole_checkpoint
@@ -37,18 +37,18 @@ from cotune.fit.parse_errors import LIGHTNINGS
 from cotune.fit.parser import Parser
 from cotune.fit.processes import check_started, end_others, end_with_first, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
+from cotune.fit.save_config import SaveConfig
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.lightning_internals import PlainCLI
 from cotune.lightning_modules.text_lm import NoWeightsError, no_weights
 from cotune.programs import Budget, BudgetSpentError, Ledger
 from cotune.shipped import with_files
-from cotune.storage.durable import write_durably
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
 from cotune.storage.run_identity import (
     RunIdentity,
-    changed_data,
+    changed_content,
     changed_options,
     counted_options,
     data_sums,
@@ -68,22 +68,6 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.log_every_n_steps": 1,
     "trainer.devices": 1,
 }
-
-
-class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml for a fit only: it says what the run was made with, also after `cotune test`.
-
-    Where the run was continued from is no part of it, and a key is none either.
-    """
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
-            config = self.config.clone()
-            config.ckpt_path, config.weights_only = None, None
-            made = yaml.safe_load(self.parser.dump(config, skip_unset=False, format="yaml"))
-            text = yaml.safe_dump(redacted(made), sort_keys=False, allow_unicode=True)
-            write_durably(Path(trainer.default_root_dir) / self.config_filename, text)
-            self.already_saved = True
 
 
 class RunFinishedError(Exception):
@@ -217,6 +201,7 @@ class CotuneCLI(PlainCLI):
         if self._before is not None:
             self._refuse(changed_options(self._before, self._options))
             if self._before.finished:
+                self._check_finished()
                 raise RunFinishedError(self.run_folder.path)
         if self.first and config.get("ckpt_path") in (None, "last"):
             asked, config.ckpt_path = config.get("ckpt_path"), self._newest()
@@ -224,6 +209,17 @@ class CotuneCLI(PlainCLI):
                 print(f"continuing {config.ckpt_path}")
             elif asked or self._before is not None:
                 print("nothing saved yet: starting from the beginning")
+
+    def _check_finished(self) -> None:
+        """Data and base model must be those of the finished run; neither a trainer is made nor weights loaded."""
+        config = self.config.clone()
+        trainer = config[self.subcommand].trainer
+        trainer["logger"], trainer["callbacks"] = False, None
+        with refused_options():
+            made = self.parser.instantiate(config)[self.subcommand]
+        self.datamodule, self.model = made["data"], made["model"]
+        self._keep_completions()
+        self._check_identity()
 
     def _newest(self) -> str | None:
         """The newest checkpoint that is whole; says what is wrong with a newer one."""
@@ -246,12 +242,17 @@ class CotuneCLI(PlainCLI):
                 "unchanged, start over with --fresh (the old run is archived), or give this one another --name."
             )
 
-    def after_instantiate_classes(self) -> None:
-        assert self.run_folder is not None
+    def _keep_completions(self) -> Path:
+        """Where all runs beside this one keep completions; its LM does, unless it is told otherwise."""
         lm, config = self.model.lm, self.config[self.subcommand]
         completions = Path(config.runs_dir) / "completions.sqlite"
         if isinstance(lm, LanguageModel) and config.model.lm.init_args.get("completions") is None:
             lm.keep_completions(completions)
+        return completions
+
+    def after_instantiate_classes(self) -> None:
+        assert self.run_folder is not None
+        completions = self._keep_completions()
         budget = self.config_init[self.subcommand].get("budget") or Budget()
         fits = self.subcommand == "fit"
         ledger = open_ledger(budget, self.run_folder.path, keep=self.first) if fits else Ledger(budget)
@@ -271,19 +272,14 @@ class CotuneCLI(PlainCLI):
 
     def _check_identity(self) -> None:
         assert self.run_folder is not None
-        now = RunIdentity(
-            self._options,
-            data_sums({name: getattr(self.datamodule.splits, name) for name in NAMES}),
-            self.model.lm.base_identity(),
-            library_versions(),
-        )
+        data = data_sums({name: getattr(self.datamodule.splits, name) for name in NAMES})
+        base, versions = self.model.lm.base_identity(), library_versions()
         if self._before is None:
             if self.first:
-                now.write(self.run_folder.path)
+                RunIdentity(self._options, data, base, versions).write(self.run_folder.path)
             return
-        base = [] if self._before.base == now.base else [f"base model: {self._before.base[:12]} -> {now.base[:12]}"]
-        self._refuse([*changed_data(self._before.data, now.data), *base])
-        for what in differences(self._before.versions, now.versions):
+        self._refuse(changed_content(self._before, data=data, base=base))
+        for what in [] if self._before.finished else differences(self._before.versions, versions):
             print(f"resuming with another version, so results may differ in the last bits: {what}")
 
     def instantiate_classes(self) -> None:
@@ -292,6 +288,12 @@ class CotuneCLI(PlainCLI):
             super().instantiate_classes()
 
     def set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if isinstance(seed, bool):  # Lightning would draw a seed, or set none, and the run's draws have another
+            raise OptionError(
+                f"seed_everything {str(seed).lower()} is not allowed; allowed is a number, from which the run can be "
+                "repeated, e.g. --seed_everything 0."
+            )
         with refused_options():
             super().set_seed()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import cast
 
@@ -21,10 +22,11 @@ from cotune.storage.run_identity import counted_options
 def parts_of(words: Sequence[str]) -> Parts:
     """The parts of `cotune fit` with these words; exits with one line, as that would, if they are wrong."""
     cli = _Unrun(list(words[1:] if words[:1] == ["fit"] else words))
-    options = counted_options(yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, format="yaml")))
+    options = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False, format="yaml"))
     alternate = cast(Alternate, cli.config_init["alternate"])
     alternate.narrow_search(cli.model.program)
-    return Parts(cli.model, cli.datamodule, alternate, options)
+    data_options = json.dumps(options["data"], sort_keys=True, default=str)
+    return Parts(cli.model, cli.datamodule, alternate, counted_options(options), data_options)
 
 
 class _Unrun(CotuneCLI):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from commands import cotune, fit
 from cotune.callbacks.alternate import UnfinishedError
-from cotune.callbacks.trainer_options import TRAINER_OPTIONS, TrainerOptionError, check_trainer_options, page
+from cotune.callbacks.trainer_options import LOGGED, TRAINER_OPTIONS, TrainerOptionError, check_trainer_options, page
 from cotune.datamodules import Sizes
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -76,6 +76,8 @@ REFUSED: dict[str, str] = {
     "precision": "bf16-true",
     "limit_train_batches": "0",
     "callbacks": "StochasticWeightAveraging",
+    "accumulate_grad_batches": "0",
+    "check_val_every_n_epoch": "0",
 }
 
 
@@ -143,6 +145,8 @@ def test_on_the_command_line_it_is_refused_before_anything_is_touched(
         ({"max_steps": 1}, "trainer.max_steps 1.*alternate.epochs"),
         ({"overfit_batches": 1}, "trainer.overfit_batches 1.*data.sizes.train"),
         ({"val_check_interval": 50}, "trainer.val_check_interval 50.*check_val_every_n_epoch"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches 0.*1 or more"),
+        ({"check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch 0.*1 or more"),
         ({"max_time": "00:01:00:00"}, "trainer.callbacks: Timer: use trainer.max_time"),
     ],
 )
@@ -160,6 +164,34 @@ def test_values_that_are_none_are_lightnings_own() -> None:
     check_trainer_options({"callbacks": [EarlyStopping("val/score"), ModelCheckpoint()], "devices": [0]})
     with pytest.raises(TrainerOptionError, match="Timer"):
         check_trainer_options({"callbacks": Timer("00:00:01:00")})
+
+
+def test_a_callback_that_monitors_what_nothing_logs_is_refused_unless_code_of_ones_own_may_log_it(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    wrong = EarlyStopping("val_loss")
+    said = "EarlyStopping monitors val_loss, which is not logged; logged are train/loss, .*, val/score"
+    run = tiny_fit(tiny_model, tmp_path, callbacks=[wrong])
+    with pytest.raises(TrainerOptionError, match=said):
+        run.run()
+    assert run.lm.model is None
+    with pytest.raises(TrainerOptionError, match=r"ModelCheckpoint monitors val/score, .* train/skipped_steps\.$"):
+        check_trainer_options({"callbacks": [ModelCheckpoint(monitor="val/score")], "limit_val_batches": 0})
+    for name in LOGGED:
+        check_trainer_options({"callbacks": EarlyStopping(name)})
+    check_trainer_options({"callbacks": [wrong, StopsAtOnce()]})
+    check_trainer_options({"callbacks": EarlyStopping("val_loss", strict=False)})
+
+
+@pytest.mark.parametrize(("schedule", "share", "steps"), [("w", 0.001, 2), ("w", 0.5, 4), ("p", 0.5, 0)])
+def test_a_share_of_the_batches_is_one_at_least_and_needs_none_where_nothing_is_trained(
+    schedule: str, share: float, steps: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    limited = {"limit_train_batches": share}
+    run = tiny_fit(tiny_model, tmp_path, schedule, trainer=limited, metric=lambda *_: 1.0).run()
+    assert run.alternate.finished
+    assert run.trainer.global_step == steps
+    assert run.module.optimiser_step == run.module.optimiser_steps * bool(steps)
 
 
 # What the command line makes of some
@@ -218,6 +250,15 @@ def test_a_users_model_checkpoint_saves_beside_the_runs_own(small: list[str]) ->
         "previous.ckpt",
         "SHA256SUMS",
     }
+
+
+def test_a_callback_without_its_metric_is_refused_before_anything_is_touched(
+    small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = cotune([*small, "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_loss"], capsys)
+    assert said.code == 2
+    assert "trainer.callbacks: EarlyStopping monitors val_loss, which is not logged" in said.err
+    assert not Path("runs").exists()
 
 
 def test_a_run_whose_time_is_over_goes_on_with_more(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:

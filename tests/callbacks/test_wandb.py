@@ -317,6 +317,42 @@ def test_online_w_and_b_is_sent_what_it_has_not_received(tmp_path: Path) -> None
     assert run.logged == [{"trainer/global_step": step, "train/loss": 0.5} for step in (2, 3)]
 
 
+def test_after_a_prompt_step_too_online_w_and_b_is_sent_what_it_has_not_received(tmp_path: Path) -> None:
+    """Candidates have points that metrics.csv lacks, and a resumed run does some steps a second time."""
+    losses = [{"step": float(step), "train/loss": 0.5, "epoch": 0.0} for step in range(10)]
+    rows: list[dict[str, float]] = [{"step": 0.0, "boundary/index": float(index)} for index in range(2)] + losses
+
+    def begun(received: int) -> tuple[RunLogger, FakeRun]:
+        logger = RunLogger(tmp_path)
+        logger._experiment = cast(Any, run := FakeRun(starting_step=received))
+        return logger, run
+
+    def sent_again(run: FakeRun) -> list[float]:
+        return [point["trainer/global_step"] for point in run.logged if "train/loss" in point]
+
+    logger, _ = begun(0)
+    for number in range(12):
+        logger.log_metrics({"trial/number": float(number), "boundary/index": 1.0}, step=0)
+    for row in rows:
+        logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+    logger, run = begun(12 + 2 + 3)
+    logger.log_again(rows[:-4])  # a checkpoint of step 6
+    assert sent_again(run) == [3, 4, 5]
+    for step in (6, 7):
+        logger.log_metrics({"train/loss": 0.5, "epoch": 0}, step=step)
+    assert len(run.logged) == 5
+    logger, run = begun(12 + 2 + 3 + 3 + 1)  # step 7 was lost
+    logger.log_again(rows[:-2])
+    assert sent_again(run) == [7]
+
+
+def test_a_run_without_a_list_of_what_was_sent_is_sent_again_as_a_whole(tmp_path: Path) -> None:
+    logger = RunLogger(tmp_path)
+    logger._experiment = cast(Any, run := FakeRun(starting_step=9))
+    logger.log_again([{"step": 0, "boundary/index": 0.0}, {"step": 0, "train/loss": 0.5}])
+    assert len(run.logged) == 2
+
+
 def test_online_each_artifact_uses_those_it_is_made_from(folder: Path) -> None:
     run = FakeRun()
     artifacts = ProgramArtifacts(run, folder)

@@ -221,6 +221,20 @@ def test_impossible_sizes_are_refused(sizes: tuple[int, int, int, int], said: st
         Sizes(*sizes)
 
 
+def test_over_all_folds_every_row_outside_test_is_in_val_once_whatever_the_sizes() -> None:
+    rows = [Example.of({"n": n}, {"even": n % 2 == 0}) for n in range(40)]
+    own, more = rows[:30], {"val": rows[30:35], "test": rows[35:]}
+    for drawn, outside in (
+        (split(rows, Sizes(12, 6, 8, 6), seed=0, stratify="even"), 34),
+        (split(own, Sizes(5, 2, 3, 2), seed=0, **more), 35),  # the rest of test's own rows stays out
+    ):
+        folds = [rotated(drawn, fold=k, folds=5, seed=0) for k in range(5)]
+        assert len({e.id for fold in folds for e in fold.val}) == sum(len(fold.val) for fold in folds) == outside
+        assert all(len(fold.train) + len(fold.dev) + len(fold.val) == outside for fold in folds)
+        assert all(fold.test == drawn.test for fold in folds)
+        assert f"of all {outside} but test" in folds[0].notes[-1]
+
+
 def test_folds_spread_the_labels_and_leave_test_alone() -> None:
     rows = [Example.of({"n": n}, {"kind": "rare" if n % 5 == 0 else "common"}) for n in range(30)]
     drawn = split(rows, Sizes(12, 6, 7, 5), seed=3, stratify="kind")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import statistics
 import xml.etree.ElementTree
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cotune.experiments.command import TableCommand
 from cotune.experiments.cost import Cost, Pace, cost_of
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.paper import LMS, TASKS, paper_scores
@@ -20,6 +23,7 @@ from cotune.experiments.strategies import PAPERS, covering, parse_strategy
 from cotune.experiments.table_config import TableConfig, TableError, read_table
 from cotune.programs import exact_match
 from cotune.reporting.plots import table_plot
+from cotune.storage.run_identity import RunIdentity, data_sums
 from cotune.storage.schedule_text import name_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,6 +286,41 @@ def test_a_run_without_its_rollouts_on_test_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs" / Run(CELL, PWP, 0).name / "rollouts" / "test-2.jsonl").unlink()
     with pytest.raises(TableError, match=r"test-2\.jsonl cannot be read"):
         results(tmp_path, made)
+
+
+def test_a_finished_run_of_other_data_or_of_another_base_is_refused_before_the_page_is_written(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    rows, model = tmp_path / "rows.csv", tmp_path / "model"
+    rows.write_text(header := "question,answer\n" + "".join(f"{i},{i % 3}\n" for i in range(20)))
+    shutil.copytree(tiny_model, model)
+    options = {"model.program.signature": "question -> answer", "data": "Table", "data.path": str(rows)}
+    options |= {"data.inputs": ["question"], "data.labels": ["answer"], "model.lm.model": str(model)}
+    options |= {"model.program": "Predict", "data.sizes": {"train": 6, "dev": 3, "val": 3, "test": 3}}
+    order = ("model.program", "model.program.signature", "data", "data.path", "data.inputs", "data.labels")
+    ordered = {name: options[name] for name in [*order, *(options.keys() - set(order))]}
+    made = config(tmp_path, strategies=["p"], seeds=[4], equal_calls=False, options=ordered)
+    (run,) = runs_of(made)
+    parted = parts.parts_of(words_of(run, made, tmp_path))
+    sums = data_sums({name: getattr(parted.data.splits, name) for name in ("train", "dev", "val", "test")})
+    folder = tmp_path / "table"
+    write_run(run, folder / "runs", [0.1, 0.5], [flat(0.5)] * 2)
+    identity = RunIdentity(parted.counted, sums, parted.module.lm.base_identity(), {}, finished=True)
+    identity.write(folder / "runs" / run.name)
+
+    def again() -> int:
+        asked = argparse.Namespace(dry_run=True, no_warm_up=True, jobs=1)
+        return TableCommand(made, folder, asked, parts_of=parts.parts_of, fit=lambda words: 1).make()
+
+    assert again() == 0
+    rows.write_text(header.replace("7,1", "7,2"))
+    with pytest.raises(TableError, match=r"_p_4 was made of other data .* \(then -> now\): data, \w+ set: "):
+        again()
+    rows.write_text(header)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(TableError, match=r"another base model \(then -> now\): base model: "):
+        again()
 
 
 # The page

@@ -403,6 +403,13 @@ def test_one_seed_reaches_model_data_and_alternate(run: Run, tiny_model: Path, m
     assert (cli.model.seed, cli.datamodule.seed, alternate.options.seed) == (3, 3, 3)
 
 
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_a_seed_is_a_number(value: str, run: Run, tiny_model: Path) -> None:
+    said = one_error(run(*fit(tiny_model, "--seed_everything", value)))
+    assert f"seed_everything {value} is not allowed; allowed is a number" in said
+    assert not Path("runs").exists()
+
+
 def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import yaml
 from commands import Said, cotune, fit
 from cotune.callbacks import Alternate
 from cotune.callbacks.step_work import StepWork
+from cotune.lightning_modules import LanguageModel
 from cotune.reporting.closing_table import read_history
 from cotune.storage.durable import find_whole
 from cotune.storage.run_folder import RunFolder
@@ -211,6 +212,33 @@ def test_other_data_under_the_same_name_are_refused(run: Run, tiny_model: Path) 
     said = error(run(*words))
     assert "(then -> now): data, " in said
     assert " set: " in said
+
+
+def test_a_finished_run_is_refused_too_where_its_data_or_its_base_are_others_and_loads_no_weights(
+    run: Run, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    rows = "question,answer\n" + "".join(f"{i},{'yes' if i % 3 else 'no'}\n" for i in range(30))
+    TABLE.write_text(rows)
+    Path("table.yaml").write_text(
+        "model: {program: {class_path: Predict, init_args: {signature: question -> answer}}}\n"
+        "data: {class_path: Table, init_args: {path: flowers.csv, inputs: [question], labels: [answer]}}\n"
+    )
+    words = [word if not word.endswith("iris.yaml") else "table.yaml" for word in fit(model, schedule="p")]
+    assert run(*words).code == 0
+
+    def load(self: LanguageModel, **_: Any) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    assert "runs/tiny is finished" in run(*words).out
+    TABLE.write_text(rows.replace("7,yes", "7,YES"))
+    assert "holds a different run (then -> now): data, " in error(run(*words))
+    TABLE.write_text(rows)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert "holds a different run (then -> now): base model: " in error(run(*words))
 
 
 def test_a_damaged_identity_is_refused(run: Run, tiny_model: Path, once: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,26 @@ def test_rows_of_ones_own_get_their_fields_their_types_and_their_sizes(run: Call
     assert data["labels"] == {"class_": "class", "note": "note"}
     assert (data["stratify"], data["sizes"]) == ("class_", {"train": 14, "dev": 8, "val": 8, "test": 10})
     compile(Path("sorted/program.py").read_text(), "program.py", "exec")
+
+
+def test_columns_and_labels_of_any_name_give_a_task_that_runs(
+    run: Callable[..., Said], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ["no", "null", "self", "Text A", "text_a", "yes"]
+    with Path("odd.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        rows.writerows([f"{c} {n}" for c in columns[:-1]] + ['say "x"' if n % 2 else "b\\c"] for n in range(24))
+    assert run("new", "none", "--data", "odd.csv").code == 0
+    data = yaml.safe_load(Path("none/task.yaml").read_text())["data"]["init_args"]
+    inputs = {"no": "no", "null": "null", "self_": "self", "text_a": "Text A", "text_a_2": "text_a"}
+    assert (data["inputs"], data["labels"], data["stratify"]) == (inputs, ["yes"], "yes")
+    monkeypatch.chdir("none")
+    small = ["--data.bootstrapping.attempts=1", "--alternate.schedule=p", "--alternate.search.then.num_candidates=1"]
+    done = run("fit", "--config", "task.yaml", *tiny(tiny_model, metric=False), *small)
+    assert done.code == 0, done.err
+    assert (stage := json.loads(Path("runs/none/export/program.json").read_text())["stages"]["answer"])
+    assert stage == {"inputs": list(inputs), "outputs": ["yes"]}
 
 
 def test_too_few_rows_for_four_sets_are_refused(run: Callable[..., Said]) -> None:

@@ -14,6 +14,7 @@ from cotune.callbacks.export_program import FORMAT
 from cotune.errors import CotuneError
 from cotune.inference.engine import Engine
 from cotune.lightning_modules import LanguageModel, ProgramModule
+from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.programs import Example, NamedValues, Program, Rollout, prompts_from_dict
 from cotune.storage.durable import file_sum, read_sums
 from cotune.storage.formats import check_format
@@ -120,7 +121,7 @@ def _load_weights(module: ProgramModule, folder: Path, base: Mapping[str, Any]) 
         raise ExportError(
             "the LM of the given module is already loaded; give a module whose LM is not, or use this one as it is."
         )
-    _check_base(folder, base, lm)
+    check_base(folder, base, lm)
     lm.adapter = str(folder / "adapter")
     with _no_bar():
         module.configure_model()
@@ -190,17 +191,38 @@ def _check_weights(folder: Path) -> None:
             )
 
 
-def _check_base(folder: Path, base: Mapping[str, Any], lm: LanguageModel) -> None:
-    """Refuses an LM that the adapter was not tuned on: it would load where shapes fit, and write nonsense."""
+def check_base(folder: Path, base: Mapping[str, Any], lm: LanguageModel) -> None:
+    """Refuses an LM that the adapter was not tuned on: it would load where shapes fit, and write nonsense.
+
+    Args:
+        base: what the export says of the LM that it was tuned on.
+
+    Raises:
+        ExportError: the tokenizer differs, or the files do.
+        ModelNotFoundError: as `LanguageModel.load_tokenizer`.
+    """
     lm.load_tokenizer()
+    same = (lm.name, lm.gguf_file) == (base.get("model"), base.get("gguf_file"))
     fix = "Load the export with the LM that it was tuned on."
+    if same:
+        fix = "Other files are now in their place: put those back that it was tuned on, or tune again on these."
     if base.get("tokenizer", own := lm.encode.vocabulary(lm.name).tokenizer) != own:
         raise ExportError(
             f'"{folder}" was tuned on "{base["name"]}", whose tokenizer differs from that of "{lm.name}". {fix}'
         )
-    # Under the name that it had, it is the same; otherwise its files say, which takes as long as reading them.
-    if "identity" in base and lm.name != base["model"] and lm.base_identity() != base["identity"]:
-        raise ExportError(f'"{folder}" was tuned on "{base["name"]}", but "{lm.name}" has other files. {fix}')
+    # The embedded model and one of the Hub are what their name says. What a path leads to, only its files say, which
+    # takes as long as reading them.
+    named = same and (lm.name == EMBEDDED or not Path(lm.name).expanduser().exists())
+    if "identity" in base and not named and (now := lm.base_identity()) != base["identity"]:
+        raise ExportError(
+            f'"{folder}" was tuned on "{base["name"]}" ({_short(base["identity"])}), but "{lm.name}" has other files '
+            f"({_short(now)}). {fix}"
+        )
+
+
+def _short(identity: str) -> str:
+    """A model on the Hub with its commit, or the beginning of the hash of a folder."""
+    return identity if "@" in identity else f"SHA-256 {identity[:12]}"
 
 
 def program_inputs(program: Program) -> tuple[list[str], list[str]]:
@@ -224,13 +246,13 @@ def _build(folder: Path, config: Mapping[str, Any] | None, trust_remote_code: bo
             f'"{folder}" was exported from Python, so it does not say how to build its program: '
             "pass it, load(folder, module=ProgramModule(program, lm))."
         )
-    config = {**config, "lm": _trusted(config["lm"], trust_remote_code), "engine": None}
+    config = {**config, "lm": trusted(config["lm"], trust_remote_code), "engine": None}
     return build_module(config, where=str(folder / "program.json"))
 
 
-def _trusted(lm: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def trusted(lm: Mapping[str, Any], trust_remote_code: bool) -> dict[str, Any]:
     """The LM's settings, with the reader's own word on running the model's code."""
-    given = dict(lm.get("init_args", {}))
+    given = dict(lm.get("init_args") or {})
     if trust_remote_code or "trust_remote_code" in given:  # an endpoint has no such thing
         given["trust_remote_code"] = trust_remote_code
     return {**lm, "init_args": given}

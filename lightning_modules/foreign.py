@@ -184,14 +184,23 @@ def load_adapter(base: Any, name: str) -> Any:
     from peft import PeftModel
 
     check_adapter(name)
+    unknown: list[str] = []  # PEFT says nothing of keys that the model does not have; PyTorch does
+    hook = base.register_load_state_dict_post_hook(lambda _, keys: unknown.extend(keys.unexpected_keys))
     with warnings.catch_warnings(record=True) as said, reading("adapter", name):
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(base, str(Path(name).expanduser()), is_trainable=True)
+    hook.remove()
     missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message)]
     if missing:
         raise ModelNotFoundError(
             f'adapter "{name}" lacks weights that its adapter_config.json lists, or belongs to another base. Set '
             "model.lm.model to the base that it was trained on."
+        )
+    if unknown:
+        some = ", ".join(key.removeprefix("base_model.model.") for key in sorted(unknown)[:3])
+        raise ModelNotFoundError(
+            f'adapter "{name}" belongs to another base: {len(unknown)} of its weights are of layers that this one does '
+            f"not have ({some}). Set model.lm.model to the base that it was trained on."
         )
     return model
 

@@ -16,7 +16,7 @@ from cotune.datamodules.thinking import told_apart
 from cotune.errors import BadValueError
 from cotune.inference import Codec
 from cotune.inference.engine import Engine, Generated, Prompted
-from cotune.inference.local import LocalEngine
+from cotune.inference.local.engine import LocalEngine, unmixed
 from cotune.inference.local.merged_copy import base_alone
 from cotune.inference.stored import CompletionStore, StoredEngine, completion_of
 from cotune.lightning_modules.choice_chances import with_chances
@@ -226,9 +226,8 @@ class LanguageModel(nn.Module, LM):
         """Ids that end the assistant's turn. The first is the one that training teaches: the chat template's own."""
         configured = self.generation_config.eos_token_id
         ids = configured if isinstance(configured, list) else [configured]
-        return list(
-            dict.fromkeys(i for i in (self.encode.turn_end, self.tokenizer.eos_token_id, *ids) if i is not None)
-        )
+        known = (self.encode.turn_end, self.tokenizer.eos_token_id, *ids)
+        return list(dict.fromkeys(i for i in known if i is not None))
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion a request, in order; a prompt longer than the window gives an empty, "too_long" one."""
@@ -240,7 +239,8 @@ class LanguageModel(nn.Module, LM):
             if adapter not in ADAPTERS:
                 raise BadValueError(f'there is no adapter "{adapter}"; use "default", or "" for the base alone.')
             places = [i for i, request in enumerate(requests) if request.adapter == adapter]
-            made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
+            with unmixed(self.model):  # so that engines of one's own write the same in validation, too
+                made = self.completing.generate([prompts[i] for i in places], sampling, adapter=adapter)
             done = [self._completion(prompts[i], generated) for i, generated in zip(places, made, strict=True)]
             for i, completion in zip(places, self._judged([requests[i] for i in places], done, adapter), strict=True):
                 results[i] = completion

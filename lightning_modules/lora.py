@@ -238,8 +238,20 @@ def _all_linear(parts: _Parts, lora: LoRA) -> dict[str, Any]:
 
 
 def reset(model: nn.Module, *, seed: int) -> None:
-    """Puts the adapter back to what `attach` made: A drawn anew from the seed, B zero; equal on every device."""
+    """Puts the adapter back to what `attach` made: A drawn anew from the seed, B zero; equal on every device.
+
+    What else an adapter of others trains, DoRA's magnitudes and whole modules, becomes what it is in the base.
+
+    Raises:
+        BadValueError: it trains something whose values in the base are not known here, such as the base's own biases.
+    """
     drawn = [p for p in model.parameters() if p.requires_grad]
+    named = (name for name, p in model.named_parameters() if p.requires_grad)
+    if left := [name for name in named if not any(part in name for part in _RESET)]:
+        raise BadValueError(
+            f"the adapter also trains {left[0]}, whose value in the base is not known any more, so it cannot "
+            'start from the base again. Set alternate.weights to "continue".'
+        )
     places = [p.data for p in drawn]
     with seeded(seed):
         for p in drawn:  # a GPU's generator would draw other numbers
@@ -248,6 +260,27 @@ def reset(model: nn.Module, *, seed: int) -> None:
             draw_anew(layer)
     for p, place in zip(drawn, places, strict=True):
         p.data = place.copy_(p.data)
+    _as_in_base(model)
+
+
+_RESET = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector.", ".modules_to_save.")
+"""In the names of all that `reset` puts back."""
+
+
+@torch.no_grad()
+def _as_in_base(model: nn.Module) -> None:
+    """Copies from the base what is trained beside A and B; B must be zero."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    for _, layer in lora_layers(model):
+        for magnitudes in layer.lora_magnitude_vector.values():  # of rows of W + BA
+            weight = dequantize_module_weight(layer.get_base_layer())
+            magnitudes.weight.copy_(magnitudes.get_weight_norm(weight, 0.0, 1.0))
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for name, trained in tensors.items():
+        place, whole, rest = name.partition(".modules_to_save.")
+        if whole:
+            trained.copy_(tensors[f"{place}.original_module.{rest.partition('.')[2]}"])
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

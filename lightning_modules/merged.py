@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cotune.lightning_modules.language_model import LanguageModel
 from cotune.lightning_modules.lora import peft_of_today
 from cotune.lightning_modules.quantization import QuantizationError, bitsandbytes_config, quantized_as
 from cotune.programs import Sampling
+from torch import nn
 
 
 def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
@@ -35,8 +37,7 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
     """
     lm.load_tokenizer()
     base, into = _full_precision(lm)
-    with peft_of_today():
-        model: Any = load_adapter(base, str(adapter)).merge_and_unload(safe_merge=True)
+    model = _merged(base, adapter)
     make_plain(model, Path(lm.source).name)
     model.generation_config = _generation_config(lm, sampling)
     model.save_pretrained(folder)
@@ -44,6 +45,29 @@ def save_merged(lm: LanguageModel, adapter: Path, folder: Path, *, sampling: Sam
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes 0600, and the folder is made to be shared
     return into
+
+
+def _merged(base: Any, adapter: Path) -> Any:
+    """W + BA. A head that shares the input embedding's weight has its own where the adapter makes them differ."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
+    settings = [
+        (config, getattr(config, "tie_word_embeddings", True))
+        for config in (base.config, base.config.get_text_config())
+    ]
+    with peft_of_today(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        adapted = load_adapter(base, str(adapter))
+        if tied:  # what is added to the one would change the other
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model = adapted.merge_and_unload(safe_merge=True)
+    if tied:
+        same = torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        for config, was in settings:
+            config.tie_word_embeddings = was and same
+        if same:
+            model.tie_weights()
+    return model
 
 
 def _full_precision(lm: LanguageModel) -> tuple[Any, str]:

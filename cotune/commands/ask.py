@@ -99,19 +99,24 @@ def _as_it_comes(options: argparse.Namespace) -> dict[str, Any]:
 
     from cotune.fit.config_files import check_config_file
     from cotune.shipped import resolved
+    from cotune.tuned import trusted
 
     model: dict[str, Any] = {"lm": {"class_path": "cotune.lightning_modules.LanguageModel"}, "max_error_rate": 1.0}
     for path in map(Path, map(resolved, options.config)):
         check_config_file(path)
-        model = _laid_over(model, yaml.safe_load(path.read_text(encoding="utf-8")).get("model", {}))
+        given = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
+        if isinstance(given.get("lm"), str):  # the class alone
+            given = {**given, "lm": {"class_path": given["lm"]}}
+        model = _laid_over(model, given)
     if options.program and "->" in options.program:
         model["program"] = {"class_path": "Predict", "init_args": {"signature": options.program}}
     elif options.program:
         model["program"] = options.program
     if "program" not in model:
         raise AskError(f"{', '.join(options.config)} names no model.program; give one with --program.")
-    extra = {"trust_remote_code": options.trust_remote_code, **({"model": options.lm} if options.lm else {})}
-    return _laid_over(model, {"lm": {"init_args": extra}})
+    if options.lm:
+        model = _laid_over(model, {"lm": {"init_args": {"model": options.lm}}})
+    return {**model, "lm": trusted(model["lm"], options.trust_remote_code)}
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

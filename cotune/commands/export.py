@@ -100,11 +100,12 @@ def write_export(
     program.json, without which nothing reads it, comes last. The same command again completes it.
 
     Raises:
-        ExportError: `out` holds other files, the export lacks its adapter, or the base has no name that others know.
+        ExportError: `out` holds other files, the export lacks its adapter, the base has no name that others know, or
+            merged weights are asked for and the base is not the one that the adapter was tuned on.
         NotWrittenError: the disk is full, read-only or broken.
     """
     from cotune.storage.durable import new_folder
-    from cotune.tuned import ExportError, read_export
+    from cotune.tuned import ExportError, check_base, read_export
 
     described = _with_base(read_export(export), base_model)
     if "asked" in described["base"]:
@@ -122,6 +123,7 @@ def write_export(
         into = ""
         if what != "adapter":
             lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
+            check_base(export, described["base"], lm)
             into = _write_merged(lm, described, export / "adapter", folder / "merged")
         license = license_name or _known_license(described["base"])
         return _write_texts(folder, export, described, with_adapter=what != "merged", merged_into=into, license=license)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -19,6 +19,7 @@ from rich.text import Text
 from cotune.errors import CotuneError
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.callbacks.schedule import WeightStep
     from cotune.datamodules import EpochBatches, Pair, Trace, TraceDataModule
     from cotune.lightning_modules import LanguageModel, ProgramModule
 
@@ -61,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("run", metavar="RUN_FOLDER", help="a run's folder, e.g. runs/iris")
     made.add_argument("--step", type=int, help="which step of the schedule, from 1 (default: the last weight step)")
-    made.add_argument("--epoch", type=int, default=0, help="of the weight step, from 0; each epoch draws new demos")
+    made.add_argument(
+        "--epoch", type=int, default=0, help="of the weight step, from 0; each draws new demos, or new runs"
+    )
     made.add_argument("--rows", type=int, default=4, help="how many pairs to show")
     return made
 
@@ -70,7 +73,7 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        PreviewError: the folder is no run, or it has no traces of that step.
+        PreviewError: the folder is no run, or it has no traces of that step and epoch.
     """
     batches, lm = load_batches(Path(options.run), step=options.step, epoch=options.epoch)
     console = Console(highlight=False, soft_wrap=True)
@@ -89,11 +92,15 @@ def load_batches(folder: Path, *, step: int | None = None, epoch: int = 0) -> tu
     """The batches of one epoch of a run's weight step, and its LM with the tokenizer alone loaded."""
     from cotune.datamodules import load_traces
 
-    module, data = _read_config(folder)
-    step, traces = _traces_folder(folder, step, data)
+    module, data, schedule = _read_config(folder)
+    step = _step(folder, step)
+    settings = schedule[step - 1]
+    own = _collection(folder / "traces" / f"step-{step}", epoch if settings.rounds else 0)
+    as_drawn = settings.learns.runs is not None
+    traces = load_traces(own if as_drawn else Path(data.reused_traces or own), module.program)
     module.weights.load_tokenizer()
-    maker = module.pair_maker(_pair_prompts(module, folder / "traces" / f"step-{step}", data))
-    data.begin_weight_step(load_traces(traces, module.program), maker, step=step - 1, epoch=epoch)
+    maker = module.pair_maker(_pair_prompts(module, own, data))
+    data.begin_weight_step(traces, maker, step=step - 1, epoch=epoch, as_drawn=as_drawn)
     return data.epoch_batches(), module.weights
 
 
@@ -163,7 +170,8 @@ def _by_value(traces: Sequence[Trace]) -> Iterator[str]:
             yield f"{name}: " + ", ".join(f"{value} {count}" for value, count in counts.most_common())
 
 
-def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule]:
+def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule, list[WeightStep]]:
+    """(module, data, settings of each step of the schedule)."""
     from cotune.build import build_data, build_module
 
     if not (folder / "config.yaml").is_file():
@@ -176,11 +184,27 @@ def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule]:
     data = build_data(config["data"], where=str(path))
     # The seed stands once in the file, and the command line hands it on, as here.
     data.seed = int(config["seed_everything"])
-    return module, data
+    return module, data, _schedule(config["alternate"], path)
 
 
-def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tuple[int, Path]:
-    """(step of the schedule, folder of the traces it trained on)."""
+def _schedule(alternate: Mapping[str, Any], path: Path) -> list[WeightStep]:
+    """The settings of each step of the schedule; a prompt step's mean nothing."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from cotune.callbacks.schedule import WeightStep, parse_schedule, weight_steps
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--steps", type=dict[str, WeightStep | None] | None)
+    try:
+        given = parser.instantiate(parser.parse_object({"steps": alternate.get("steps")})).steps
+    except ArgumentError as error:
+        raise PreviewError(f"{path}: alternate.steps is not as it was in the run: {error}") from error
+    steps = weight_steps(given, epochs=alternate["epochs"])
+    return [steps.get(letter) or WeightStep() for letter in parse_schedule(alternate["schedule"], steps)]
+
+
+def _step(folder: Path, step: int | None) -> int:
+    """The step of the schedule to show, from 1."""
     found = re.compile(r"step-(\d+)")
     there = sorted(int(m[1]) for path in folder.glob("traces/step-*") if (m := found.fullmatch(path.name)))
     if not there:
@@ -191,8 +215,17 @@ def _traces_folder(folder: Path, step: int | None, data: TraceDataModule) -> tup
         raise PreviewError(
             f'"{folder}" has no traces of step {step}; there are some of step {", ".join(map(str, there))}.'
         )
-    step = step or there[-1]
-    return step, Path(data.reused_traces or folder / "traces" / f"step-{step}")
+    return step or there[-1]
+
+
+def _collection(step: Path, rounds: int) -> Path:
+    """The folder of what was collected for the training after so many rounds."""
+    folder = step / f"round-{rounds + 1}" if rounds else step
+    if not folder.is_dir():
+        raise PreviewError(
+            f'"{step}" has no traces of epoch {rounds}: each epoch collects its own, and has not done so yet.'
+        )
+    return folder
 
 
 def _pair_prompts(module: ProgramModule, traces: Path, data: TraceDataModule) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from cotune.inference.engine import Engine, Generated, Prompted, Weights
 from cotune.inference.local.decoder import Decoder
 from cotune.inference.local.merged_copy import MergedCopy, base_alone
@@ -73,11 +74,21 @@ class LocalEngine(Engine):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module has the mode it had, or dropout would stay off in training."""
+    """Eval mode inside; afterwards every module has the mode it had, or dropout would stay off in training.
+
+    The weights compute in the type that they have: Lightning's mixed precision is on in validation and off in searches
+    and collections, and what a model says must not depend on that.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with unmixed(model):
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+def unmixed(model: nn.Module) -> AbstractContextManager[Any]:
+    """Without autocast inside, on the model's device."""
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)

@@ -124,3 +124,11 @@ def test_a_program_is_asked_as_it_comes(tiny_model: Path, capsys: pytest.Capture
     assert cotune(["ask", "--exp", "runs/x"], capsys).err.endswith("Did you mean --export?\n")
     said = cotune(["ask", "--config", "iris", "--colour", "red"], capsys)
     assert '"--colour" is no input of the program; its inputs are --petal_length' in said.err
+
+
+def test_an_lm_named_by_its_class_alone_is_asked(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.yaml").write_text("model:\n  sampling: {max_new_tokens: 4}\n  lm: LanguageModel\n")
+    program = ["--program", "question -> answer: Literal['yes', 'no']", "--question", "Is it?"]
+    said = cotune(["ask", "--config", "own.yaml", "--lm", str(tiny_model), *program], capsys)
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-1] in ("answer: yes", "answer: no")

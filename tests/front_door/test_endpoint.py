@@ -37,6 +37,17 @@ def fit(server: EndpointServer, *more: str) -> list[str]:
     ]
 
 
+def test_a_program_is_asked_at_an_endpoint_as_it_comes(
+    server: EndpointServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = f"{{class_path: OpenAILM, init_args: {{model: m, endpoint: {server.url}}}}}"
+    Path("own.yaml").write_text(f"model:\n  lm: {lm}\n")
+    program = ["--program", "petal_length -> answer", "--petal_length", "1"]
+    said = cotune(["ask", "--config", "own.yaml", *program], capsys)
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-1] == "answer: setosa"
+
+
 def asked(server: EndpointServer) -> Counter[str]:
     """How often each request has come."""
     return Counter(json.dumps([body["messages"], body.get("seed")]) for body in server.bodies)

@@ -23,7 +23,7 @@ from cotune.programs import Completion, Predict, Sampling
 from cotune.storage.durable import damaged_file
 from cotune.storage.served_adapter import vllm_refusals
 from crashes import dies
-from tiny import save_wide_model
+from tiny import save_tiny_model, save_wide_model
 from tiny_fit import among
 
 import cotune
@@ -210,10 +210,23 @@ def test_a_base_that_cannot_be_unpacked_is_refused_with_the_reason(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     described = json.loads((export / "program.json").read_text())
-    described["base"]["model"] = str(folder)
+    described["base"] |= {"model": str(folder), "identity": LanguageModel(str(folder)).base_identity()}
     (export / "program.json").write_text(json.dumps(described))
     with pytest.raises(QuantizationError, match=r"is quantised as gptq, and nothing can be added .*--what adapter"):
         write_export(export, tmp_path / "out", what="merged")
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_other_weights_in_the_bases_folder_are_neither_loaded_nor_merged(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    lm = LanguageModel(str(base), device="cpu", lora=LoRA(r=4))
+    export_program(disturbed(ProgramModule(Predict(SIGNATURE), lm)), tmp_path / "export")
+    save_tiny_model(base, seed=9)
+    wrong = r"was tuned on .*base\" \(SHA-256 \w+\), but .*base\" has other files \(SHA-256 \w+\)\. .* put those back"
+    with pytest.raises(cotune.tuned.ExportError, match=wrong):
+        cotune.load(tmp_path / "export", module=ProgramModule(Predict(SIGNATURE), LanguageModel(str(base))))
+    with pytest.raises(cotune.tuned.ExportError, match=wrong):
+        write_export(tmp_path / "export", tmp_path / "out", what="merged")
     assert not (tmp_path / "out" / "merged").exists()
 
 

@@ -87,6 +87,23 @@ def test_the_traces_of_the_step_are_read(finished: Any) -> None:
     assert batches.traces == load_traces(finished.folder / "traces" / "step-2", finished.module.program)
 
 
+def test_a_step_that_collects_in_each_round_shows_each_rounds_own_rows(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], finished: Any
+) -> None:
+    """They keep the prompts that they were drawn by, and are not those of another run that w takes."""
+    others = finished.folder / "traces" / "step-2"
+    words = fit(tiny_model, "--data.traces", str(others), "--data.bootstrapping.demo_share", "1", schedule="w -> k")
+    assert cotune(words, capsys).code == 0
+    program, own = finished.module.program, Path("runs/tiny/traces/step-2")
+    assert load_batches(Path("runs/tiny"), step=1)[0].traces == load_traces(others, program)
+    for epoch, folder in enumerate([own, own / "round-2"]):
+        batches, lm = load_batches(Path("runs/tiny"), epoch=epoch)
+        assert batches.traces == load_traces(folder, program)
+        shown = [lm.tokenizer.decode(row.ids) for row in trained_rows(batches)]
+        assert {text.count("<|im_start|>assistant") for text in shown} == {1}
+    assert 'step-2" has no traces of epoch 2' in preview(capsys, "runs/tiny", "--epoch", "2").err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

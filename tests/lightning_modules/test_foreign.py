@@ -213,6 +213,14 @@ def test_an_adapter_of_another_base_is_refused(tiny_model: Path, tmp_path: Path)
         loaded(tiny_model, adapter=str(folder))
 
 
+def test_an_adapter_of_more_layers_than_the_base_has_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = adapter(save_tiny_model(tmp_path / "deep", layers=4), tmp_path / "adapter")
+    with pytest.raises(
+        ModelNotFoundError, match=r"8 of its weights are of layers .* not have \(model\.layers\.2\.self_"
+    ):
+        loaded(tiny_model, adapter=str(folder))
+
+
 def test_an_adapter_that_is_no_lora_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(tmp_path / "adapter")

@@ -18,7 +18,8 @@ from cotune.lightning_modules.lora import (
     lora_layers,
     reset,
 )
-from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, LlamaConfig
 
 
 def test_only_the_adapter_trains_and_it_sits_on_every_linear_layer_but_the_head(tiny_model: Path) -> None:
@@ -65,6 +66,29 @@ def test_reset_gives_what_attaching_gave(tiny_model: Path) -> None:
     reset(model, seed=5)
     assert fingerprint(model) == made
     assert torch.equal(logits(model.eval()), logits(AutoModelForCausalLM.from_pretrained(tiny_model)))
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_reset_takes_what_else_an_adapter_trains_from_the_base(tiny_model: Path, settings: dict[str, Any]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **settings))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p.add_(1.0)
+    reset(model, seed=0)
+    expected = logits(AutoModelForCausalLM.from_pretrained(tiny_model).eval())
+    assert torch.allclose(logits(model.eval()), expected, atol=1e-4)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in trained]  # an optimiser has these
+
+
+def test_an_adapter_that_trains_the_bases_own_biases_is_not_reset(tiny_model: Path) -> None:
+    base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(tiny_model, attention_bias=True))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], bias="all"))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=r"also trains .*bias.* Set alternate\.weights to \"continue\""):
+        reset(model, seed=0)
+    assert fingerprint(model) == before
 
 
 def test_the_global_generator_is_left_alone(tiny_model: Path) -> None:

@@ -49,7 +49,7 @@ class Course:
 
     def __init__(self, schedule: Sequence[str], steps: Mapping[str, WeightStep], options: Options) -> None:
         self.schedule, self.steps, self.options = tuple(schedule), steps, options
-        for letter in sorted(set(schedule) & set(steps)):
+        for letter in sorted(set(schedule) & set(steps)) or set(steps) & {"w"}:
             if options.average_last not in (0, *range(2, steps[letter].epochs_or_rounds + 1)):
                 raise BadValueError(
                     f"average_last {options.average_last} must be 0 (off) or 2 to the epochs of each weight step; "

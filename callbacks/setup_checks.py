@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from cotune.callbacks.alternation import Alternation
 from cotune.callbacks.diagnosis import advice_without_traces
 from cotune.callbacks.schedule import PROMPTS, WeightStep
-from cotune.callbacks.trainer_options import Share, check_trainer_options
+from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.datamodules import Report, TraceDataModule
 from cotune.errors import BadValueError, WrongTypeError
 from cotune.lightning_modules import ProgramModule
+from cotune.lightning_modules.lightning_internals import Share
 from cotune.lightning_modules.text_lm import TextLM
 from cotune.programs import Program, prompts_id
 from lightning.pytorch import LightningModule, Trainer

@@ -152,25 +152,6 @@ LOGGED = ("train/loss", "train/lr", "train/skipped_steps", "val/score")
 """What a callback can monitor: all that `ProgramModule` logs while it trains."""
 
 
-class Share(float):
-    """A share of an epoch's batches, of which Lightning takes one at least, and all of those that it cannot count.
-
-    It computes `int(batches * share)`, stops the fit where that is 0, and takes a loader without a length only with a
-    share that is 1: the one that a fit has when all of its training is over.
-    """
-
-    def __rmul__(self, batches: float) -> float:
-        return max(batches * float(self), 1.0)
-
-    def __eq__(self, other: object) -> bool:
-        return other == 1.0 or float(self) == other
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = float.__hash__
-
-
 def _refused_callbacks(chosen: Any) -> list[str]:
     """A phrase for each callback that would break the schedule; they may be objects, or as a config names them."""
     names = [path.rpartition(".")[2] for path, _ in _described(chosen)]

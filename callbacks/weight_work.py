@@ -117,8 +117,7 @@ class WeightWork:
 
     def epoch_ended(self, module: ProgramModule) -> None:
         """A training epoch is over."""
-        if self.course.options.average_last:
-            self.choice.epoch_ended(module.lm.adapter_state())
+        self.choice.epoch_ended(module.lm.adapter_state())
 
     @property
     def epochs(self) -> int:

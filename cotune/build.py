@@ -7,6 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from cotune.callbacks.schedule import WeightStep, parse_schedule, weight_steps
 from cotune.datamodules import TraceDataModule
 from cotune.errors import CotuneError
 from cotune.fit.parse_errors import explain
@@ -48,6 +49,18 @@ def build_data(config: Mapping[str, Any], *, where: str) -> TraceDataModule:
     data = _built(parser, {"data": dict(config)}, where).data
     assert isinstance(data, TraceDataModule)
     return data
+
+
+def build_steps(config: Mapping[str, Any], *, where: str) -> list[WeightStep]:
+    """The settings of each step of the schedule of a config's "alternate" part; a prompt step's mean nothing.
+
+    Raises:
+        BuildError: as `build_module`.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--steps", type=dict[str, WeightStep | None] | None)
+    steps = weight_steps(_built(parser, {"steps": config.get("steps")}, where).steps, epochs=config["epochs"])
+    return [steps.get(letter) or WeightStep() for letter in parse_schedule(config["schedule"], steps)]
 
 
 def _built(parser: ArgumentParser, config: dict[str, Any], where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -229,6 +230,12 @@ class TraceDataModule(LightningDataModule, ABC):
                 made = rotated(made, fold=self.fold, folds=self.folds, seed=self.seed)
             self._splits = replace(made, rest=(), notes=(*made.notes, *leak_notes(made)))
         return self._splits
+
+    def reseeded(self, seed: int) -> TraceDataModule:
+        """The same data by another seed; nothing of it has been read."""
+        made = copy.copy(self)
+        made.seed, made._splits = seed, None
+        return made
 
     def rehearse(self, batches: int) -> None:
         """Keeps so many batches of each set, and trains on traces of any score above 0: for a look whether all runs."""

@@ -134,7 +134,7 @@ class TableCommand:
         for run, made in finished.items():
             if found := changed_options(made, parts[run.cell].counted, but=_OF_A_RUN):
                 raise TableError(self._another(run, "with other options", found))
-        now = ContentNow(self.config, parts, self._parts_of, own_store(self.runs_folder))
+        now = ContentNow(parts, own_store(self.runs_folder))
         for run, made in finished.items():
             if found := changed_content(made, data=now.data(run), base=now.base(run.cell)):
                 raise TableError(self._another(run, "of other data or another base model", found))

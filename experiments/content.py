@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from cotune.callbacks.progress import say
 from cotune.datamodules.splits import NAMES
 from cotune.experiments.parts import Parts
 from cotune.experiments.runs import Cell, Run
-from cotune.experiments.table_config import TableConfig
 from cotune.lightning_modules import LanguageModel
 from cotune.lightning_modules.foreign import ModelNotFoundError
 from cotune.storage.run_identity import data_sums
@@ -21,28 +20,21 @@ class ContentNow:
 
     Args:
         parts: of each cell.
-        parts_of: words of a command line -> what it describes.
         store: the file that remembers the sums of a model's files.
     """
 
-    def __init__(
-        self,
-        config: TableConfig,
-        parts: Mapping[Cell, Parts],
-        parts_of: Callable[[Sequence[str]], Parts],
-        store: Path,
-    ) -> None:
-        self._config, self._parts, self._parts_of, self._store = config, parts, parts_of, store
+    def __init__(self, parts: Mapping[Cell, Parts], store: Path) -> None:
+        self._parts, self._store = parts, store
         self._sums: dict[tuple[str, int], dict[str, str]] = {}
         self.base = cache(self._base)
 
     def data(self, run: Run) -> dict[str, str]:
         """Set -> SHA-256 of the examples that this run would have now; cells with the same data options share them."""
-        key = (self._parts[run.cell].data_options, run.seed)
+        parts = self._parts[run.cell]
+        key = (parts.data_options, run.seed)
         if key not in self._sums:
-            words = self._config.words(run.cell.task, run.cell.lm, run.cell.preset)
-            data = self._parts_of([*words, "--seed_everything", str(run.seed)]).data
-            self._sums[key] = data_sums({name: getattr(data.splits, name) for name in NAMES})
+            splits = parts.data.reseeded(run.seed).splits
+            self._sums[key] = data_sums({name: getattr(splits, name) for name in NAMES})
         return self._sums[key]
 
     def _base(self, cell: Cell) -> str:

@@ -1,4 +1,5 @@
-"""What Lightning does not promise and is used all the same: private methods that others are put in the place of.
+"""What Lightning does not promise and is used all the same: private methods that others are put in the place of,
+and how it computes.
 
 All of it stands here. tests/test_internals.py says from which version it was read, and fails if it goes.
 """
@@ -65,3 +66,22 @@ class WholeWriter(ExperimentWriter):
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self.rewrite(fieldnames)
+
+
+class Share(float):
+    """A share of an epoch's batches, of which Lightning takes one at least, and all of those that it cannot count.
+
+    It computes `int(batches * share)`, stops the fit where that is 0, and takes a loader without a length only with a
+    share that is 1: the one that a fit has when all of its training is over.
+    """
+
+    def __rmul__(self, batches: float) -> float:
+        return max(batches * float(self), 1.0)
+
+    def __eq__(self, other: object) -> bool:
+        return other == 1.0 or float(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__

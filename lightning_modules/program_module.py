@@ -178,19 +178,24 @@ class ProgramModule(LightningModule):
         progress: Callable[[int], None] | None = None,
         samples: int = 1,
         vote: Vote = "mean",
-        part: bool = False,
     ) -> list[Rollout]:
         """Runs the program as it stands (current weights; current prompts unless others are given).
 
         Args:
             samples, vote: runs of each example, and how they become one (see `settled`).
-            part: these are some of the examples to run: how many fail is not measured yet.
         """
         given, runner = self.prompts if prompts is None else prompts, self.runner(metric)
-        runner = replace(runner, max_error_rate=1.0) if part else runner
-        passes = [runner.run(examples, given, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
-        self._run += [rollout for done in passes for rollout in done] if part else []
-        return settled(passes, vote) if samples > 1 else passes[0]
+        return settled(self._passes(runner, examples, given, samples, progress), vote)
+
+    def _passes(
+        self,
+        runner: Runner,
+        examples: Sequence[Example],
+        prompts: Prompts,
+        samples: int,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Rollout]]:
+        return [runner.run(examples, prompts, seed=self.seed, attempt=k, progress=progress) for k in range(samples)]
 
     @property
     def initial_prompts(self) -> Prompts:
@@ -289,12 +294,16 @@ class ProgramModule(LightningModule):
             self._skip("the accumulated gradient", ())
 
     def validation_step(self, batch: list[Example], batch_idx: int) -> None:
-        data = self._data
-        sampled: dict[str, Any] = {"samples": data.val_samples, "vote": data.val_vote}
-        self.evaluated += self.rollouts(batch, metric=data.metric, part=True, **sampled)
+        self._evaluate(batch, samples=self._data.val_samples)
 
     def test_step(self, batch: list[Example], batch_idx: int) -> None:
-        self.evaluated += self.rollouts(batch, metric=self._data.metric, part=True)
+        self._evaluate(batch, samples=1)
+
+    def _evaluate(self, batch: list[Example], *, samples: int) -> None:
+        """Runs some of the examples; how many fail is measured once all have been run."""
+        passes = self._passes(replace(self.runner(self._data.metric), max_error_rate=1.0), batch, self.prompts, samples)
+        self._run += [rollout for done in passes for rollout in done]
+        self.evaluated += settled(passes, self._data.val_vote)
 
     def predict_step(self, batch: list[Example], batch_idx: int) -> list[dict[str, Any]]:
         """A plain dict an example, because Lightning moves what it returns and stops at frozen dataclasses."""
@@ -304,7 +313,7 @@ class ProgramModule(LightningModule):
                 "prediction": None if rollout.prediction is None else dict(rollout.prediction),
                 "error": None if rollout.error is None else rollout.error.message,
             }
-            for rollout in self.rollouts(batch, metric=None, part=True)  # each says what its error was
+            for rollout in replace(self.runner(None), max_error_rate=1.0).run(batch, self.prompts, seed=self.seed)
         ]
 
     def on_validation_epoch_start(self) -> None:

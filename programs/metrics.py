@@ -79,12 +79,7 @@ def f1(example: Example, prediction: Mapping[str, Any]) -> Score:
     """
     _check_labels(example)
     scores = {
-        name: max(
-            (_overlap(prediction[name], one) for one in _answers(label)), default=float(same(prediction[name], label))
-        )
-        if name in prediction
-        else 0.0
-        for name, label in example.labels.items()
+        name: _nearest(prediction[name], label) if name in prediction else 0.0 for name, label in example.labels.items()
     }
     low = [_expected(example, prediction, name) for name, score in scores.items() if score < 1]
     return Score(sum(scores.values()) / len(scores), "; ".join(low))
@@ -139,6 +134,11 @@ def _gold_number(example: Example, label: Any, read: Callable[[Any], Decimal | N
     if number is None:
         raise ValueError(f"example {example.id}: the label {label!r} holds no number")
     return number
+
+
+def _nearest(said: Any, label: Any) -> float:
+    """The overlap with the nearest of the right answers; with an empty list, whether it is one, too."""
+    return max((_overlap(said, one) for one in _answers(label)), default=float(same(said, label)))
 
 
 def _overlap(said: Any, label: Any) -> float:

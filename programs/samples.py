@@ -25,6 +25,8 @@ def settled(passes: Sequence[Sequence[Rollout]], vote: Vote) -> list[Rollout]:
     Where the user's code failed in any run of the example, the one rollout has the first such error, which says in how
     many of the runs, beside the score that they came to.
     """
+    if len(passes) == 1:
+        return list(passes[0])
     one = _mean if vote == "mean" else _majority
     return [_with_fault(one(runs), runs) for runs in zip(*passes, strict=True)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -172,7 +172,7 @@ def _by_value(traces: Sequence[Trace]) -> Iterator[str]:
 
 def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule, list[WeightStep]]:
     """(module, data, settings of each step of the schedule)."""
-    from cotune.build import build_data, build_module
+    from cotune.build import build_data, build_module, build_steps
 
     if not (folder / "config.yaml").is_file():
         runs = ", ".join(sorted(str(path.parent) for path in folder.glob("*/config.yaml"))[:5])
@@ -184,23 +184,7 @@ def _read_config(folder: Path) -> tuple[ProgramModule, TraceDataModule, list[Wei
     data = build_data(config["data"], where=str(path))
     # The seed stands once in the file, and the command line hands it on, as here.
     data.seed = int(config["seed_everything"])
-    return module, data, _schedule(config["alternate"], path)
-
-
-def _schedule(alternate: Mapping[str, Any], path: Path) -> list[WeightStep]:
-    """The settings of each step of the schedule; a prompt step's mean nothing."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from cotune.callbacks.schedule import WeightStep, parse_schedule, weight_steps
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--steps", type=dict[str, WeightStep | None] | None)
-    try:
-        given = parser.instantiate(parser.parse_object({"steps": alternate.get("steps")})).steps
-    except ArgumentError as error:
-        raise PreviewError(f"{path}: alternate.steps is not as it was in the run: {error}") from error
-    steps = weight_steps(given, epochs=alternate["epochs"])
-    return [steps.get(letter) or WeightStep() for letter in parse_schedule(alternate["schedule"], steps)]
+    return module, data, build_steps(config["alternate"], where=str(path))
 
 
 def _step(folder: Path, step: int | None) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from cotune.inference import StoredLM
 from cotune.inference.endpoint import EndpointError
-from cotune.inference.openai import OpenAILM
 from cotune.inference.try_error import TryError
 from cotune.programs import BudgetedLM, Field, Fixed, Ledger, Request, Sampling
 from endpoint_server import Body, EndpointServer, Reply, serving
@@ -24,20 +23,6 @@ DOWN = Reply(status=503, error={"message": "overloaded"}, wait=0.05)
 def server() -> Iterator[EndpointServer]:
     with serving(said) as running:
         yield running
-
-
-@pytest.fixture
-def lm_at() -> Iterator[Callable[..., OpenAILM]]:
-    made: list[OpenAILM] = []
-
-    def make(server: EndpointServer, **options: Any) -> OpenAILM:
-        made.append(OpenAILM("m", server.url, **options))
-        made[-1]._endpoint.first_wait = 0.001
-        return made[-1]
-
-    yield make
-    for lm in made:
-        lm.close()
 
 
 def said(body: Body) -> str:

@@ -11,6 +11,7 @@ repeated command goes on behind it; completions are kept in --folder, so that it
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import time
@@ -155,9 +156,10 @@ class Tuners:
                 "test": "".join(str(int(scores[id_])) for id_ in ids),
             }
 
-    def _lm(self, model: str) -> LanguageModel:
+    def _lm(self, model: str, dtype: str = "float32") -> LanguageModel:
         store = Path(self.options.folder) / "completions.sqlite" if model == self.options.model else None
-        lm = LanguageModel(model, device=self.options.device, completions=store and str(store), cache_tokens=16384)
+        kept: dict[str, Any] = {"completions": store and str(store), "cache_tokens": 16384}
+        lm = LanguageModel(model, dtype=dtype, device=self.options.device, **kept)  # type: ignore[arg-type]
         lm.load(seed=0)
         return lm
 
@@ -193,7 +195,10 @@ class Tuners:
         return cell | {"test": "".join(map(str, said["right"])), "unreadable": said["unreadable"]}
 
     def _trl(self, how: str, sets: Splits, seed: int) -> dict[str, Any]:
-        """Trains on the traces of cotune's w in --table, and tests the weights in cotune's program, greedily."""
+        """Trains on the traces of cotune's w in --table, and tests the weights in cotune's program, greedily.
+
+        The weights are held as that run held them, and "cotune's settings" have its rate.
+        """
         (run,) = Path(self.options.table).glob(f"runs/{self.options.task}_*_default_w_{seed}")
         rows = datasets.load_from_disk(str(run / "traces" / "step-1"))
         chats = [{"messages": [*row["messages"], {"role": "assistant", "content": row["completion"]}]} for row in rows]
@@ -211,11 +216,12 @@ class Tuners:
                 batch_size=self.options.batch_size,
                 rank=32,
                 alpha=64,
-                rate=2e-5 if own else 5e-4,
+                rate=2e-5 if own else _rate(run),
                 threads=self.options.threads,
                 device=self.options.device,
             )
-        lm = self._lm(str(out))
+        held = json.loads((run / "run.json").read_text(encoding="utf-8"))["options"]["model.lm.init_args.dtype"]
+        lm = self._lm(str(out), held)
         program = Predict(
             f"{self.task.inputs[0]} -> answer{'' if self.task.typed else ': float'}",
             instruction=self.task.instruction,
@@ -223,7 +229,7 @@ class Tuners:
             types={"answer": self.task.labels(sets)} if self.task.typed else None,
         )
         metric = self.task.kind(path=self.options.data, sizes=self.task.sizes).metric
-        runner = Runner(program, lm, ReasonThenFill(), metric, Sampling(max_new_tokens=16), 1.0)
+        runner = Runner(program, lm, ReasonThenFill(), metric, Sampling(max_new_tokens=self.task.new), 1.0)
         scores = {
             part: [rollout.score for rollout in runner.run(getattr(sets, part), program.initial_prompts())]
             for part in ("val", "test")
@@ -235,6 +241,12 @@ class Tuners:
 
 def _rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [{**example.inputs, **example.labels} for example in examples]
+
+
+def _rate(run: Path) -> float:
+    """The full learning rate of a run's weight step, as its log has it."""
+    with (run / "metrics.csv").open(encoding="utf-8") as lines:
+        return float(f"{max(float(row['train/lr']) for row in csv.DictReader(lines) if row['train/lr']):.3g}")
 
 
 def _folder(model: str) -> Path:

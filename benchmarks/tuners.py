@@ -214,6 +214,7 @@ class Tuners:
                 out=str(out),
                 steps=epochs * -(-len(chats) // self.options.batch_size),
                 batch_size=self.options.batch_size,
+                rows_at_once=self.options.rows_at_once,
                 rank=32,
                 alpha=64,
                 rate=2e-5 if own else _rate(run),
@@ -276,6 +277,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapter", choices=["json", "chat"], default="json", help="DSPy's")
     parser.add_argument("--epochs", type=int, default=10, help="of TRL by cotune's settings")
     parser.add_argument("--batch_size", type=int, default=8, help="TRL's")
+    parser.add_argument("--rows_at_once", type=int, help="of TRL's batch; fewer take less memory (default: all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default="runs/tuners", help="where completions and TRL's weights are kept")

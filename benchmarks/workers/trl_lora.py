@@ -28,6 +28,7 @@ def train(
     rate: float,
     threads: int,
     device: str,
+    rows_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Trains on the completions alone for that many optimiser steps, merges, and writes the model to `out`."""
     import torch
@@ -43,7 +44,8 @@ def train(
     pairs = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in chats]
     settings = trl.SFTConfig(
         max_steps=steps,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=rows_at_once or batch_size,
+        gradient_accumulation_steps=batch_size // (rows_at_once or batch_size),
         learning_rate=rate,
         lr_scheduler_type="constant",
         completion_only_loss=True,

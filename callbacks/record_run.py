@@ -15,6 +15,7 @@ from typing import Any
 from cotune.callbacks.alternate import Alternate
 from cotune.callbacks.boundary import Boundary, BoundaryListener, judge_noise
 from cotune.callbacks.progress import say
+from cotune.callbacks.say_plan import learning_rates
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Ledger, faults_of, mean_score
 from cotune.programs.faults import Faults, faults_from_dict, faults_to_dict, merged
@@ -75,6 +76,7 @@ class RecordRun(Callback, BoundaryListener):
         assert isinstance(module, ProgramModule)
         made = summary(self._alternate, seed=module.seed)
         made |= {"ended": ended, "found": found, "adapter": str(module.lm.attached)}
+        made["learning_rates"] = learning_rates(module, self._alternate)
         more = {**_spent_and_judged(trainer, module), "durability": self._durability(module)}
         self._write(trainer, module, {**made, **more})
 

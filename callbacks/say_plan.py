@@ -116,7 +116,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         f"  data      {sizes} examples; metric {metric}",
         *(f"            {note}" for note in data.splits.notes),
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
-        *_rates(module, alternate),
+        *_rate_line(module, alternate),
         *_search_cost(alternate, data, len(program.stages)),
         f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
         *(f"  {role:9} {lm}" for role, lm in module.ledger.asked.items() if role != "program"),
@@ -193,19 +193,26 @@ def _step_sizes(alternate: Alternate, data: TraceDataModule) -> str:
     return f" ({'; '.join(parts)})"
 
 
-def _rates(module: ProgramModule, alternate: Alternate) -> list[str]:
-    """The full learning rate of each weight step, and where it comes from; nothing without one."""
+def learning_rates(module: ProgramModule, alternate: Alternate) -> dict[str, str]:
+    """Letter of each weight step -> its full learning rate and where it comes from; {} for an LM without weights."""
     optimizer = module.configure_optimizers()
-    if isinstance(optimizer, list):  # an LM without weights
-        return []
+    if isinstance(optimizer, list):
+        return {}
     group = optimizer.param_groups[0]
-    rates: dict[str, list[str]] = {}
+    rates: dict[str, str] = {}
     for letter in dict.fromkeys(step for step in alternate.schedule if step != PROMPTS):
         step = alternate.steps[letter]
         why = "as the step says" if step.lr else "as set"
         if group["by_size"] and not step.lr:
             why = f"by the LM's size, {module.weights.size / 1e6:,.0f}M parameters"
-        rates.setdefault(f"{module.rate(step.learns, step.lr, group):.1e} ({why})", []).append(letter)
+        rates[letter] = f"{module.rate(step.learns, step.lr, group):.1e} ({why})"
+    return rates
+
+
+def _rate_line(module: ProgramModule, alternate: Alternate) -> list[str]:
+    rates: dict[str, list[str]] = {}
+    for letter, rate in learning_rates(module, alternate).items():
+        rates.setdefault(rate, []).append(letter)
     message = "; ".join(f"{', '.join(letters)}: {rate}" for rate, letters in rates.items())
     return [f"  rate      {message}"] if message else []
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cotune.programs.calibration import shown
+from cotune.reporting.run_record import rates_in_words
+from cotune.storage.schedule_text import VANILLA, steps_of
 from cotune.storage.served_adapter import max_lora_rank, vllm_refusals
 
 _TAGS = ["cotune", "prompt-optimization", "better-together", "arxiv:2407.10930"]
@@ -47,6 +50,7 @@ class Card:
             tags=[*_TAGS[:1], *(["lora"] if self.adapter else []), *_TAGS[1:]],
         )
         parts = [*(["a LoRA adapter"] if self.adapter else []), *(["merged weights"] if self.merged_into else [])]
+        best = str(self.summary.get("best") or "")
         what, first = " and ".join(parts), next(iter(self.described["stages"].values()))
         card = ModelCard.from_template(
             data,
@@ -58,7 +62,7 @@ class Card:
             stages=self.described["stages"],
             inputs=", ".join(f'{name}="…"' for name in first["inputs"]),
             scores=self.summary.get("scores"),
-            best=self.summary.get("best"),
+            best=best,
             tested=self.summary.get("test_score"),
             sizes=(self.described.get("data") or {}).get("sizes") or {},
             base=base,
@@ -67,6 +71,9 @@ class Card:
             license=self.license,
             settings=self._settings(),
             prompts={stage: {"demos": [], **prompt} for stage, prompt in self.prompts.items()},
+            shown=shown,
+            calibrated=any(prompt.get("calibration") for prompt in self.prompts.values()),
+            untrained=bool(best) and set(steps_of(best)) <= {"p", VANILLA},
             demos=sum(len(prompt.get("demos") or ()) for prompt in self.prompts.values()),
             adapter=self.adapter,
             served=serve_commands(_slug(self.name), base["name"], self),
@@ -85,6 +92,7 @@ class Card:
             ("examples", ", ".join(f"{name} {n}" for name, n in (data.get("sizes") or {}).items())),
             ("LoRA", self._lora()),
             ("optimiser", _optimizer(model.get("optimizer"))),
+            ("learning rate", rates_in_words(self.summary.get("learning_rates"))),
             ("sampling", _settings_line(model.get("sampling"))),
             ("seed", self.summary.get("seed")),
             ("LM calls", self.summary.get("lm_calls")),
@@ -142,7 +150,8 @@ def _optimizer(chosen: Mapping[str, Any] | None) -> str:
         return ""
     settings = chosen.get("init_args") or {}
     name = str(chosen.get("class_path", "")).rpartition(".")[2]
-    return f"{name}, {_settings_line({k: settings[k] for k in ('lr', 'weight_decay') if k in settings})}"
+    # A rate of 0 stands for the one that fits the LM's size.
+    return f"{name}, {_settings_line({k: settings[k] for k in ('lr', 'weight_decay') if settings.get(k)})}"
 
 
 def _settings_line(settings: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ from cotune.reporting.closing_table import cost_lines, judge_line
 from cotune.reporting.comparison import Comparison
 from cotune.reporting.journeys import Journey
 from cotune.reporting.prompt_changes import PromptChange, demo_fields, descent, prompt_changes
-from cotune.reporting.run_record import Json, Prefix, RunRecord, setting
+from cotune.reporting.run_record import Json, Prefix, RunRecord, rates_in_words, setting
 from cotune.reporting.statistics import binomial_error, interval, standard_error
 from markupsafe import Markup
 
@@ -107,7 +107,7 @@ def render_report(run: RunRecord, *, examples: int = 60, now: datetime | None = 
             traces=[(p, journeys.trace_counts(p)) for p in run.prefixes if p.traces],
             unanswered=_unanswered(run),
             costs=costs(run),
-            key_settings=key_settings(run.config, str(run.summary.get("adapter", ""))),
+            key_settings=key_settings(run.config, run.summary),
             paid=cost_lines(run.summary),
             judged=judge_line(run.judge),
             now=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
@@ -218,15 +218,18 @@ def costs(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def key_settings(config: Json, adapter: str) -> list[tuple[str, Any]]:
+def key_settings(config: Json, summary: Json) -> list[tuple[str, Any]]:
     """The settings that say what the run was; those that are not known are left out.
 
     Args:
-        adapter: what the model had, in words, where the run has said so.
+        summary: of the run, which says what the model had and which learning rates fitted it; {} while there is none.
     """
     found = [(name, setting(config, path, None)) for name, path in _KEY_SETTINGS.items()]
-    if adapter:
+    if adapter := summary.get("adapter"):
         found = [("adapter", adapter) if name.startswith("LoRA") else (name, value) for name, value in found]
+    rate = rates_in_words(summary.get("learning_rates")) or setting(config, "model.optimizer.lr", None)
+    rate = "by the LM's size" if rate == 0 else rate
+    found = [(name, rate if name == "learning rate" else value) for name, value in found]
     sizes = setting(config, "data.sizes", None)
     if isinstance(sizes, Mapping):
         found.append(("sizes", ", ".join(f"{part} {size}" for part, size in sizes.items())))

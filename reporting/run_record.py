@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,6 +188,15 @@ def setting(config: Json, path: str, default: Any) -> Any:
     return default if value is None else value
 
 
+def rates_in_words(rates: Mapping[str, str] | None) -> str:
+    """The learning rates that summary.json holds by the letter of the step; "" where it holds none.
+
+    >>> rates_in_words({"w": "5.0e-04 (as set)", "d": "1.0e-04 (as the step says)"})
+    'w: 5.0e-04 (as set); d: 1.0e-04 (as the step says)'
+    """
+    return "; ".join(f"{letter}: {rate}" for letter, rate in (rates or {}).items())
+
+
 def _history_path(folder: Path) -> Path:
     path = folder / "history.jsonl"
     if path.is_file():
@@ -257,7 +267,7 @@ def _read_config(path: Path) -> tuple[str, Json]:
     if not path.is_file():
         return "", {}
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
         raise ReportError(f'"{path}" is damaged: {" ".join(str(error).split())}') from error
     config = redacted(loaded or {})
@@ -268,8 +278,8 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     wanted = {"train/loss_step", "train/loss", "train/lr", "val/score"}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(file)]
+    lines = io.StringIO(_text(path), newline="")
+    rows = [{name: value for name, value in row.items() if name and value} for row in csv.DictReader(lines)]
     # A resumed run may have logged a step a second time: then that counts.
     kept = {(row.get("step"), *sorted(wanted & set(row))): row for row in rows if wanted & set(row)}
     return [{name: float(value) for name, value in row.items() if _is_number(value)} for row in kept.values()]
@@ -299,9 +309,17 @@ def _optional(path: Path, read: Callable[[Path], _T]) -> _T | None:
     return read(path) if path.is_file() else None
 
 
-def _read_json(path: Path) -> Json:
+def _text(path: Path) -> str:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f'"{path}" is damaged: it is not UTF-8 ({error}).') from error
+
+
+def _read_json(path: Path) -> Json:
+    text = _text(path)
+    try:
+        loaded = json.loads(text)
     except ValueError as error:
         raise ReportError(f'"{path}" is damaged: {error}') from error
     if not isinstance(loaded, dict):
@@ -311,7 +329,7 @@ def _read_json(path: Path) -> Json:
 
 def _read_lines(path: Path) -> list[Json]:
     # Not splitlines: it also splits at characters such as U+2028, which JSON leaves standing inside a text.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = _text(path).split("\n")
     return [_read_line(line, f'"{path}", line {number},') for number, line in enumerate(lines, start=1) if line.strip()]
 
 

@@ -286,6 +286,8 @@ def test_the_command_writes_beside_the_run_or_where_it_is_told(
         assert all(candidate["why"] in text for candidate in record.get("candidates", []))
     assert "Training curves" in text
     assert "learnt from" in text
+    (rate,) = json.loads((finished.folder / "summary.json").read_text())["learning_rates"].values()
+    assert f"w: {rate}" in text
     assert cotune(["report", str(finished.folder)], capsys).code == 0
     assert (finished.folder / "report.html").is_file()
 
@@ -311,6 +313,14 @@ def test_a_folder_that_is_no_run_is_refused_with_a_reason(
     assert answer.code == 2
     assert said in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize("name", ["history.jsonl", "config.yaml", "metrics.csv", "summary.json"])
+def test_a_file_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_bytes("{'a': 'ä'}".encode("latin-1"))
+    with pytest.raises(ReportError, match=rf"{name}\" is damaged: it is not UTF-8"):
+        read_run(folder)
 
 
 def test_damaged_rollouts_are_named(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
         WrongTypeError: module or data are of another kind.
         TrainerOptionError: the trainer was made with an option that cannot be honoured.
         NoWeightsError: the schedule trains, and the LM has no weights here.
-        BadValueError: several processes would ask an LM that has no weights here, a set is empty that steps are chosen
-            by, or gold answers are asked for where labels give none.
+        BadValueError: several processes would ask an LM that has no weights here, a set is empty that a step
+            needs, or gold answers are asked for where labels give none.
     """
     data = getattr(trainer, "datamodule", None)
     if not isinstance(module, ProgramModule) or not isinstance(data, TraceDataModule):
@@ -46,9 +46,10 @@ def check_setup(trainer: Trainer, module: LightningModule, alternation: Alternat
     if any(step.rounds for step in alternation.steps):
         _ = module.weights
     _check_trainer(trainer, module, sum(step.rounds for step in alternation.steps))
-    for name in ("dev", "val"):
-        if not getattr(data.splits, name):
-            raise BadValueError(f"the {name} set is empty, but its scores choose between steps; set data.sizes.{name}.")
+    if not data.splits.val:
+        raise BadValueError("the val set is empty, but its scores choose between steps; set data.sizes.val.")
+    if not data.splits.dev and not all(step.rounds for step in alternation.steps):
+        raise BadValueError("the dev set is empty, but prompt steps score candidates on it; set data.sizes.dev.")
     if data.val_samples > 1 and module.sampling.temperature == 0:
         raise BadValueError(
             f"data.val_samples is {data.val_samples}, but at model.sampling.temperature 0 all runs of an example are "

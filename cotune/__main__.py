@@ -52,7 +52,14 @@ _OF_TESTS = ("COTUNE_DATA", "COTUNE_VLLM")
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 1 when `predict` could answer no row, 2 for an error that the user
     can mend, 3 for a lack of traces, 4 for a spent budget, 130 when stopped by Ctrl-C."""
-    words = list(sys.argv[1:] if args is None else args)
+    try:
+        return _run(list(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt:  # during the heavy imports: what stands around a command is not there yet
+        print("\ncotune: stopped.", file=sys.stderr)
+        return 130
+
+
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_HELP, end="")
         return 0

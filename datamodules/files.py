@@ -27,7 +27,7 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """The rows of a file (.jsonl, .json, .csv, .tsv, each also .gz, or .parquet) or of a Hub data set (owner/name).
 
-    Cells of csv and tsv stay text. Class indices of Hub and parquet data become the classes' names.
+    Cells of csv and tsv stay text. Class indices of Hub and parquet data become the classes' names, in lists too.
 
     Args:
         split, config: which part of a Hub data set; a file has none.
@@ -165,7 +165,9 @@ def _csv_rows(text: str, where: str, delimiter: str = ",") -> list[dict[str, Any
             f"{where}, line {reader.line_num}: {error}. Quotes inside a quoted cell are doubled; cells beyond 128 KiB "
             "do not fit csv, use jsonl."
         ) from error
-    _check_header(header, where)
+    if not header:
+        raise DataError(f"{where} is empty; its first line names the columns.")
+    _refuse_twins(header, where)
     faults = [
         f"row {n}: it has {len(line)} cells, the header {len(header)}; quote cells that hold the delimiter."
         for n, line in enumerate(lines, 1)
@@ -182,9 +184,7 @@ def _tsv_rows(text: str, where: str) -> list[dict[str, Any]]:
 _TEXT_READERS = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
 
 
-def _check_header(header: Sequence[str], where: str) -> None:
-    if not header:
-        raise DataError(f"{where} is empty; its first line names the columns.")
+def _refuse_twins(header: Sequence[str], where: str) -> None:
     twice = [name for name in header if header.count(name) > 1]
     if twice:
         raise DataError(
@@ -213,18 +213,33 @@ def _listing(folder: Path, limit: int = 10) -> str:
 
 
 def _parquet_rows(path: Path, columns: Sequence[str] | None) -> list[dict[str, Any]]:
-    import datasets
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
+        _refuse_twins(file.schema_arrow.names, str(path))
         table = file.read(columns=_needed(file.schema_arrow.names, columns, str(path)))
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f'"{path}" cannot be read as parquet: {error}.') from error
     # Not Dataset.from_parquet, which copies the file into the user's cache for the sake of one reading.
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return _with_class_names(_short_floats(rows, table.schema), datasets.Features.from_arrow_schema(table.schema))
+    features = {field.name: _feature(field, table.schema.metadata, str(path)) for field in table.schema}
+    return [_as_written(row, features) for row in table.to_pylist()]
+
+
+def _feature(field: Any, metadata: Any, where: str) -> Any:
+    """What a column of parquet holds, in the words of `datasets`; its notes in the file name the classes."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        return datasets.Features.from_arrow_schema(pa.schema([field], metadata))[field.name]
+    except ValueError as error:
+        raise DataError(
+            f'{where}: column "{field.name}" is of the Arrow type {field.type}, which cannot be read; allowed are '
+            "text, numbers, booleans, dates, lists and structs. Save it as one of these, or leave the column out of "
+            "inputs and labels."
+        ) from error
 
 
 def _needed(there: Sequence[str], columns: Sequence[str] | None, where: str) -> list[str]:
@@ -244,22 +259,26 @@ def _hub_rows(
             raise DataError(f'Hub data set "{hub_id}" has the splits {", ".join(data)}; name one, e.g. split="train".')
         (data,) = data.values()
     data = data.select_columns(_needed(data.column_names, columns, f'Hub data set "{hub_id}"'))
-    return _with_class_names(_short_floats(data.to_list(), data.features.arrow_schema), data.features)
+    return [_as_written(row, data.features) for row in data.to_list()]
 
 
-def _short_floats(rows: list[dict[str, Any]], schema: Any) -> list[dict[str, Any]]:
-    """Numbers of 32 and 16 bits as they are written: 3.1, and not 3.0999999046325684, which no program answers."""
+def _as_written(value: Any, feature: Any) -> Any:
+    """A value as a program answers it: a class's name and not its place in a list, 3.1 and not 3.0999999046325684."""
+    import datasets
     import numpy as np
-    import pyarrow as pa
 
-    narrow = {
-        field.name: field.type.to_pandas_dtype() for field in schema if field.type in (pa.float32(), pa.float16())
-    }
-    for column, kind in narrow.items():
-        for row in rows:
-            if row[column] is not None:
-                row[column] = float(np.format_float_positional(kind(row[column])))
-    return rows
+    if value is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: _as_written(value[name], inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return [_as_written(item, feature.feature) for item in value]
+    if isinstance(feature, datasets.ClassLabel):
+        # -1 is the Hub's convention for "no label": left to the caller as an empty field.
+        return None if value < 0 else feature.int2str(value)
+    if isinstance(feature, datasets.Value) and feature.dtype in ("float32", "float16"):
+        return float(np.format_float_positional(np.dtype(feature.dtype).type(value)))
+    return value
 
 
 def _hub_data(hub_id: str, config: str | None, split: str | None) -> Any:
@@ -292,16 +311,3 @@ def _load_from_hub(hub_id: str, config: str | None, split: str | None) -> Any:
         if "scripts are no longer supported" not in str(error):
             raise
         return datasets.load_dataset(hub_id, config, split=split, revision="refs/convert/parquet")
-
-
-def _with_class_names(rows: list[dict[str, Any]], features: Any) -> list[dict[str, Any]]:
-    """Class indices become the names: what a program answers is a word, not a place in a list."""
-    import datasets
-
-    for column, feature in features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            for row in rows:
-                index = row[column]
-                # -1 is the Hub's convention for "no label": left to the caller as an empty field.
-                row[column] = None if index is None or index < 0 else feature.int2str(index)
-    return rows

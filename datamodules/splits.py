@@ -48,6 +48,7 @@ class Splits:
     Attributes:
         notes: what the user should know of how they came about, a line each.
         rest: what was drawn into no set and is no test example, for folds.
+        fold_test: test as it is with folds: drawn from all, so that no other set's size counts. None: as `test`.
 
     Raises:
         ValueError: two sets share an id, or one set has it twice.
@@ -59,6 +60,7 @@ class Splits:
     test: tuple[Example, ...]
     notes: tuple[str, ...] = ()
     rest: tuple[Example, ...] = field(default=(), compare=False, repr=False)
+    fold_test: tuple[Example, ...] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         home: dict[str, str] = {}
@@ -112,12 +114,15 @@ def split(
             sets |= _draw(pools[name], {part: getattr(sizes, part)}, seed, stratify, name)
     drawn = {example.id for examples in sets.values() for example in examples}
     left = (e for name, part in names.items() if part != "test" for e in pools[name] if e.id not in drawn)
-    return Splits(**sets, notes=tuple(notes), rest=tuple(left))
+    outside = {"outside": len(pools[where]) - sizes.test, "test": sizes.test}
+    fold_test = _draw(pools[where], outside, seed, stratify, where)["test"] if test is None else None
+    return Splits(**sets, notes=tuple(notes), rest=tuple(left), fold_test=fold_test)
 
 
 def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
     """Other train, dev and val sets: of so many parts that all but test is dealt into, also what was drawn into no set,
     one is val and the next one dev. Over all folds each example is in each of them once. Labels are spread evenly.
+    Test is `fold_test`, the same in all folds.
 
     >>> rows = tuple(Example.of({"n": n}, {"even": n % 2 == 0}) for n in range(10))
     >>> folds = [rotated(Splits(rows[:6], rows[6:8], rows[8:], ()), fold=k, folds=5, seed=0) for k in range(5)]
@@ -127,7 +132,10 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
     Raises:
         ValueError: fewer than 3 folds, no such fold, or fewer examples than folds.
     """
-    pool = [*splits.train, *splits.dev, *splits.val, *splits.rest]
+    test = splits.test if splits.fold_test is None else splits.fold_test
+    held_out = {example.id for example in test}
+    drawn = (*splits.train, *splits.dev, *splits.val, *splits.test, *splits.rest)
+    pool = [example for example in drawn if example.id not in held_out]
     pool.sort(key=lambda e: (str(dict(e.labels)), _order(seed, e)))
     if not 3 <= folds <= len(pool) or not 0 <= fold < folds:
         raise BadValueError(
@@ -141,8 +149,10 @@ def rotated(splits: Splits, *, fold: int, folds: int, seed: int) -> Splits:
         train=tuple(sorted(train, key=lambda e: _order(seed, e))),
         dev=parts[(fold + 1) % folds],
         val=parts[fold],
+        test=test,
         notes=(*splits.notes, f"fold {fold} of {folds}: val and dev are one part each of all {len(pool)} but test"),
         rest=(),
+        fold_test=None,
     )
 
 

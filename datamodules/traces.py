@@ -203,6 +203,11 @@ class TraceDataModule(LightningDataModule, ABC):
         if min(batch_size, val_batch_size, val_samples) < 1:
             sized = f"batch_size {batch_size}, val_batch_size {val_batch_size} and val_samples {val_samples}"
             raise BadValueError(f"{sized} must be at least 1.")
+        if fold and folds is None:
+            raise BadValueError(
+                f"data.fold {fold} needs data.folds, the number of parts (at least 3, and more than fold). Give "
+                "data.folds too, or leave out data.fold."
+            )
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates
@@ -228,7 +233,7 @@ class TraceDataModule(LightningDataModule, ABC):
             made = self.load()
             if self.folds is not None:
                 made = rotated(made, fold=self.fold, folds=self.folds, seed=self.seed)
-            self._splits = replace(made, rest=(), notes=(*made.notes, *leak_notes(made)))
+            self._splits = replace(made, rest=(), fold_test=None, notes=(*made.notes, *leak_notes(made)))
         return self._splits
 
     def reseeded(self, seed: int) -> TraceDataModule:

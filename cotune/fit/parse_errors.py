@@ -25,6 +25,9 @@ OWN_COMMANDS = (
 )
 """The commands that have a module and a parser of their own."""
 
+SEEDS = "a whole number from 0 to 4294967295"
+"""What the option seed_everything may be: what numpy takes for a seed."""
+
 Options = Mapping[str, Any]
 """Option name, with dots and without dashes -> its type; None where it has none."""
 
@@ -160,7 +163,7 @@ def _wrong_value(message: str, options: Options) -> str:
             f"{protocol[1]} has."
         )
     kinds = re.findall(r"Expected an? (?!path but)(.+?)(?:\. Got value|$)", message, re.M)
-    expected = list(dict.fromkeys(map(_plain, kinds)))
+    expected = [SEEDS] if key.endswith("seed_everything") else list(dict.fromkeys(map(_plain, kinds)))
     value = re.search(r"(?:Given value|Got value): (.*)", message)
     if not expected or not value:
         return f"{key}: " + " ".join(message.split("\n", 1)[-1].split())

@@ -268,7 +268,11 @@ def test_another_seed_gives_another_run(pwp: Fit, tiny_model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"sizes": Sizes(train=12, dev=0, val=10, test=4)}, ValueError, "the dev set is empty.*set data.sizes.dev"),
+        (
+            {"sizes": Sizes(train=12, dev=0, val=10, test=4)},
+            ValueError,
+            "the dev set is empty.*prompt.*data.sizes.dev",
+        ),
         ({"sizes": Sizes(train=12, dev=6, val=0, test=4)}, ValueError, "the val set is empty.*set data.sizes.val"),
         ({"trainer": {"max_epochs": 3}}, ValueError, "max_epochs 3 does not work here.*alternate.epochs"),
         ({"trainer": {"reload_dataloaders_every_n_epochs": 2}}, ValueError, "every_n_epochs 2.*set it to 1"),
@@ -281,6 +285,11 @@ def test_a_wrong_set_up_is_refused_before_the_model_is_loaded(
     with pytest.raises(error, match=said):
         fit.run()
     assert fit.lm.model is None
+
+
+def test_a_schedule_without_prompt_steps_needs_no_dev_set(tiny_model: Path, tmp_path: Path) -> None:
+    fit = tiny_fit(tiny_model, tmp_path, "w", sizes=Sizes(train=12, dev=0, val=10, test=4)).run()
+    assert [record["prefix"] for record in fit.alternate.history] == ["vanilla", "w"]
 
 
 def test_val_is_run_several_times_where_draws_differ(tiny_model: Path, tmp_path: Path) -> None:

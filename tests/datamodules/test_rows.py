@@ -209,6 +209,40 @@ def test_parquet_is_read_and_class_indices_become_names(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "qa.parquet"), columns=["q", "b"])
 
 
+def test_class_names_and_short_numbers_are_found_within_lists_and_structs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, number = datasets.ClassLabel(names=["a", "b", "c"]), datasets.Value("float32")
+    features = datasets.Features({"tags": datasets.List(kind), "more": {"kind": kind, "sizes": datasets.List(number)}})
+    rows = [
+        {"tags": [0, 2, -1], "more": {"kind": 1, "sizes": [3.1, None]}},
+        {"tags": None, "more": {"kind": None, "sizes": []}},
+    ]
+    data = datasets.Dataset.from_list(rows, features=features)
+    data.to_parquet(tmp_path / "a.parquet")
+    hub(monkeypatch, data)
+    named = [
+        {"tags": ["a", "c", None], "more": {"kind": "b", "sizes": [3.1, None]}},
+        {"tags": None, "more": {"kind": None, "sizes": []}},
+    ]
+    assert read_rows(str(tmp_path / "a.parquet")) == read_rows("me/qa") == named
+
+
+def test_what_a_column_of_parquet_may_not_be_is_named(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pa.table([["x"], ["1"], ["2"]], names=["q", "a", "a"]), file)
+    with pytest.raises(DataError, match=r'a\.parquet has two columns named "a"; give each its own name'):
+        read_rows(str(file))
+    pairs = pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))
+    parquet.write_table(pa.table({"q": ["x"], "pairs": pairs}), file)
+    with pytest.raises(DataError, match=r'a\.parquet: column "pairs" is of the Arrow type map<.*leave the column out'):
+        read_rows(str(file))
+    assert read_rows(str(file), columns=["q"]) == [{"q": "x"}]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

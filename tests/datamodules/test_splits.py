@@ -231,8 +231,19 @@ def test_over_all_folds_every_row_outside_test_is_in_val_once_whatever_the_sizes
         folds = [rotated(drawn, fold=k, folds=5, seed=0) for k in range(5)]
         assert len({e.id for fold in folds for e in fold.val}) == sum(len(fold.val) for fold in folds) == outside
         assert all(len(fold.train) + len(fold.dev) + len(fold.val) == outside for fold in folds)
-        assert all(fold.test == drawn.test for fold in folds)
+        assert all(fold.test == folds[0].test and len(fold.test) == len(drawn.test) for fold in folds)
         assert f"of all {outside} but test" in folds[0].notes[-1]
+
+
+@pytest.mark.parametrize("stratify", [None, "kind"])
+def test_with_folds_no_size_but_tests_own_changes_which_rows_are_test(stratify: str | None) -> None:
+    sizes = (Sizes(24, 6, 4, 6), Sizes(5, 2, 3, 6), Sizes(1, 0, 0, 6))
+    drawn = [split(examples(40), one, seed=1, stratify=stratify) for one in sizes]
+    first, *others = [rotated(one, fold=2, folds=5, seed=1) for one in drawn]
+    assert others == [first, first]
+    assert set(ids(first.test)).isdisjoint(ids((*first.train, *first.dev, *first.val)))
+    own = split(examples(30), Sizes(5, 2, 3, 4), seed=1, stratify=stratify, test=examples(9, prefix="t"))
+    assert rotated(own, fold=2, folds=5, seed=1).test == own.test
 
 
 def test_folds_spread_the_labels_and_leave_test_alone() -> None:

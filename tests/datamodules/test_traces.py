@@ -414,3 +414,9 @@ def test_no_batch_is_without_a_group() -> None:
 def test_batches_of_nothing_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
         module(**sizes)
+
+
+def test_a_fold_without_folds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.fold 3 needs data\.folds.* leave out data\.fold"):
+        module(fold=3)
+    assert module(fold=3, folds=5).splits.val

@@ -410,6 +410,13 @@ def test_a_seed_is_a_number(value: str, run: Run, tiny_model: Path) -> None:
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("value", ["1.5", "abc", "null"])
+def test_what_is_no_seed_is_told_what_a_seed_is(value: str, run: Run, tiny_model: Path) -> None:
+    said = one_error(run(*fit(tiny_model, "--seed_everything", value)))
+    assert said.startswith("seed_everything: ")
+    assert said.endswith(" is not allowed; allowed is a whole number from 0 to 4294967295.")
+
+
 def test_the_key_of_a_logger_is_in_no_file_of_the_run(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,3 +444,11 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     os.close(read)
     done = subprocess.run([sys.executable, "-m", "cotune", "configs"], stdout=write, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_ctrl_c_during_the_imports_is_one_line_too(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    words = [sys.executable, "-m", "cotune", "fit", "--config", "iris"]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\ncotune: stopped.\n")

@@ -12,7 +12,6 @@ from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say, training_bar_paused
 from cotune.callbacks.schedule import PROMPTS
 from cotune.datamodules import TraceDataModule
-from cotune.datamodules.splits import NAMES
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Budget, Ledger
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -118,7 +117,7 @@ def plan(name: str, module: ProgramModule, data: TraceDataModule, alternate: Alt
         f"  schedule  {' -> '.join(alternate.schedule)}" + _step_sizes(alternate, data),
         *_rate_line(module, alternate),
         *_search_cost(alternate, data, len(program.stages)),
-        f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program",
+        f"  in all    {_range(low + vanilla, high + vanilla)} runs of the program{_unsaid(alternate, data)}",
         *(f"  {role:9} {lm}" for role, lm in module.ledger.asked.items() if role != "program"),
         *_budget(module.ledger, (low + vanilla) * len(program.stages)),
     ]
@@ -139,23 +138,33 @@ def _budget(ledger: Ledger, calls: float) -> list[str]:
 
 def runs_left(alternate: Alternate, data: TraceDataModule, done: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
-    train, dev, val, test = (len(getattr(data.splits, name)) for name in NAMES)
-    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[done:]]
+    steps, test = [runs_of(step, alternate, data) for step in alternate.schedule[done:]], len(data.splits.test)
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
-def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: int, dev: int, val: int) -> Runs:
-    """How often the program will be run in a step of the schedule, for sets of these sizes."""
-    val *= data.val_samples
-    chosen = alternate.options
+def runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
+    """How often the program will be run in a step of the schedule."""
+    train, val, chosen = len(data.splits.train), len(data.splits.val) * data.val_samples, alternate.options
     if step == PROMPTS:
-        searched = alternate.search.most_runs(min(chosen.search_examples or train, train), dev) or 0
+        searched = _searched(alternate, data) or 0
         return searched + val, searched + val
     settings = alternate.steps[step]
     scored = val * (settings.epochs_or_rounds + bool(chosen.average_last) + 1 + chosen.try_both_prompts + chosen.gate)
     few, most = settings.most_runs(data.bootstrapping)
     collected = train * (settings.rounds or 1) if settings.learns.runs or not data.reused_traces else 0
     return collected * few + scored, collected * most + scored
+
+
+def _searched(alternate: Alternate, data: TraceDataModule) -> int | None:
+    """Most runs of the program in a prompt step, its scores on val left out; None where the search cannot say."""
+    train = len(data.splits.train)
+    return alternate.search.most_runs(min(alternate.options.search_examples or train, train), len(data.splits.dev))
+
+
+def _unsaid(alternate: Alternate, data: TraceDataModule) -> str:
+    if PROMPTS not in alternate.schedule or _searched(alternate, data) is not None:
+        return ""
+    return f", and those of {type(alternate.search).__name__}, which does not say how many (most_runs)"
 
 
 def _epochs(alternate: Alternate, done: int) -> int:
@@ -219,11 +228,10 @@ def _rate_line(module: ProgramModule, alternate: Alternate) -> list[str]:
 
 def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> list[str]:
     """LM calls by role of a prompt step that has an LM write proposals."""
-    train, dev, search = len(data.splits.train), len(data.splits.dev), alternate.search
-    proposals = search.about_proposals(stages, dev) if PROMPTS in alternate.schedule else 0
+    proposals = alternate.search.about_proposals(stages, len(data.splits.dev)) if PROMPTS in alternate.schedule else 0
     if not proposals:
         return []
-    runs = search.most_runs(min(alternate.options.search_examples or train, train), dev) or 0
+    runs = _searched(alternate, data) or 0
     calls = f"up to {runs * stages:,} LM calls of the program at one per stage"
     return [f"  search    in a prompt step {calls}, about {proposals:,} of the proposer"]
 

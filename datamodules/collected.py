@@ -245,7 +245,7 @@ class Report:
     def __str__(self) -> str:
         why = {
             "wrong answer": self.wrong,
-            "closed at the limit": self.cut,
+            "right but cut at the limit": self.cut,
             "speaking of the hint": self.retold,
             "out of type": self.type,
             "no answer": self.format,
@@ -257,8 +257,8 @@ class Report:
         more = f", {self.more} further traces of them" if self.more else ""
         gold = f", {self.gold} unsolved ones with their gold answer" if self.gold else ""
         solved = f"{self.solved} of {self.examples} examples solved{hinted}"
-        ids = f"; {self.canonical:.0%} of the traces as the tokenizer writes them" if self.canonical is not None else ""
-        return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed}){ids}"
+        cut = f"; {self.cut_off} of these were cut at model.sampling.max_new_tokens" if self.cut_off else ""
+        return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed}{cut})"
 
 
 def passing(attempts: Sequence[Attempt], options: Bootstrapping) -> tuple[Attempt, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cotune.callbacks.say_plan import SayPlan, plan, runs_left
 from cotune.datamodules import Bootstrapping
-from cotune.prompting import ReflectiveSearch
+from cotune.prompting import Found, PromptSearch, ReflectiveSearch, SearchTask
 from tiny_fit import Fit, tiny_fit
 
 
@@ -41,6 +41,20 @@ def test_a_search_that_has_an_lm_write_says_the_calls_of_each_role(tiny_model: P
     lines = plan("small", fit.module, fit.data, fit.alternate)
     said = "in a prompt step up to 66 LM calls of the program at one per stage, about 10 of the proposer"
     assert f"  search    {said}" in lines
+
+
+def test_a_search_of_ones_own_that_does_not_say_its_runs_is_not_counted_as_none(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    class Wordings(PromptSearch):
+        def search(self, task: SearchTask) -> Found:
+            raise NotImplementedError
+
+    fit = tiny_fit(tiny_model, tmp_path / "small", "p", search=Wordings())
+    fit.data.setup("fit")
+    lines = plan("small", fit.module, fit.data, fit.alternate)
+    said = "about 24 runs of the program, and those of Wordings, which does not say how many (most_runs)"
+    assert f"  in all    {said}" in lines
 
 
 def test_what_the_run_then_does_stays_within_what_was_said(

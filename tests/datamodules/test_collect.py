@@ -249,7 +249,8 @@ def test_the_counts_add_up() -> None:
     assert report.solved + report.wrong + report.format + report.program + report.metric + report.cut == report.runs
     assert str(report) == (
         "1 of 5 examples solved in 13 runs "
-        "(failed: 3 wrong answer, 3 closed at the limit, 3 no answer, 3 metric faults)"
+        "(failed: 3 wrong answer, 3 right but cut at the limit, 3 no answer, 3 metric faults; "
+        "3 of these were cut at model.sampling.max_new_tokens)"
     )
 
 

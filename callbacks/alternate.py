@@ -21,6 +21,7 @@ from cotune.callbacks.alternation import (
     State,
     Train,
 )
+from cotune.callbacks.checkpoint import check_own
 from cotune.callbacks.course import Course, Options
 from cotune.callbacks.epoch_end import EpochEnd
 from cotune.callbacks.progress import training_bar_paused
@@ -29,6 +30,7 @@ from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, check_teachers, ours
 from cotune.callbacks.step_work import StepWork
+from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.errors import BadValueError, CotuneError
 from cotune.programs import Program
 from cotune.prompting import CalibratedSearch, PromptSearch
@@ -81,7 +83,8 @@ class Alternate(Callback):
             Boundaries and the end of each weight step's training are saved too. "auto" saves as often as it can while
             saving takes under 2 % of the time. It then skips a boundary soon after a save, if stored completions can
             repeat it in moments. No result depends on this option.
-        folder: where checkpoints and traces go; null: the trainer's default_root_dir.
+        folder: where checkpoints and traces go; null: the trainer's default_root_dir. From Python only: on the command
+            line all of a run is in <runs_dir>/<name>.
         seed: of the searches and the trace collections.
 
     Attributes:
@@ -144,6 +147,7 @@ class Alternate(Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
+        check_trainer_options({"logger": bool(trainer.loggers), "callbacks": trainer.callbacks}, module=pl_module)  # type: ignore[attr-defined]
         module = ours(trainer, pl_module)[0]
         check_teachers(module, self.schedule, self.steps, fresh=self.options.weights == "fresh")
         self.narrow_search(module.program)
@@ -181,6 +185,7 @@ class Alternate(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Dropout draws the same numbers whether or not the run was stopped before. At the epoch's start would be too
         # early: loaders draw a seed when they are made, which happens before it in a run and after it in a resumed one.
+        self.saver.step_begins(trainer)
         torch.manual_seed(self.work.course.seed("train", self.position, self.state.rounds, batch_idx))
 
     def on_train_batch_end(
@@ -212,6 +217,8 @@ class Alternate(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed_from = str(trainer.ckpt_path or "the checkpoint")
+        if trainer.state.fn == "fit":
+            check_own(checkpoint, self._resumed_from)
         if checkpoint["global_step"]:  # before the first step Lightning's own state is as new
             self.saver.wait()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from cotune.errors import CotuneError
+from cotune.errors import CotuneError, MissingFileError
 from cotune.programs.ranks import Ranks
 from cotune.storage.durable import (
     as_not_written,
@@ -24,9 +25,12 @@ from lightning.pytorch import Trainer
 
 LAST, PREVIOUS, COMING = "last.ckpt", "previous.ckpt", "last.ckpt.partial"
 
+_MARK = "cotune"
+"""Key in a checkpoint of those that `Checkpoints` has saved."""
+
 
 class CheckpointError(CotuneError):
-    """A run has checkpoints, and none of them is as it was written."""
+    """A checkpoint is not as it was written, is none, or is not one that a fit can be continued from."""
 
 
 class Checkpoints:
@@ -110,7 +114,8 @@ class _DurableIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         try:
-            _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(checkpoint, file))
+            marked = {**checkpoint, _MARK: True}
+            _, self.digest = write_beside(Path(path).with_suffix(""), lambda file: torch.save(marked, file))
         except Exception as error:
             self.error = error
 
@@ -119,12 +124,52 @@ def whole_checkpoint(checkpoint: str) -> Path:
     """Where a checkpoint is, if it is as its folder's SHA256SUMS says; one of a folder without is taken as it is.
 
     Raises:
-        CheckpointError: it is not what was written.
+        MissingFileError: it is not there.
+        CheckpointError: it is not what was written, or no checkpoint of cotune.
     """
     path = Path(checkpoint)
-    if not (path.parent / "SHA256SUMS").is_file() or path.name.endswith(".partial"):
-        return path
-    whole, why = find_whole(path)
-    if whole is None and path.is_file() and file_sum(path) not in read_sums(path.parent).values():
-        raise CheckpointError(f"{path} {why}.")
+    if not path.is_file():
+        raise MissingFileError(
+            f"--ckpt_path {checkpoint}: there is no such file. Give the path of a checkpoint, or --ckpt_path last for "
+            "the newest of the run that --name says."
+        )
+    if (path.parent / "SHA256SUMS").is_file() and not path.name.endswith(".partial"):
+        whole, why = find_whole(path)
+        if whole is None and file_sum(path) not in read_sums(path.parent).values():
+            raise CheckpointError(f"{path} {why}.")
+    if not _is_checkpoint(path):
+        raise CheckpointError(
+            f"--ckpt_path {checkpoint}: this file is no checkpoint of cotune. Give one that a run or its "
+            "ModelCheckpoint wrote, or --ckpt_path last for the newest of the run that --name says."
+        )
     return path
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file holds what is needed of a checkpoint; its tensors are not read."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # there is no end to what torch and pickle raise about other files
+        return False
+    return isinstance(saved, Mapping) and {"state_dict", "prompts"} <= saved.keys()
+
+
+def check_own(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuses to continue a fit from a checkpoint that others than `Checkpoints` saved.
+
+    ModelCheckpoint saves before the schedule has counted the epoch that has ended: it would be trained once more. Older
+    versions of cotune left no mark, but listed what they saved.
+
+    Args:
+        checkpoint: as loaded from the file at `path`.
+
+    Raises:
+        CheckpointError: others saved it.
+    """
+    file = Path(path)
+    if _MARK in checkpoint or (file.is_file() and file_sum(file) in read_sums(file.parent).values()):
+        return
+    raise CheckpointError(
+        f"{path} is not one of the run's own checkpoints, which alone a fit can be continued from: continue from "
+        "<run>/checkpoints (on the command line without --ckpt_path). ModelCheckpoint's files are for cotune test."
+    )

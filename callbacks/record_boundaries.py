@@ -25,7 +25,7 @@ class RecordBoundaries(Callback, BoundaryListener):
     to a boundary again replaces that boundary's files.
 
     Args:
-        folder: the run's folder; null takes the trainer's default_root_dir.
+        folder: the run's folder; null takes the trainer's default_root_dir. From Python only.
         max_megabytes: largest file of rollouts. Rows past it lose their messages, then their steps, never their scores;
             a row's `cut` says what it lost. 0 records no rollouts.
         max_characters: longest single text in a rollout; a longer one is cut in its middle, and says so there.

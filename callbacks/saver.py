@@ -38,14 +38,15 @@ class Saver:
         folder: of the checkpoints; null takes `checkpoints` in the trainer's default_root_dir.
 
     Attributes:
-        stopping: asked between two optimiser steps; when it wants the process to end, the state is saved first.
+        stopping: asked after each optimiser step. If it wants the process to end, the state is saved, and the next step
+            does not begin.
     """
 
     def __init__(self, policy: SavePolicy, folder: str | None) -> None:
         self.policy, self._folder = policy, folder
         self.stopping: Stopping | None = None
         self._checkpoints: Checkpoints | None = None
-        self._waits = self._owed = False
+        self._waits = self._owed = self._ends = False
         self._scratch: TemporaryDirectory[str] | None = None
 
     def run_folder(self, trainer: Trainer) -> Path:
@@ -88,13 +89,21 @@ class Saver:
         self.policy.saved(trainer.global_step, time.perf_counter() - started)
 
     def step_ended(self, trainer: Trainer) -> None:
-        """Saves if so many steps, or so much time, have passed, or the process is to end: then that is raised."""
-        if self._agreed(trainer, self.policy.due(trainer.global_step)):
+        """Saves if so many steps, or so much time, have passed, or the process is to end."""
+        due, self._ends = self._agreed(trainer, due=self.policy.due(trainer.global_step))
+        if due or self._ends:
             self.save(trainer)
 
+    def step_begins(self, trainer: Trainer) -> None:
+        """Raises if the process was to end at the step before: Lightning logs a step only after its `step_ended`."""
+        if self._ends:
+            _ranks(trainer).together(self._check)
+
     def epoch_ended(self, trainer: Trainer, *, stored: bool) -> None:
-        """As `step_ended`, and as `save_unless_too_soon`."""
-        self._agreed(trainer, False)
+        """Saves as `save_unless_too_soon`; saves and raises if the process is to end."""
+        if self._agreed(trainer)[1]:
+            self.save(trainer)
+            _ranks(trainer).together(self._check)
         self.save_unless_too_soon(trainer, stored=stored)
 
     def save_unless_too_soon(self, trainer: Trainer, *, stored: bool) -> None:
@@ -102,13 +111,10 @@ class Saver:
         if _ranks(trainer).gather(self.policy.due_at_boundary(trainer.global_step, stored=stored))[0]:
             self.save(trainer)
 
-    def _agreed(self, trainer: Trainer, due: bool) -> bool:
-        """Whether to save, by the first process's clock. If any process is to end, all save, and that is raised."""
+    def _agreed(self, trainer: Trainer, *, due: bool = False) -> tuple[bool, bool]:
+        """Whether to save, by the first process's clock; and whether any process is to end, and so all are."""
         said = _ranks(trainer).gather((due, self.stopping is not None and self.stopping.wanted))
-        if any(wanted for _, wanted in said):
-            self.save(trainer)
-            _ranks(trainer).together(self._check)
-        return bool(said[0][0])
+        return bool(said[0][0]), any(wanted for _, wanted in said)
 
     def _check(self) -> None:
         if self.stopping is not None:

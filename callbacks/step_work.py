@@ -66,7 +66,9 @@ class StepWork:
     @property
     def seconds_before(self) -> float:
         """That earlier processes of a resumed run have taken, up to its checkpoint."""
-        return sum(float(record["seconds"]) for record in self.course.history) + self.costs.seconds_before
+        history = self.course.history
+        testing = sum(record.get("test_cost", {}).get("seconds", 0.0) for record in history)
+        return float(sum(record["seconds"] for record in history) + testing + self.costs.seconds_before)
 
     @property
     def best_record(self) -> dict[str, Any]:

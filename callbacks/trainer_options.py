@@ -66,11 +66,15 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "16-bit weights set model.lm.dtype instead",
         lambda value: str(value) in ("32", "32-true", "bf16-mixed", "16-mixed", "bf16", "16"),
     ),
-    "logger": _works("beside metrics.csv, which every run has; false for none"),
+    "logger": _works(
+        "beside metrics.csv, which every run has; false for none, then without LearningRateMonitor and "
+        "DeviceStatsMonitor"
+    ),
     "callbacks": _works(
         "EarlyStopping ends the current weight step, and the schedule continues. Instead of Timer use "
-        "trainer.max_time; instead of StochasticWeightAveraging and the like, alternate.average_last. Leave out "
-        "LearningRateFinder, BatchSizeFinder and finetuning schedules: they train outside the schedule",
+        "trainer.max_time; instead of StochasticWeightAveraging and the like, alternate.average_last; instead of "
+        "GradientAccumulationScheduler, trainer.accumulate_grad_batches. Leave out LearningRateFinder, BatchSizeFinder "
+        "and finetuning schedules: they train outside the schedule",
         lambda value: not _refused_callbacks(value),
     ),
     "fast_dev_run": _works("runs every step on one batch: search, collection, training and scoring; nothing is kept"),
@@ -145,7 +149,11 @@ _CALLBACKS = {
     "LearningRateFinder": "set the optimiser's lr",
     "BatchSizeFinder": "if memory runs out, a batch is split automatically",
     "BackboneFinetuning": "only the adapter is trained",
+    "GradientAccumulationScheduler": "use trainer.accumulate_grad_batches, which is the same in all epochs",
 }
+
+_LOGGING = ("LearningRateMonitor", "DeviceStatsMonitor")
+"""Callbacks that raise in a trainer without a logger, one of them only when training begins."""
 
 
 LOGGED = ("train/loss", "train/lr", "train/skipped_steps", "val/score")
@@ -154,8 +162,7 @@ LOGGED = ("train/loss", "train/lr", "train/skipped_steps", "val/score")
 
 def _refused_callbacks(chosen: Any) -> list[str]:
     """A phrase for each callback that would break the schedule; they may be objects, or as a config names them."""
-    names = [path.rpartition(".")[2] for path, _ in _described(chosen)]
-    return [f"{name}: {_CALLBACKS[name]}" for name in names if name in _CALLBACKS]
+    return [f"{name}: {_CALLBACKS[name]}" for name in _names(chosen) if name in _CALLBACKS]
 
 
 def _without_a_metric(chosen: Any, module: object, *, validates: bool) -> list[str]:
@@ -170,6 +177,11 @@ def _without_a_metric(chosen: Any, module: object, *, validates: bool) -> list[s
         for path, options in callbacks
         if (monitor := getattr(options, "monitor", None)) not in (None, *logged) and getattr(options, "strict", True)
     ]
+
+
+def _names(chosen: Any) -> list[str]:
+    """The name of each callback's class."""
+    return [path.rpartition(".")[2] for path, _ in _described(chosen)]
 
 
 def _described(chosen: Any) -> Iterator[tuple[str, Any]]:
@@ -205,6 +217,11 @@ def check_trainer_options(values: Mapping[str, Any], *, but: Iterable[str] = (),
         if name == "callbacks":
             raise TrainerOptionError(f"trainer.callbacks: {'; '.join(_refused_callbacks(value))}.")
         raise TrainerOptionError(f"trainer.{name} {value} does not work here: {option.says}.")
+    if values.get("logger") is False and (silent := [n for n in _names(values.get("callbacks")) if n in _LOGGING]):
+        raise TrainerOptionError(
+            f"trainer.logger false: {' and '.join(silent)} in trainer.callbacks has nowhere to log. Leave out "
+            "--trainer.logger (every run then writes metrics.csv), or leave out the callback."
+        )
     validates = values.get("limit_val_batches") != 0
     if found := _without_a_metric(values.get("callbacks"), module, validates=validates):
         raise TrainerOptionError(f"trainer.callbacks: {'; '.join(found)}.")

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cotune.storage.durable import DamagedFileError, read_durably, write_durably
+from cotune.errors import BadValueError
+from cotune.storage.durable import DamagedFileError, file_sum, read_durably, write_durably
 from cotune.storage.formats import check_format
 from cotune.storage.redact import is_secret
 from cotune.storage.run_folder import FORMAT
@@ -39,6 +40,12 @@ _FREE = (
 )
 """Options that may be others when a run is continued."""
 
+_MOVABLE = ("data.init_args.traces",)
+"""Options that may be others where they were and are given: places, of which what is there counts."""
+
+TRACES = "traces"
+"""The name, among the sets of a run's data, of the reused traces."""
+
 _LIBRARIES = ("cotune", "torch", "transformers", "peft", "lightning")
 
 
@@ -48,7 +55,7 @@ class RunIdentity:
 
     Attributes:
         options: that count, by dotted name; secrets left out.
-        data: set -> SHA-256 of its examples, in order.
+        data: set -> SHA-256 of its examples, in order; and that of reused traces, by the name "traces".
         base: of the base model's content, or its name and commit on the Hub.
         versions: of the libraries. Other ones may give other last bits.
         finished: the run has come to its end, its test included.
@@ -109,6 +116,20 @@ def data_sums(sets: Mapping[str, Iterable[Any]]) -> dict[str, str]:
     }
 
 
+def traces_sum(folder: Path) -> str:
+    """SHA-256 of the rows in a folder of traces. What else there is does not count: `datasets` keeps caches there.
+
+    Raises:
+        BadValueError: there are none.
+    """
+    files = [path for path in sorted(folder.glob("*.arrow")) if not path.name.startswith("cache-")]
+    if not files:
+        raise BadValueError(
+            f'data.traces "{folder}" holds no traces; give a folder that a run wrote, e.g. runs/<name>/traces/step-1.'
+        )
+    return hashlib.sha256("".join(map(file_sum, files)).encode()).hexdigest()
+
+
 def library_versions() -> dict[str, str]:
     """The versions of Python and of the libraries that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
@@ -139,6 +160,7 @@ def changed_options(then: RunIdentity, now: Mapping[str, Any], *, but: Collectio
     kept = (then.options.keys() | now.keys()) - set(but)
     if then.versions.get("cotune") != version("cotune"):
         kept &= then.options.keys() & now.keys()
+    kept -= {name for name in _MOVABLE if then.options.get(name) and now.get(name)}
     known, asked = (
         {name: value for name, value in options.items() if name in kept and value is not None and not _is_free(name)}
         for options in (then.options, now)
@@ -150,12 +172,17 @@ def changed_content(then: RunIdentity, *, data: Mapping[str, str], base: str) ->
     """A phrase for each set whose examples are others, and one for another base model.
 
     Args:
-        data, base: as of a `RunIdentity`; a base of "" is not known, and not compared.
+        data, base: as of a `RunIdentity`; a base of "" is not known, and not compared, nor are traces that only one of
+            the two names: older runs did not, and that there are some is among the options.
 
     >>> changed_content(RunIdentity({}, {"val": "aa"}, "one", {}), data={"val": "bb"}, base="two")
     ['data, val set: "aa" -> "bb"', 'base model: one -> two']
     """
-    shown = ({f"data, {name} set": digest[:12] for name, digest in sums.items()} for sums in (then.data, data))
+    left_out = {TRACES} - (then.data.keys() & data.keys())
+    shown = (
+        {f"data, {name} set": digest[:12] for name, digest in sums.items() if name not in left_out}
+        for sums in (then.data, data)
+    )
     other = [f"base model: {then.base[:12]} -> {base[:12]}"] if base not in ("", then.base) else []
     return [*differences(*shown), *other]
 

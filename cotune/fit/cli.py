@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from pydoc import locate
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -30,10 +29,11 @@ from cotune.datamodules import TraceDataModule
 from cotune.datamodules.splits import NAMES
 from cotune.errors import MissingFileError
 from cotune.fit.config_files import check_config_files
+from cotune.fit.fit_checks import check_checkpoint, check_folders, check_weights
 from cotune.fit.guard import guarded
 from cotune.fit.help_page import wanted
 from cotune.fit.option_errors import OptionError, check_option_groups, own_modules, refused_options
-from cotune.fit.parse_errors import LIGHTNINGS
+from cotune.fit.parse_errors import LIGHTNINGS, SEEDS
 from cotune.fit.parser import Parser
 from cotune.fit.processes import check_started, end_others, end_with_first, environment, is_first, start_all
 from cotune.fit.roles import meter_roles, open_ledger
@@ -41,12 +41,12 @@ from cotune.fit.save_config import SaveConfig
 from cotune.fit.wandb_setup import placed_loggers
 from cotune.lightning_modules import LanguageModel, ProgramModule
 from cotune.lightning_modules.lightning_internals import PlainCLI
-from cotune.lightning_modules.text_lm import NoWeightsError, no_weights
 from cotune.programs import Budget, BudgetSpentError, Ledger
 from cotune.shipped import with_files
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
 from cotune.storage.run_identity import (
+    TRACES,
     RunIdentity,
     changed_content,
     changed_options,
@@ -55,8 +55,8 @@ from cotune.storage.run_identity import (
     differences,
     library_versions,
     read_identity,
+    traces_sum,
 )
-from cotune.storage.schedule_text import steps_of
 
 _TRAINER_DEFAULTS: dict[str, Any] = {
     "trainer.max_epochs": -1,  # Alternate knows the number: weight steps times alternate.epochs
@@ -161,19 +161,21 @@ class CotuneCLI(PlainCLI):
         check_option_groups(config)
         if self.subcommand == "fit":
             check_weights(config)
+            check_folders(config)
+        if config.get("ckpt_path") == "best" and not Path("best").exists():
+            raise OptionError(
+                'ckpt_path "best": checkpoints are not ranked. A finished run\'s last one holds its best prefix: give '
+                "--ckpt_path last, or the path of a checkpoint."
+            )
         self.run_folder = RunFolder(config.runs_dir, config.name)
         if self.subcommand == "fit":
+            check_checkpoint(config, self.run_folder.path)
             self._take_folder(config)
         elif config.get("ckpt_path") == "last":
             config.ckpt_path = self._newest()
             if config.ckpt_path is None:
                 folder = self.run_folder.path / "checkpoints"
                 raise MissingFileError(f"{folder} holds no checkpoint; is --name {config.name} the run you mean?")
-        if config.get("ckpt_path") == "best" and not Path("best").exists():
-            raise OptionError(
-                'ckpt_path "best": checkpoints are not ranked. A finished run\'s last one holds its best prefix: give '
-                "--ckpt_path last, or the path of a checkpoint."
-            )
         if config.get("ckpt_path"):
             config.ckpt_path = str(whole_checkpoint(config.ckpt_path))
             config.weights_only = True  # nothing is ever unpickled
@@ -273,6 +275,8 @@ class CotuneCLI(PlainCLI):
     def _check_identity(self) -> None:
         assert self.run_folder is not None
         data = data_sums({name: getattr(self.datamodule.splits, name) for name in NAMES})
+        if self.datamodule.reused_traces:
+            data[TRACES] = traces_sum(Path(self.datamodule.reused_traces))
         base, versions = self.model.lm.base_identity(), library_versions()
         if self._before is None:
             if self.first:
@@ -289,13 +293,13 @@ class CotuneCLI(PlainCLI):
 
     def set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
-        if isinstance(seed, bool):  # Lightning would draw a seed, or set none, and the run's draws have another
+        # Of true and false Lightning would draw a seed, or set none, and the run's draws have another.
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise OptionError(
-                f"seed_everything {str(seed).lower()} is not allowed; allowed is a number, from which the run can be "
+                f"seed_everything {str(seed).lower()} is not allowed; allowed is {SEEDS}, from which the run can be "
                 "repeated, e.g. --seed_everything 0."
             )
-        with refused_options():
-            super().set_seed()
+        super().set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -366,18 +370,6 @@ class CotuneCLI(PlainCLI):
         assert made is not None
         made.ended().write(folder)
         closing_table(folder)
-
-
-def check_weights(config: Any) -> None:
-    """Refuses a schedule that trains an LM that has no weights here, before the run's folder is touched.
-
-    Raises:
-        NoWeightsError: it does.
-    """
-    lm = locate(config.model.lm.class_path)
-    steps = set(steps_of(config.alternate.schedule))
-    if isinstance(lm, type) and not issubclass(lm, LanguageModel) and steps != {"p"}:
-        raise NoWeightsError(no_weights(str(config.model.lm.init_args.get("model", lm.__name__))))
 
 
 def run(words: Sequence[str]) -> int:

@@ -43,6 +43,8 @@ def _placed(chosen: Any, config: Any, folder: Path) -> Any:
             made.init_args[name] = value
     if made.init_args.save_dir == ".":
         made.init_args.save_dir = str(folder)
+    else:
+        made.init_args.folder = str(folder)
     return made
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 from functools import cache
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from cotune.callbacks import Alternate
 from cotune.callbacks.checkpoint import CheckpointError, Checkpoints
 from cotune.callbacks.loggers.log_program import LogProgram
 from cotune.callbacks.loggers.metrics_file import MetricsFile
+from cotune.callbacks.stop_signals import StopOnSignal, Stopped, StopSignals
 from cotune.datamodules import Sizes
 from cotune.lightning_modules import LoRA
-from cotune.storage.durable import NotWrittenError
+from cotune.storage.durable import NotWrittenError, file_sum, record_sums
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny_fit import BreakInTraining, BreakInValidation, BrokenOffError, Fit, tiny_fit
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -248,6 +250,79 @@ def test_a_run_broken_off_at_an_epochs_first_batch_does_not_validate_the_last_on
     last = inside(tiny_model, tmp_path, "every step", resumes=True).run(first.last)
     assert len(first.lm.seen) + len(last.lm.seen) == len(whole.lm.seen)
     assert last.outcome == whole.outcome
+
+
+class StopAt(Callback):
+    """Asks the process to end while these optimiser steps are under way."""
+
+    def __init__(self, signals: StopSignals, *steps: int) -> None:
+        self.signals, self.steps = signals, steps
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step in self.steps:
+            self.signals.requested = signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["every step", "two batches a step", "auto"])
+def test_a_run_that_is_asked_to_end_in_training_writes_each_row_of_metrics_once(
+    name: str, tiny_model: Path, tmp_path: Path, whole_inside: Any
+) -> None:
+    whole, expected = whole_inside(name)
+    a_step = 2 if name == "two batches a step" else 1
+    of_an_epoch = -(-len([batch for batch in expected if batch[1] == 0]) // a_step)
+    count, checkpoint, ends = CountBatches(), None, [0, 1, of_an_epoch - 1, of_an_epoch, whole.trainer.global_step - 1]
+    for step in ends:  # in an epoch's first steps, in its last, in the next one's first, in the last of all
+        signals = StopSignals()
+        stops = [StopOnSignal(signals), StopAt(signals, step), count]
+        part = inside(tiny_model, tmp_path, name, *stops, resumes=checkpoint is not None)
+        with pytest.raises(Stopped):
+            part.run(checkpoint)
+        checkpoint = part.last
+    last = inside(tiny_model, tmp_path, name, count, resumes=True).run(checkpoint)
+    assert last.outcome == whole.outcome
+    assert metrics(tmp_path) == metrics(Path(whole.trainer.default_root_dir))
+    redone = len(count.batches) - len(expected)
+    assert name == "auto" or redone <= 2 * a_step, "only an epoch's last step, which cannot be saved, is done again"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_only_the_runs_own_checkpoints_are_continued_from(tiny_model: Path, tmp_path: Path, uninterrupted: Any) -> None:
+    """ModelCheckpoint saves before the epoch counts: it would be trained once more."""
+    others = ModelCheckpoint(tmp_path / "others", monitor="val/score", save_top_k=-1)
+    first = tiny_fit(
+        tiny_model, tmp_path, callbacks=[others, BreakInTraining(5)], trainer={"enable_checkpointing": True}
+    )
+    with pytest.raises(BrokenOffError):
+        first.run()
+    (theirs, *_) = sorted((tmp_path / "others").iterdir())
+    with pytest.raises(
+        CheckpointError, match=r"epoch=0.* is not one of the run's own .*continue from <run>/checkpoints"
+    ):
+        tiny_fit(tiny_model, tmp_path).run(theirs)
+    moved = tmp_path / "moved" / "mine.ckpt"
+    moved.parent.mkdir()
+    copy(first.last, moved)
+    assert tiny_fit(tiny_model, tmp_path).run(moved).outcome == uninterrupted("p -> w -> p").outcome
+
+
+def test_a_checkpoint_of_an_older_version_which_has_no_mark_is_continued_from(
+    tiny_model: Path, tmp_path: Path, nearly_done: Path, uninterrupted: Any
+) -> None:
+    copytree(nearly_done, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    del saved["cotune"]
+    torch.save(saved, last)
+    with pytest.raises(CheckpointError):
+        tiny_fit(tiny_model, tmp_path).run(last)
+    record_sums(last.parent, {last.name: file_sum(last)})
+    assert tiny_fit(tiny_model, tmp_path).run(last).outcome == uninterrupted("p -> w -> p").outcome
+
+
+def test_the_time_of_a_run_counts_that_of_testing_its_prefixes(uninterrupted: Any) -> None:
+    tested = uninterrupted("w -> p, averaged, tested").alternate
+    seconds = sum(record["seconds"] + record["test_cost"]["seconds"] for record in tested.history)
+    assert tested.work.seconds_before == pytest.approx(seconds)
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:

@@ -14,8 +14,15 @@ from commands import cotune, fit
 from cotune.callbacks.alternate import UnfinishedError
 from cotune.callbacks.trainer_options import LOGGED, TRAINER_OPTIONS, TrainerOptionError, check_trainer_options, page
 from cotune.datamodules import Sizes
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from tiny_fit import StopsAtOnce, tiny_fit
 
@@ -181,6 +188,28 @@ def test_a_callback_that_monitors_what_nothing_logs_is_refused_unless_code_of_on
         check_trainer_options({"callbacks": EarlyStopping(name)})
     check_trainer_options({"callbacks": [wrong, StopsAtOnce()]})
     check_trainer_options({"callbacks": EarlyStopping("val_loss", strict=False)})
+
+
+@pytest.mark.parametrize("callback", [LearningRateMonitor(), DeviceStatsMonitor()])
+def test_a_callback_that_has_nowhere_to_log_is_refused_before_the_model_is_loaded(
+    callback: Callback, tiny_model: Path, tmp_path: Path
+) -> None:
+    said = (
+        f"trainer.logger false: {type(callback).__name__} in trainer.callbacks has nowhere to log. Leave out --trainer"
+    )
+    with pytest.raises(TrainerOptionError, match=said):
+        check_trainer_options({"logger": False, "callbacks": callback})
+    check_trainer_options({"logger": None, "callbacks": callback})
+    run = tiny_fit(tiny_model, tmp_path, callbacks=[callback])
+    with pytest.raises(TrainerOptionError, match=said):
+        run.run()
+    assert run.lm.model is None
+
+
+def test_batches_are_accumulated_by_one_number_for_all_epochs() -> None:
+    said = "GradientAccumulationScheduler: use trainer.accumulate_grad_batches"
+    with pytest.raises(TrainerOptionError, match=said):
+        check_trainer_options({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 3})]})
 
 
 @pytest.mark.parametrize(("schedule", "share", "steps"), [("w", 0.001, 2), ("w", 0.5, 4), ("p", 0.5, 0)])

@@ -260,6 +260,35 @@ def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert config.trainer.logger[0] is asked
 
 
+def test_runs_whose_files_go_to_one_folder_are_each_a_run_of_their_own(tmp_path: Path) -> None:
+    from jsonargparse import Namespace
+
+    def id_of(run: str) -> str:
+        asked = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(save_dir=str(logs)))
+        config = Namespace(
+            name=run,
+            data=Namespace(class_path="cotune.datamodules.Iris"),
+            model=Namespace(
+                program=Namespace(class_path="cotune.programs.Predict"), lm=Namespace(init_args=Namespace(model="x/y"))
+            ),
+            alternate=Namespace(schedule="p"),
+            trainer=Namespace(logger=asked),
+        )
+        with placed_loggers(config, tmp_path / run):
+            logger = RunLogger(**vars(config.trainer.logger.init_args))
+        assert logger.save_dir == str(logs)
+        assert logger._sent == tmp_path / run / "wandb" / "sent.txt"
+        return str(logger.version)
+
+    logs = tmp_path / "logs"
+    first, second = id_of("one"), id_of("two")
+    assert first != second
+    assert (id_of("one"), id_of("two")) == (first, second), "each goes on as the same"
+    assert first == json.loads((tmp_path / "one" / "wandb" / "run.json").read_text())["id"]
+    assert list(logs.iterdir()) == [logs / "wandb"]
+    assert not list((logs / "wandb").iterdir())
+
+
 # Stopped and continued
 
 

@@ -241,6 +241,100 @@ def test_a_finished_run_is_refused_too_where_its_data_or_its_base_are_others_and
     assert "holds a different run (then -> now): base model: " in error(run(*words))
 
 
+def begun(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """A run that ends before its first score."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Alternate, "on_fit_start", stop)
+        with pytest.raises(StoppedError):
+            run(*words)
+
+
+def test_reused_traces_may_be_elsewhere_and_not_others(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
+) -> None:
+    from datasets import load_from_disk
+
+    shutil.copytree(finished.folder / "traces" / "step-2", "mine")
+    words = fit(tiny_model, "--data.traces", "mine", schedule="w")
+    begun(run, monkeypatch, words)
+    Path("mine").rename("moved")
+    Path("moved/cache-1.arrow").write_text("what `datasets` leaves of a look at them")
+    moved = [word if word != "mine" else "moved" for word in words]
+    begun(run, monkeypatch, moved)
+    load_from_disk("moved").select(range(2)).save_to_disk("mine")
+    assert "holds a different run (then -> now): data, traces set: " in error(run(*words))
+    none = error(run(*fit(tiny_model, schedule="w")))
+    assert 'holds a different run (then -> now): data.init_args.traces: "mine" -> not set' in none
+    gone = [word if word != "mine" else "nowhere" for word in words]
+    assert error(run(*gone)).startswith('data.traces "nowhere" holds no traces; give a folder that a run wrote')
+
+
+def test_a_run_that_did_not_note_its_traces_goes_on(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
+) -> None:
+    from dataclasses import replace
+
+    from cotune.storage.run_identity import read_identity
+
+    shutil.copytree(finished.folder / "traces" / "step-2", "mine")
+    words = fit(tiny_model, "--data.traces", "mine", schedule="w")
+    begun(run, monkeypatch, words)
+    made = read_identity(Path("runs/tiny"))
+    assert made is not None
+    kept = {name: digest for name, digest in made.data.items() if name != "traces"}
+    assert set(made.data) - set(kept) == {"traces"}
+    replace(made, data=kept).write(Path("runs/tiny"))
+    begun(run, monkeypatch, words)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_fit_goes_on_from_no_checkpoint_but_its_own(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.monitor=val/score"]
+    words = [*fit(tiny_model, "--alternate.keep", "last", schedule="w"), *own]
+    stopped_in_training(run, monkeypatch, words)
+    (theirs,) = Path("runs/tiny/model_checkpoints").iterdir()
+    last = Path("runs/tiny/checkpoints/last.ckpt")
+    other = [word if word != "tiny" else "other" for word in words]
+    Path("junk.ckpt").write_text("junk")
+    for asked, given, said in (
+        (
+            words,
+            theirs,
+            f"--ckpt_path {theirs}: a fit continues only from its own checkpoints, which are in runs/tiny/",
+        ),
+        (other, last, f"--ckpt_path {last}: a fit continues only from its own checkpoints, which are in runs/other/"),
+        (other, "nowhere.ckpt", "--ckpt_path nowhere.ckpt: there is no such file. Give the path of a checkpoint, or "),
+        (other, "junk.ckpt", "--ckpt_path junk.ckpt: this file is no checkpoint of cotune. Give one that a run or its"),
+        (words, last, f"--ckpt_path {last} continues the run, and --fresh starts it over: leave out one of them."),
+    ):
+        fresh = ["--fresh"] if "--fresh" in said else []
+        assert error(run(*asked, "--ckpt_path", str(given), *fresh)).startswith(said)
+    assert not Path("runs/other").exists()
+    again = run("test", *words[1:], "--ckpt_path", "nowhere.ckpt")
+    assert error(again).startswith("--ckpt_path nowhere.ckpt: there is no such file.")
+    assert run("test", *words[1:], "--ckpt_path", str(theirs)).code == 0, "it may be tested"
+    said = run(*words, "--ckpt_path", str(last))
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("group", ["alternate", "record"])
+def test_a_run_has_one_folder_on_the_command_line(group: str, run: Run, tiny_model: Path, once: Path) -> None:
+    said = error(run(*fit(tiny_model, f"--{group}.folder", "elsewhere")))
+    assert said.startswith(
+        f"{group}.folder elsewhere is not allowed: on the command line all of a run is in <runs_dir>/"
+    )
+    assert said.endswith("and set --runs_dir and --name.")
+    assert not Path("runs").exists()
+    made = json.loads((once / "runs/tiny/run.json").read_text())
+    assert f"{group}.folder" not in made["options"], "a run that had one goes on without"
+
+
 def test_a_damaged_identity_is_refused(run: Run, tiny_model: Path, once: Path) -> None:
     shutil.copytree(once / "runs", "runs")
     path = Path("runs/tiny/run.json")

@@ -38,9 +38,10 @@ what came of it
   export     adapter, merged weights, model card     cotune export runs/iris --what all
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
-Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor), 2 an error that the message explains,
-3 no traces to train on, 4 the budget is spent (fit has written the best so far), 130 stopped by Ctrl-C. COTUNE_DEBUG=1
-shows the traceback behind a message.
+Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor) or an error nobody foresaw, with its
+traceback, 2 an error that the message explains, 3 no traces to train on, 4 the budget is spent (fit has written the best
+so far); a fit that was stopped ends with 130 (Ctrl-C), 143 (SIGTERM, trainer.max_time) or 138 (SIGUSR1), and the same
+command resumes it. COTUNE_DEBUG=1 shows the traceback of a message.
 """
 
 

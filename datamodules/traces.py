@@ -208,6 +208,11 @@ class TraceDataModule(LightningDataModule, ABC):
                 f"data.fold {fold} needs data.folds, the number of parts (at least 3, and more than fold). Give "
                 "data.folds too, or leave out data.fold."
             )
+        if val_vote != "mean" and val_samples == 1:
+            raise BadValueError(
+                f'data.val_vote "{val_vote}" needs data.val_samples above 1: with one run of an example there is nothing '
+                "to vote on. Set data.val_samples too, or leave out data.val_vote."
+            )
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces
         self.batch_size, self.val_batch_size, self.duplicates = batch_size, val_batch_size, duplicates

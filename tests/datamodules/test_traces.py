@@ -420,3 +420,9 @@ def test_a_fold_without_folds_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.fold 3 needs data\.folds.* leave out data\.fold"):
         module(fold=3)
     assert module(fold=3, folds=5).splits.val
+
+
+def test_a_vote_of_one_run_is_refused() -> None:
+    with pytest.raises(ValueError, match=r'data\.val_vote "majority" needs data\.val_samples above 1'):
+        module(val_vote="majority")
+    assert module(val_vote="majority", val_samples=2).val_vote == "majority"

@@ -39,8 +39,8 @@ what came of it
 
 cotune COMMAND --help lists a command's options; fit --print_config prints a config to start from.
 Exit codes: 0 done, 1 no row answered or something broken (predict, ask, doctor) or an error nobody foresaw, with its
-traceback, 2 an error that the message explains, 3 no traces to train on, 4 the budget is spent (fit has written the best
-so far); a fit that was stopped ends with 130 (Ctrl-C), 143 (SIGTERM, trainer.max_time) or 138 (SIGUSR1), and the same
+traceback, 2 an error that the message explains, 3 no traces to train on, 4 the budget is spent (fit has written the
+best so far); a stopped fit ends with 130 (Ctrl-C), 143 (SIGTERM, trainer.max_time) or 138 (SIGUSR1), and the same
 command resumes it. COTUNE_DEBUG=1 shows the traceback of a message.
 """
 

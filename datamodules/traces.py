@@ -210,8 +210,8 @@ class TraceDataModule(LightningDataModule, ABC):
             )
         if val_vote != "mean" and val_samples == 1:
             raise BadValueError(
-                f'data.val_vote "{val_vote}" needs data.val_samples above 1: with one run of an example there is nothing '
-                "to vote on. Set data.val_samples too, or leave out data.val_vote."
+                f'data.val_vote "{val_vote}" needs data.val_samples above 1: one run of an example has nothing to vote '
+                "on. Set data.val_samples too, or leave out data.val_vote."
             )
         self.sizes, self.metric, self.seed = sizes, metric, seed
         self.bootstrapping, self.reused_traces = bootstrapping, traces

@@ -12,6 +12,7 @@ from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say, training_bar_paused
 from cotune.callbacks.schedule import PROMPTS
 from cotune.datamodules import TraceDataModule
+from cotune.datamodules.splits import NAMES
 from cotune.lightning_modules import ProgramModule
 from cotune.programs import Budget, Ledger
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -138,15 +139,17 @@ def _budget(ledger: Ledger, calls: float) -> list[str]:
 
 def runs_left(alternate: Alternate, data: TraceDataModule, done: int) -> Runs:
     """How often the program will be run after so many steps of the schedule, the closing test included."""
-    steps, test = [runs_of(step, alternate, data) for step in alternate.schedule[done:]], len(data.splits.test)
+    train, dev, val, test = (len(getattr(data.splits, name)) for name in NAMES)
+    steps = [runs_of(step, alternate, data, train=train, dev=dev, val=val) for step in alternate.schedule[done:]]
     return sum(low for low, _ in steps) + test, sum(high for _, high in steps) + test
 
 
-def runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
-    """How often the program will be run in a step of the schedule."""
-    train, val, chosen = len(data.splits.train), len(data.splits.val) * data.val_samples, alternate.options
+def runs_of(step: str, alternate: Alternate, data: TraceDataModule, *, train: int, dev: int, val: int) -> Runs:
+    """How often the program will be run in a step of the schedule, for sets of these sizes."""
+    val *= data.val_samples
+    chosen = alternate.options
     if step == PROMPTS:
-        searched = _searched(alternate, data) or 0
+        searched = _searched(alternate, train, dev) or 0
         return searched + val, searched + val
     settings = alternate.steps[step]
     scored = val * (settings.epochs_or_rounds + bool(chosen.average_last) + 1 + chosen.try_both_prompts + chosen.gate)
@@ -155,14 +158,14 @@ def runs_of(step: str, alternate: Alternate, data: TraceDataModule) -> Runs:
     return collected * few + scored, collected * most + scored
 
 
-def _searched(alternate: Alternate, data: TraceDataModule) -> int | None:
+def _searched(alternate: Alternate, train: int, dev: int) -> int | None:
     """Most runs of the program in a prompt step, its scores on val left out; None where the search cannot say."""
-    train = len(data.splits.train)
-    return alternate.search.most_runs(min(alternate.options.search_examples or train, train), len(data.splits.dev))
+    return alternate.search.most_runs(min(alternate.options.search_examples or train, train), dev)
 
 
 def _unsaid(alternate: Alternate, data: TraceDataModule) -> str:
-    if PROMPTS not in alternate.schedule or _searched(alternate, data) is not None:
+    train, dev = len(data.splits.train), len(data.splits.dev)
+    if PROMPTS not in alternate.schedule or _searched(alternate, train, dev) is not None:
         return ""
     return f", and those of {type(alternate.search).__name__}, which does not say how many (most_runs)"
 
@@ -228,10 +231,11 @@ def _rate_line(module: ProgramModule, alternate: Alternate) -> list[str]:
 
 def _search_cost(alternate: Alternate, data: TraceDataModule, stages: int) -> list[str]:
     """LM calls by role of a prompt step that has an LM write proposals."""
-    proposals = alternate.search.about_proposals(stages, len(data.splits.dev)) if PROMPTS in alternate.schedule else 0
+    train, dev = len(data.splits.train), len(data.splits.dev)
+    proposals = alternate.search.about_proposals(stages, dev) if PROMPTS in alternate.schedule else 0
     if not proposals:
         return []
-    runs = _searched(alternate, data) or 0
+    runs = _searched(alternate, train, dev) or 0
     calls = f"up to {runs * stages:,} LM calls of the program at one per stage"
     return [f"  search    in a prompt step {calls}, about {proposals:,} of the proposer"]
 

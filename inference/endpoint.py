@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from cotune.errors import BadValueError, MissingPackageError
 from cotune.inference.loop_thread import LoopThread
-from cotune.inference.try_error import TryError, connection_fault, status_fault
+from cotune.inference.try_error import TryError, answer_fault, connection_fault, status_fault
 from cotune.programs.lm import LMUnavailableError, completed
 
 HOSTED = "https://api.openai.com/v1"
@@ -214,7 +214,7 @@ class Endpoint:
             if tries >= self.tries or self._gone:
                 others = self._worked and fault.status != 429 and not self._gone
                 if not others or not await self._works(live, sent, answered):
-                    raise self._error(f"{fault}, after {tries} tries", "is it running, and is the address right?")
+                    raise self._error(f"{fault}, after {tries} tries", fault.way_out(self.concurrency))
                 if alone:  # others were answered before its last try and after it: it is this request
                     return Refusal(self.clean(f"{fault} ({tries} tries)"))
                 alone = True
@@ -227,7 +227,10 @@ class Endpoint:
         try:
             answer = await asyncio.wait_for(live.send(sent), self.timeout)
         except asyncio.TimeoutError:
-            raise TryError(f"no answer within {self.timeout:g} s") from None
+            look_at = (
+                "is it running, and is the address right? A slow one needs a higher timeout or a lower concurrency."
+            )
+            raise TryError(f"no answer within {self.timeout:g} s", look_at=look_at) from None
         self._answered += 1
         return answer
 
@@ -338,6 +341,7 @@ class _Live:
 
 def _answer(content: bytes) -> Answer:
     """Reads a response's body; a body that holds no completion is a fault like a broken connection."""
+    said: Any = None
     try:
         said = json.loads(content)
         choice = said["choices"][0]
@@ -346,8 +350,7 @@ def _answer(content: bytes) -> Answer:
         if not isinstance(text, str):
             raise TypeError("its content is no text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        shown = content[:120].decode(errors="replace")
-        raise TryError(f"an answer that holds no completion ({type(error).__name__}): {shown}", text=shown) from None
+        raise answer_fault(content, said, error) from None
     usage = said.get("usage") if isinstance(said.get("usage"), dict) else {}
     cost = usage.get("cost")
     dollars = float(cost) if isinstance(cost, (int, float)) and cost >= 0 else None

@@ -146,8 +146,8 @@ class Filling:
 
     @property
     def draws(self) -> int:
-        """Tokens that can come to be decided."""
-        return self._budget
+        """Tokens that can come to be decided: of each field as many as there is room for, as it may take them back."""
+        return min(self._budget, self._room * sum(isinstance(part, Field) for part in self.plan.layout))
 
     @property
     def left(self) -> int:

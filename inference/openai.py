@@ -67,6 +67,10 @@ class OpenAILM(LM):
     ) -> None:
         if response_format not in ("auto", "off"):
             raise BadValueError(f'response_format "{response_format}" is neither auto nor off.')
+        if (extra or {}).get("stream"):
+            raise BadValueError(
+                f'extra has "stream": {(extra or {})["stream"]}, and answers are read as a whole; take it out of extra.'
+            )
         self.price = _price(model, prices)
         self.model, self.response_format, self.extra = model, response_format, dict(extra or {})
         self._endpoint = Endpoint(

@@ -32,11 +32,32 @@ class TryError(Exception):
         text: what the server said.
         wait: seconds that it orders to wait.
         parameter: that it names as the one at fault.
+        look_at: what may be wrong, where the status does not say it.
     """
 
-    def __init__(self, what: str, status: int = 0, text: str = "", wait: float = 0.0, parameter: str = "") -> None:
+    def __init__(
+        self,
+        what: str,
+        status: int = 0,
+        text: str = "",
+        wait: float = 0.0,
+        parameter: str = "",
+        look_at: str = "is it running, and is the address right?",
+    ) -> None:
         super().__init__(what)
         self.status, self.text, self.wait, self.parameter = status, text, wait, parameter
+        self._look_at = look_at
+
+    def way_out(self, concurrency: int) -> str:
+        """What to look at where every try fails so, with so many requests under way at once."""
+        if self.status == 429:
+            return (
+                f"it allows fewer requests than come; lower this LM's concurrency (now {concurrency}), or wait and "
+                "start the same command again."
+            )
+        if self.status:
+            return "its log or its status page; when it answers again, start the same command again."
+        return self._look_at
 
     @property
     def too_long(self) -> bool:
@@ -81,6 +102,24 @@ def status_fault(error: Any) -> TryError:
     text = f"{said} {body.get('code') or ''} {body.get('type') or ''}"
     parameter = str(body.get("param") or "")
     return TryError(f"status {error.status_code}, {said}", error.status_code, text, _ordered(error.response), parameter)
+
+
+def answer_fault(content: bytes, said: Any, error: Exception) -> TryError:
+    """The fault of an answer with status 200 that holds no completion: what it says went wrong, or how it begins."""
+    told = said.get("error") if isinstance(said, dict) else None
+    if told:
+        text = str(told.get("message") or told) if isinstance(told, dict) else str(told)
+        return TryError(
+            f"an error in place of a completion: {text}",
+            text=text,
+            look_at="what it says went wrong, and the log of the server behind that address.",
+        )
+    shown = content[:120].decode(errors="replace")
+    return TryError(
+        f"an answer that holds no completion ({type(error).__name__}): {shown}",
+        text=shown,
+        look_at="is it an endpoint with chat completions, and does the address end with the API's version (/v1)?",
+    )
 
 
 def connection_fault(error: BaseException) -> TryError:

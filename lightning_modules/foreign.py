@@ -7,6 +7,7 @@ from small files is asked before the large ones are read.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +25,10 @@ KINDS = (
 )
 _POINTER = b"version https://git-lfs.github.com/"
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*vocab*.txt", "*.tiktoken", "tekken.json", "tokenizer*.py")
+_NO_DEVICE = re.compile(
+    r"device string|not (compiled|linked) with|invalid device ordinal|No CUDA GPUs|no NVIDIA driver", re.IGNORECASE
+)
+"""How PyTorch says that there is no such device."""
 _ANOTHER = "Download it again, or take another model."
 
 
@@ -288,6 +293,13 @@ def _explained(what: str, name: str, error: Exception) -> str:
     if isinstance(error, OSError) and what == "model":  # transformers and the Hub client raise subclasses of it
         why = "is a folder that lacks something" if folder else "is no local folder, and the Hub gave none by that name"
         return f'{what} "{name}" {why} ({first}). {KINDS}'
+    if _NO_DEVICE.search(str(error)):
+        unknown = re.search(r"device string: '?(.+?)'?$", first)
+        why = f'there is no device "{unknown[1]}"' if unknown else first[:200]
+        return (
+            f'{what} "{name}" cannot be put on its device: {why}. Devices here: {_devices()}. Give one of them as '
+            "model.lm.device, or as --device of a command that has it."
+        )
     if "trust_remote_code" in str(error):
         return (
             f'{what} "{name}" comes with Python code of its own, which has to be run to load it. Read that code, and '
@@ -303,6 +315,12 @@ def _explained(what: str, name: str, error: Exception) -> str:
             f"({_line_with(error, 'size mismatch')[:160]}). Name the base that it was trained on by model.lm.model."
         )
     return f'{what} "{name}" cannot be loaded: {type(error).__name__}: {first[:300]}. {_ANOTHER}'
+
+
+def _devices() -> str:
+    import torch
+
+    return ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
 
 
 def _unknown(name: str) -> str:

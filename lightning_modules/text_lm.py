@@ -22,10 +22,11 @@ class NoWeightsError(BadValueError):
 
 
 def no_weights(name: str) -> str:
-    """What to say there."""
+    """What to say there, and where a device or an engine is given for them."""
     return (
-        f"{name} has no weights here, so w is missing what it trains. Take p only (--alternate.schedule p), or a "
-        "LanguageModel as model.lm and this LM as its teacher: data.bootstrapping.teacher."
+        f"{name} has no weights here, so w is missing what it trains, and a device or an engine has nothing to hold. "
+        "To tune it, take p only (--alternate.schedule p), or a LanguageModel as model.lm and this LM as its teacher: "
+        "data.bootstrapping.teacher. To serve or load it, leave device and engine out: it answers at its endpoint."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,17 +15,24 @@ from cotune.programs.layout import FREE, Layout
 Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
 
+_LEAST_TEMPERATURE = 0.0001
+"""Logits that are divided by less can be too large for a number."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How completions are drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above 0 the logits are divided by it.
+        temperature: 0 takes the likeliest token; else it is finite and 0.0001 or more, and the logits are divided by
+            it.
         top_p: sample among the fewest tokens whose probabilities add up to this (nucleus sampling), in (0, 1].
         max_new_tokens: longest completion, in tokens that the LM chooses: all fields of a layout together. Each field
             gets a part of it, and constrained fields what they need, even where that is more.
         log_probs: completions tell how likely each token was.
+
+    Raises:
+        BadValueError: one is out of its range.
     """
 
     temperature: float = 0.0
@@ -33,14 +41,17 @@ class Sampling:
     log_probs: bool = False
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if self.temperature != 0 and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
             raise BadValueError(
-                f"temperature {self.temperature} is below 0; 0 is greedy, 1 samples as the LM predicts."
+                f"temperature {self.temperature} is neither 0 nor a number from {_LEAST_TEMPERATURE} up; 0 takes the "
+                "likeliest token, 1 samples as the LM predicts."
             )
         if not 0 < self.top_p <= 1:
             raise BadValueError(f"top_p {self.top_p} is outside (0, 1]; 1 switches it off.")
-        if self.max_new_tokens < 1:
-            raise BadValueError(f"max_new_tokens {self.max_new_tokens} is below 1.")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise BadValueError(
+                f"max_new_tokens {self.max_new_tokens} is no whole number from 1 up; 256 is the default."
+            )
 
 
 @dataclass(frozen=True)

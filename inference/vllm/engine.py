@@ -53,7 +53,7 @@ class VLLMServer(Engine):
         adapters: folder for adapters, which servers on other machines must see under the same path.
         concurrency: requests under way at once, for each server.
         timeout: seconds that one request may take.
-        patience: seconds to wait for a server while none answers.
+        patience: seconds to wait for a server while none answers, or while those that do complete nothing more.
         tolerance: how far, in nats (root mean square), log-probabilities may be off on the probe.
         key_variable: name of the environment variable that holds the servers' key, if they have one.
 
@@ -127,7 +127,7 @@ class VLLMServer(Engine):
         """As `Engine.generate`.
 
         Raises:
-            VLLMError: no server answers, or one answers by other weights.
+            VLLMError: no server answers, none completes one of the prompts, or one answers by other weights.
         """
         if sampling.log_probs and sampling.top_p < 1:
             raise BadValueError(f"vLLM gives log-probabilities after top-p, so top_p must be 1, not {sampling.top_p}.")

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import httpx2
 from cotune.inference.loop_thread import LoopThread
 from cotune.inference.vllm.row import Row
-from cotune.inference.vllm.server import About, Server, ServerLostError, Serving, VLLMError
+from cotune.inference.vllm.server import About, Server, ServerLostError, Serving, UnansweredError, VLLMError
 from cotune.programs.lm import completed
 
 _T = TypeVar("_T")
 _LOOKS = 2.0
 """Seconds between two looks for a server, while none answers."""
+_ROUNDS = 3
+"""In a row in which no further completion has ended, before a wave may be given up."""
 
 
 class Pool:
@@ -99,8 +101,14 @@ class Pool:
             await asyncio.sleep(min(_LOOKS, max(0.0, until - time.monotonic())))
 
     async def wave(self, rows: Sequence[Row], serving: Serving, *, log_probs: bool, patience: float) -> None:
-        """Completes the rows. What a server wrote counts when it has proven afterwards whose weights it has."""
-        while todo := [row for row in rows if not row.ended]:
+        """Completes the rows, in rounds. What a server wrote counts when it has proven afterwards whose weights it has.
+
+        Raises:
+            VLLMError: no server answers, or one answers by other weights; or, for `patience` and a few rounds, servers
+                pass the probe and end no further row.
+        """
+        ended, vain, until = sum(row.ended for row in rows), 0, 0.0
+        while todo := sorted((row for row in rows if not row.ended), key=lambda row: bool(row.fault)):
             servers = await self.ready(serving, log_probs=log_probs, patience=patience)
             share = -(-len(todo) // len(servers))
             queues = {server: deque(todo[i * share : (i + 1) * share]) for i, server in enumerate(servers)}
@@ -110,6 +118,33 @@ class Pool:
             for row in todo:
                 if any(server.lost for server in row.servers):
                     row.begin()
+            before, ended = ended, sum(row.ended for row in rows)
+            vain = vain + 1 if ended == before else 0
+            if vain == 1:
+                until = time.monotonic() + patience
+            if vain > 1:
+                await self._wait(rows, vain, until)
+
+    async def _wait(self, rows: Sequence[Row], vain: int, until: float) -> None:
+        """Waits before a further round, longer each time, after some in which nothing has ended.
+
+        Raises:
+            VLLMError: there were enough.
+        """
+        left = until - time.monotonic()
+        lost = next((server.lost for server in self.servers if server.lost), "")
+        todo = [row for row in rows if not row.ended]
+        row = next((row for row in todo if row.fault), todo[0])
+        fault = (row.fault or lost).rstrip(".")
+        if vain >= _ROUNDS and left <= 0:
+            raise VLLMError(
+                f"{len(todo)} of {len(rows)} prompts are not completed, though a vLLM server passes the probe each "
+                f"time: one of {len(row.prompt.ids)} tokens failed with {fault}. {_advice(fault)} What was completed "
+                "before is in the store; the same command continues."
+            )
+        if vain == 2:
+            print(f"No further completion has ended ({fault}); asking again for up to {max(0.0, left):.0f} s.")
+        await asyncio.sleep(max(0.0, min(_LOOKS * 2 ** (vain - 2), left)))
 
     async def sleep(self) -> None:
         """Has the servers give their memory back until they are next asked."""
@@ -134,7 +169,8 @@ class Pool:
                 await server.prove(serving)
 
     async def _work(self, server: Server, queues: Mapping[Server, deque[Row]], serving: Serving) -> None:
-        """Completes rows of the server's own queue, and then of the longest, until there are none or it is lost."""
+        """Completes rows of the server's own queue, and then of the longest, until there are none, one is not answered,
+        or the server is lost."""
         while not server.lost and (row := _next(queues, server)) is not None:
             try:
                 if any(other.lost for other in row.servers):
@@ -144,7 +180,11 @@ class Pool:
                     row.servers.add(server)
                     row.take(await server.complete(body, serving))
                 completed()
-            except ServerLostError:
+            except UnansweredError as error:  # it may be the row's fault: the others go on, and it is last next time
+                row.fault = str(error)
+                return
+            except ServerLostError as error:
+                row.fault = str(error)
                 queues[server].appendleft(row)
 
     def _gone(self) -> VLLMError:
@@ -153,6 +193,15 @@ class Pool:
             f"no vLLM server answers. {each}. Are they running, and are the addresses right? What was completed before "
             "is in the store; the same command continues."
         )
+
+
+def _advice(fault: str) -> str:
+    options = "model.engine.init_args"
+    if fault.startswith("status 429"):
+        return f"The server allows fewer requests than come: lower {options}.concurrency, or raise its limit."
+    if fault.startswith("ReadTimeout"):
+        return f"Raise {options}.timeout, or lower {options}.concurrency."
+    return "Look into the server's log for what it says of that request; set it right, or leave that example out."
 
 
 def _next(queues: Mapping[Server, deque[Row]], server: Server) -> Row | None:

@@ -34,11 +34,13 @@ class Row:
 
     Attributes:
         servers: which have written in it.
+        fault: why a server did not go on with it, when one last did not; "" where none has failed.
     """
 
     def __init__(self, place: int, prompt: Prompted, plan: Plan, sampling: Sampling, *, room: int, width: int) -> None:
         self.place, self.prompt, self._plan, self._sampling = place, prompt, plan, sampling
         self._room, self._width = room, width
+        self.fault = ""
         self.begin()
 
     def begin(self) -> None:

@@ -36,12 +36,16 @@ _PLAIN = {
 
 
 class VLLMError(LMUnavailableError):
-    """No vLLM server answers, or one answers by other weights than those that are trained. Nothing of the wave that was
-    under way is kept; completions that were stored before are."""
+    """No vLLM server answers, none completes a request, or one answers by other weights than those that are trained.
+    Nothing of the wave that was under way is kept; completions that were stored before are."""
 
 
 class ServerLostError(Exception):
     """A server does not answer at present, for this reason."""
+
+
+class UnansweredError(Exception):
+    """A server answers a request with an error each time it is tried, for this reason."""
 
 
 class RefusedError(Exception):
@@ -226,7 +230,10 @@ class Server:
         if self._normalises:
             return
         one = {"prompt": [0], "max_tokens": 1, "logprobs": 0, "allowed_token_ids": [0]}
-        written = await self.complete({**GREEDY, **one}, serving)
+        try:
+            written = await self.complete({**GREEDY, **one}, serving)
+        except UnansweredError as error:
+            raise self._lose(str(error)) from None
         if abs(written.log_probs[0]) > 0.01:
             raise VLLMError(
                 f"{self.url} reports log-probabilities without the temperature and the field's constraint. "
@@ -239,11 +246,12 @@ class Server:
 
         Raises:
             VLLMError: it gives no ids, answers as another model, or refuses.
+            UnansweredError: it answers each try with an error. It is not lost: the next probe tells whether it works.
             ServerLostError: it has gone, or has been restarted and lost the adapter.
         """
         asked = {"model": serving.name, **_PLAIN, **body}
         try:
-            said = await self.ask("/v1/completions", asked)
+            said = await self._tried("/v1/completions", asked)
         except RefusedError as error:
             self._check_forgotten(serving, error)
             raise VLLMError(f'{self.url} refuses a request to "{serving.name}": {error}.') from None
@@ -257,8 +265,7 @@ class Server:
     def _check_forgotten(self, serving: Serving, error: RefusedError) -> None:
         """Counts a server that does not know the adapter any more as lost, so that it is met anew."""
         if serving.folder is not None and (error.status == 404 or serving.name in error.said):
-            self.lost, self.proven = f"it has lost the adapter ({error})", []
-            raise ServerLostError(self.lost) from None
+            raise self._lose(f"it has lost the adapter ({error})") from None
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The JSON that answers a POST, or a GET where there is no body; tried a few times.
@@ -267,7 +274,20 @@ class Server:
             RefusedError: no other try will change the answer.
             ServerLostError: it does not answer; `lost` says so from now on.
         """
+        try:
+            return await self._tried(path, body)
+        except UnansweredError as error:
+            raise self._lose(str(error)) from None
+
+    def _lose(self, why: str) -> ServerLostError:
+        """Counts the server as lost; the error to raise."""
+        self.lost, self.proven = why, []
+        return ServerLostError(why)
+
+    async def _tried(self, path: str, body: Mapping[str, Any] | None) -> Any:
+        """As `ask`; raises UnansweredError where the last try was answered with an error."""
         for tries in range(_TRIES):
+            answered = False
             try:
                 response = await self.http.request("GET" if body is None else "POST", self.url + path, json=body)
                 if response.status_code == 200:
@@ -275,15 +295,16 @@ class Server:
                 said = _message(response)
                 if (response.status_code < 500 and response.status_code not in _AGAIN) or path == _LOADS:
                     raise RefusedError(response.status_code, said)
-                fault = f"status {response.status_code}, {said}"
+                fault, answered = f"status {response.status_code}, {said}", True
             except (httpx2.HTTPError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}".rstrip(": ")
                 tries += _TRIES * isinstance(error, httpx2.ReadTimeout)  # a try takes long enough
             if self.lost or tries >= _TRIES - 1:
                 break
             await asyncio.sleep(_FIRST_WAIT * 2**tries)
-        self.lost, self.proven = fault, []
-        raise ServerLostError(fault)
+        if answered and not self.lost:
+            raise UnansweredError(fault)
+        raise self._lose(fault)
 
     async def _unload(self, name: str) -> None:
         with contextlib.suppress(RefusedError):  # it has forgotten it by itself

@@ -396,6 +396,14 @@ def test_the_batch_has_no_influence_on_what_a_request_draws(model: Any) -> None:
     assert len({tuple(r.ids) for r in together}) == len(together)
 
 
+def test_a_limit_far_beyond_the_window_takes_no_more_numbers_than_there_is_room_for_and_the_same(model: Any) -> None:
+    asked = [Prompted(noise(40, seed), seed=seed) for seed in range(4)]
+    ours = decoder(model, window=80, end_ids=())
+    found = ours.generate(asked, replace(WARM, max_new_tokens=10**13))  # so many numbers fit into no memory
+    assert {len(r.ids) for r in found} == {40}
+    assert [r.ids[:12] for r in found] == [r.ids for r in ours.generate(asked, WARM)]
+
+
 def test_equal_prompts_with_other_seeds_draw_otherwise_and_with_equal_seeds_alike(model: Any) -> None:
     asked = [Prompted(noise(40, 24), seed=seed) for seed in (1, 2, 1)]
     first, second, third = decoder(model).generate(asked, WARM)

@@ -107,6 +107,7 @@ def filled(plan: Plan, writer: Writer, *, new: int, room: int) -> Filling:
         filling.take(writer.next(filling.forbidden(writer.width, CPU)), -1.0)
         assert filling.kept <= len(before)
         assert filling.written[: filling.kept] == before[: filling.kept]
+        assert filling.free <= filling.draws
         before = list(filling.written)
     return filling
 

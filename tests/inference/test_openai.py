@@ -233,6 +233,32 @@ def test_a_failure_of_the_set_up_is_one_error_without_the_key(
     assert len(server.bodies) == (3 if status == 503 else 1)
 
 
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (
+            Reply(status=429, error={"message": "slow down"}),
+            r"429, slow down, after 2 tries\. .* lower this LM's concurrency \(now 5\), or wait and start",
+        ),
+        (Reply(status=502, raw=b"<html>bad gateway</html>"), "status 502, .* its log or its status page"),
+        (
+            Reply("x" * 500, changes={"choices": None, "error": {"code": 502, "message": "Provider returned error"}}),
+            "in place of a completion: Provider returned error, after 2 tries.* the server behind that address",
+        ),
+        (Reply("x", changes={"choices": None, "error": "no GPU"}), "in place of a completion: no GPU"),
+        (Reply(raw=b"<html>hi"), "holds no completion .* is it an endpoint with chat completions"),
+        (Reply("x", wait=0.3), "no answer within 0.1 s.* is it running.* needs a higher timeout"),
+    ],
+)
+def test_what_to_look_at_follows_from_what_went_wrong(
+    reply: Reply, said: str, server: EndpointServer, lm_at: Any
+) -> None:
+    server.answer = lambda body: reply
+    timeout = 0.1 if reply.wait else 60.0
+    with pytest.raises(EndpointError, match=said):
+        lm_at(server, tries=2, concurrency=5, timeout=timeout).complete(asking("a"), Sampling())
+
+
 def test_an_endpoint_that_refuses_everything_is_not_asked_everything(server: EndpointServer, lm_at: Any) -> None:
     server.answer = lambda body: Reply(status=400, error={"message": "no such option"})
     with pytest.raises(EndpointError, match="refuses every request, status 400, no such option"):
@@ -486,6 +512,7 @@ def test_a_missing_client_names_the_command(monkeypatch: pytest.MonkeyPatch) -> 
         ({"endpoint": "localhost:8000"}, r'endpoint "localhost:8000" is no http or https URL'),
         ({"response_format": "json"}, 'response_format "json"'),
         ({"prices": {"m": [1]}}, r"the price \[1\]"),
+        ({"extra": {"stream": True}}, 'extra has "stream": True, .* take it out of extra'),
     ],
 )
 def test_an_option_out_of_range_is_named(options: Any, said: str) -> None:

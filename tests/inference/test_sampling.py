@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cotune.errors import BadValueError
 from cotune.inference.local.sampling import sample
+from cotune.programs import Sampling
 
 
 def reference(logits: np.ndarray, draw: float, temperature: float, top_p: float) -> int:
@@ -94,3 +98,23 @@ def test_low_temperature_takes_the_likeliest() -> None:
     draws = torch.rand(50, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     assert torch.equal(sample(logits, draws, temperature=1e-6, top_p=1.0), logits.argmax(dim=-1))
     assert torch.equal(sample(logits, draws, temperature=1.0, top_p=1e-6), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"temperature": wrong} for wrong in (-1.0, 5e-324, 1e-308, 1e-5, math.inf, math.nan)),
+        *({"top_p": wrong} for wrong in (0.0, 1.5, math.nan)),
+        *({"max_new_tokens": wrong} for wrong in (0, -3, 2.5, math.inf, math.nan)),
+    ],
+)
+def test_what_nothing_can_be_drawn_by_is_refused(options: dict[str, Any]) -> None:
+    ((name, wrong),) = options.items()
+    with pytest.raises(BadValueError, match=f"{name} {re.escape(str(wrong))} is "):
+        Sampling(**options)
+
+
+def test_the_least_temperature_takes_the_likeliest_of_the_largest_logits() -> None:
+    draws, sampling = torch.tensor([0.7], dtype=torch.float64), Sampling(temperature=1e-4)
+    largest = torch.tensor([[-3e38, 3e38, 1.0, -3e38]])
+    assert sample(largest, draws, temperature=sampling.temperature, top_p=1.0).tolist() == [1]

@@ -315,6 +315,58 @@ def test_what_a_server_wrote_that_is_gone_before_it_proves_itself_is_written_aga
         assert proofs == 1
 
 
+def of_a_row(path: str, body: Mapping[str, Any]) -> bool:
+    return path == "/v1/completions" and "prompt_logprobs" not in body
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        (
+            Fault(status=500, text="out of blocks"),
+            r"3 of 3 prompts .* status 500, out of blocks\. Look into the server's",
+        ),
+        (Fault(status=429, text="slow down"), r"status 429, slow down\. .* lower model.engine.init_args.concurrency"),
+        (Fault(reset=True), r"3 of 3 prompts .* failed with \w+Error"),
+    ],
+)
+def test_a_server_that_passes_the_probe_and_completes_nothing_ends_the_run(
+    fault: Fault, error: str, tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    lm = loaded(tiny_model)
+    lm.use(engine(server, folder=tmp_path, patience=0.2))
+    server.fault = lambda path, body: fault if of_a_row(path, body) else None
+    with pytest.raises(VLLMError, match=error):
+        lm.complete(FEW, GREEDY)
+
+
+def test_a_prompt_that_always_fails_is_named_and_the_others_are_written_once(
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    lm = loaded(tiny_model)
+    lm.use(engine(server, folder=tmp_path, concurrency=1))
+    requests = [Request([{"role": "user", "content": "a longer question"}]), *asked(3)]
+    length = len(here(lm, requests)[0].prompt_ids)
+    server.fault = lambda path, body: (
+        Fault(status=500, text="cuda") if of_a_row(path, body) and len(body["prompt"]) == length else None
+    )
+    with pytest.raises(VLLMError, match=f"1 of 4 prompts .* one of {length} tokens failed with status 500, cuda"):
+        lm.complete(requests, GREEDY)
+    good = [body["prompt"] for body in server.completions() if len(body["prompt"]) < length]
+    assert len(good) == len({tuple(prompt) for prompt in good}) == 3
+
+
+def test_an_outage_of_completions_that_is_shorter_than_the_patience_changes_none(
+    tiny_model: Path, tmp_path: Path, server: VLLMServerProcess, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lm = loaded(tiny_model)
+    lm.use(engine(server, folder=tmp_path, patience=60.0))
+    left = [Fault(status=503, text="busy")] * 4 * 3 * 5  # tries, rows, and more rounds than end a run without patience
+    server.fault = lambda path, body: left.pop() if of_a_row(path, body) and left else None
+    assert lm.complete(FEW, GREEDY) == here(lm, FEW)
+    assert capsys.readouterr().out.count("No further completion has ended (status 503, busy); asking again for up") == 1
+
+
 def test_it_waits_for_the_only_server(tiny_model: Path, tmp_path: Path, server: VLLMServerProcess) -> None:
     lm = loaded(tiny_model)
     lm.use(engine(server, folder=tmp_path, patience=20.0))

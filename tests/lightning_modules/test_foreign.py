@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,18 @@ def test_a_broken_template_is_refused_as_one(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for m in messages %}")
     with pytest.raises(ChatTemplateError, match=r"is no valid Jinja \(line 1: .*\)\. Fix chat_template\.jinja"):
         LanguageModel(str(folder), device="cpu").load()
+
+
+@pytest.mark.parametrize(
+    ("device", "why"), [("cud", 'there is no device "cud"'), ("cuda:x", 'there is no device "cuda:x"')]
+)
+def test_a_device_that_is_not_there_is_named_with_those_that_are(tiny_model: Path, device: str, why: str) -> None:
+    with pytest.raises(ModelNotFoundError) as caught:
+        LanguageModel(str(tiny_model), device=device).load()
+    said = str(caught.value)
+    assert f"cannot be put on its device: {why}" in said
+    assert re.search(r"Devices here: cpu(, cuda:\d)*\. Give one of them as model.lm.device, or as --device", said)
+    assert "Download it again" not in said
 
 
 def test_an_encoder_decoder_is_no_causal_lm(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cotune.callbacks.progress import say
@@ -15,9 +15,9 @@ from cotune.experiments.content import ContentNow
 from cotune.experiments.cost import Cost, Pace, cost_of, measured, totals, warm_up
 from cotune.experiments.page import markdown, table_record
 from cotune.experiments.parts import Parts
-from cotune.experiments.results import OUTCOME, RunResult, read_outcome, read_result
+from cotune.experiments.results import OUTCOME, RunResult, is_finished, read_outcome, read_result
 from cotune.experiments.runner import NO_TRACES, Runner
-from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, runs_of
+from cotune.experiments.runs import ALTERNATION, Cell, Run, cells_of, joined, needed, runs_of, shown
 from cotune.experiments.slurm import merge_stores, own_store, submit, under_way
 from cotune.experiments.table_config import TableConfig, TableError
 from cotune.lightning_modules import LanguageModel
@@ -25,7 +25,7 @@ from cotune.lightning_modules.model_source import EMBEDDED
 from cotune.reporting.plots import table_plot
 from cotune.storage.durable import write_whole
 from cotune.storage.run_folder import RunFolder
-from cotune.storage.run_identity import changed_content, changed_options, read_identity
+from cotune.storage.run_identity import RunIdentity, changed_content, changed_options, read_identity
 
 
 class TableCommand:
@@ -34,6 +34,7 @@ class TableCommand:
     Args:
         parts_of: words of a command line -> what it describes.
         fit: runs such words, and gives the exit code.
+        whole: the table that `config` is a part of; the page is of it.
     """
 
     def __init__(
@@ -44,15 +45,25 @@ class TableCommand:
         *,
         parts_of: Callable[[Sequence[str]], Parts],
         fit: Callable[[Sequence[str]], int],
+        whole: TableConfig | None = None,
     ) -> None:
         self.config, self.folder, self.options, self._parts_of, self._fit = config, folder, options, parts_of, fit
+        self.whole = joined(whole or config, config)
         self.runs = runs_of(config)
         self.runs_folder = folder / "runs"
+        self._left_out = set[Run]()
 
     def make(self) -> int:
-        parts = self._parts()
-        results = self._results()
-        self._refuse_others(parts, results)
+        """Runs what is left, and writes the page; 1 if a run did not come to its end.
+
+        Raises:
+            TableError: a run in the folder was made otherwise, or a file of it is damaged.
+        """
+        parts = {cell: self._parts(cell) for cell in cells_of(self.config)}
+        self.runs = needed(self.config, self.whole, self._is_finished)
+        results = self._results(self.runs)
+        self._refuse_others(parts)
+        self._leave_out_others(parts)
         held = RunFolder(str(self.folder.parent), self.folder.name)
         held.acquire()
         try:
@@ -107,35 +118,30 @@ class TableCommand:
         say(f"{len(left)} runs submitted: job {' and '.join(jobs)}. The same command again shows how they ended.")
         return 0
 
-    def _parts(self) -> dict[Cell, Parts]:
-        """The parts of each cell: what is wrong in a config is said before anything is run."""
+    def _parts(self, cell: Cell) -> Parts:
+        """The parts of a cell: what is wrong in a config is said before anything is run."""
+        try:
+            return self._parts_of(self.whole.words(cell.task, cell.lm, cell.preset))
+        except SystemExit:
+            print(f"cotune: the error is in the config of {cell}")
+            raise
 
-        found = {}
-        for cell in cells_of(self.config):
-            try:
-                found[cell] = self._parts_of(self.config.words(cell.task, cell.lm, cell.preset))
-            except SystemExit:
-                print(f"cotune: the error is in the config of {cell}")
-                raise
-        return found
+    def _is_finished(self, run: Run) -> bool:
+        return is_finished(self.runs_folder / run.name)
 
-    def _results(self) -> list[RunResult]:
-        return [read_result(run, self.runs_folder) for run in self.runs]
+    def _results(self, runs: Sequence[Run]) -> list[RunResult]:
+        return [read_result(run, self.runs_folder) for run in runs]
 
-    def _refuse_others(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
-        """A finished run is not started again, so it is asked here whether it was made with these options, this data
-        and this base model."""
+    def _refuse_others(self, parts: dict[Cell, Parts]) -> None:
+        """Runs that have begun, finished or not, stand on the page: were they made with these options, this data and
+        this base model?"""
 
-        finished = {}
-        for result in results:
-            made = read_identity(self.runs_folder / result.run.name)
-            if made is not None and result.finished:
-                finished[result.run] = made
-        for run, made in finished.items():
-            if found := changed_options(made, parts[run.cell].counted, but=_OF_A_RUN):
+        begun = {run: made for run in self.runs if (made := read_identity(self.runs_folder / run.name)) is not None}
+        for run, made in begun.items():
+            if found := _changed(run, made, parts):
                 raise TableError(self._another(run, "with other options", found))
         now = ContentNow(parts, own_store(self.runs_folder))
-        for run, made in finished.items():
+        for run, made in begun.items():
             if found := changed_content(made, data=now.data(run), base=now.base(run.cell)):
                 raise TableError(self._another(run, "of other data or another base model", found))
 
@@ -144,6 +150,19 @@ class TableCommand:
             f"{self.runs_folder / run.name} was made {how} (then -> now): {'; '.join(found)}. Give this table another "
             "--folder, or remove that run."
         )
+
+    def _leave_out_others(self, parts: dict[Cell, Parts]) -> None:
+        """Runs that this start does not ask for are on its page only if they were made with the options of now."""
+
+        for run in shown(self.whole, self.runs, self._is_finished):
+            made = None if run in self.runs else read_identity(self.runs_folder / run.name)
+            if made is None:
+                continue
+            if run.cell not in parts:
+                parts[run.cell] = self._parts(run.cell)
+            if found := _changed(run, made, parts):
+                self._left_out.add(run)
+                say(f"  {run.name} was made with other options, and is not on the page: {'; '.join(found)}")
 
     def _say_cost(self, parts: dict[Cell, Parts], results: list[RunResult]) -> None:
         left = [r.run for r in results if not r.finished]
@@ -171,6 +190,9 @@ class TableCommand:
         found: dict[Cell, Pace] = {}
         for cell in dict.fromkeys(run.cell for run in runs):
             name = parts[cell].module.lm.name
+            if not isinstance(parts[cell].module.lm, LanguageModel):
+                say(f"  {cell}: counts only, since {name} has no weights here whose pace could be measured")
+                continue
             if self.options.dry_run and not (name == EMBEDDED or Path(name).expanduser().exists()):
                 say(f"  {cell}: counts only, since a dry run downloads no weights ({name})")
                 continue
@@ -182,15 +204,15 @@ class TableCommand:
     def _write(self) -> None:
         """table.json, table.md and table.svg as the finished runs have it."""
 
-        results = self._results()
-        record = table_record(self.config, results)
+        page = shown(self.whole, self.runs, self._is_finished)
+        results = self._results([run for run in page if run not in self._left_out])
+        record = table_record(self.whole, results)
         write_whole(self.folder / "table.json", json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         write_whole(self.folder / "table.md", markdown(record))
         write_whole(self.folder / "table.svg", table_plot(record))
         if not self.options.keep_checkpoints:
-            for result in results:
-                if result.finished:
-                    shutil.rmtree(self.runs_folder / result.run.name / "checkpoints", ignore_errors=True)
+            for run in filter(self._is_finished, runs_of(self.config)):
+                shutil.rmtree(self.runs_folder / run.name / "checkpoints", ignore_errors=True)
 
 
 def _table_words(options: argparse.Namespace) -> list[str]:
@@ -204,9 +226,15 @@ def _table_words(options: argparse.Namespace) -> list[str]:
 
 _OF_A_RUN = {
     *("seed_everything", "model.seed", "data.init_args.seed", "alternate.seed"),
-    *("alternate.schedule", "alternate.lm_calls", "alternate.test_prefixes"),
+    *("alternate.schedule", "alternate.test_prefixes"),
 }
 """Options that a run's name tells, or that all runs of a table have."""
+
+
+def _changed(run: Run, made: RunIdentity, parts: Mapping[Cell, Parts]) -> list[str]:
+    """The options that the run was made with and are others now; a control's LM calls are its own."""
+    own = {"alternate.lm_calls"} if run.equal else set()
+    return changed_options(made, parts[run.cell].counted, but=_OF_A_RUN | own)
 
 
 def _shared_threads(jobs: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from cotune.experiments.parts import Parts
 from cotune.experiments.runs import Cell, Run
 from cotune.lightning_modules import LanguageModel
 from cotune.lightning_modules.foreign import ModelNotFoundError
-from cotune.storage.run_identity import data_sums
+from cotune.storage.run_identity import TRACES, data_sums, traces_sum
 
 
 class ContentNow:
@@ -35,6 +35,8 @@ class ContentNow:
         if key not in self._sums:
             splits = parts.data.reseeded(run.seed).splits
             self._sums[key] = data_sums({name: getattr(splits, name) for name in NAMES})
+            if parts.data.reused_traces:
+                self._sums[key][TRACES] = traces_sum(Path(parts.data.reused_traces))
         return self._sums[key]
 
     def _base(self, cell: Cell) -> str:

@@ -22,8 +22,8 @@ _RULES = {
 
 
 def table_record(config: TableConfig, results: Sequence[RunResult]) -> dict[str, Any]:
-    """The whole table in plain types: what table.json holds, and what the Markdown and the plot are made of."""
-    finished = sum(result.finished for result in results)
+    """The cells that results are of in plain types: what table.json holds, and Markdown and plot are made of."""
+    finished, cells = sum(result.finished for result in results), {result.run.cell for result in results}
     return {
         "name": config.name,
         "runs": len(results),
@@ -31,7 +31,7 @@ def table_record(config: TableConfig, results: Sequence[RunResult]) -> dict[str,
         "seeds": list(config.seeds),
         "paper": SOURCE,
         "interval": "95 %, pigeonhole bootstrap over seeds and test examples, paired; not corrected for several rows",
-        "cells": [_cell_record(cell, config, results) for cell in cells_of(config)],
+        "cells": [_cell_record(cell, config, results) for cell in cells_of(config) if cell in cells],
     }
 
 
@@ -129,7 +129,7 @@ def _caption(cell: Mapping[str, Any], *, equal: bool) -> str:
         f"Test score in per cent, mean ± standard error over seeds; a strategy's program is {rule}. Differences are "
         "paired by seed and test example, with 95 % intervals (pigeonhole bootstrap over both; no correction for "
         "several rows). LM calls (mean) and seconds (median over seeds) are those of all the strategy's steps, test "
-        "excluded; seconds where the completion store had least to give. Unreadable: test answers that did not parse."
+        "excluded; seconds where the completion store had least to give. No answer: test answers that did not parse."
     )
     if equal:
         message += (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cotune.experiments.strategies import Steps, covering
@@ -65,6 +66,36 @@ def runs_of(config: TableConfig) -> list[Run]:
             if has_control(config):
                 runs.append(Run(cell, CONTROL, seed, equal=True))
     return runs
+
+
+def needed(config: TableConfig, whole: TableConfig, finished: Callable[[Run], bool]) -> list[Run]:
+    """The runs of a part of a table; in place of one that is not finished, a finished one of the table's that begins
+    with its steps, if there is one."""
+    others = [run for run in runs_of(whole) if not run.equal and finished(run)]
+    found = []
+    for run in runs_of(config):
+        is_source = has_control(config) and run.steps[: len(ALTERNATION)] == ALTERNATION
+        longer = [
+            o for o in others if (o.cell, o.seed) == (run.cell, run.seed) and o.steps[: len(run.steps)] == run.steps
+        ]
+        found.append(run if run.equal or is_source or not longer or finished(run) else longer[0])
+    return list(dict.fromkeys(found))
+
+
+def joined(whole: TableConfig, part: TableConfig) -> TableConfig:
+    """The table, with those strategies and seeds of a part of it that it does not list itself."""
+    strategies, seeds = dict.fromkeys(whole.strategies + part.strategies), dict.fromkeys(whole.seeds + part.seeds)
+    return replace(whole, strategies=tuple(strategies), seeds=tuple(seeds))
+
+
+def shown(config: TableConfig, asked: Sequence[Run], finished: Callable[[Run], bool]) -> list[Run]:
+    """The runs that a table's page is read from: those asked for, and all others of cells with one of these or with a
+    finished run. Shorter runs, which an earlier part of the table has made, are among them once they are finished."""
+    cells = cells_of(config)
+    shorter = [Run(cell, s or ("p",), seed) for cell in cells for seed in config.seeds for s in config.strategies]
+    runs = list(dict.fromkeys([*runs_of(config), *asked, *filter(finished, shorter)]))
+    there = {run.cell for run in asked} | {run.cell for run in runs if finished(run)}
+    return [run for run in runs if run.cell in there]
 
 
 def has_control(config: TableConfig) -> bool:

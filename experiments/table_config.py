@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from cotune.experiments.strategies import PAPERS, Steps, parse_strategy
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _KEYS = {"name", "tasks", "lms", "presets", "strategies", "seeds", "equal_calls", "options"}
 _OVERLAY = {"configs", "options"}
+_LM_CALLS = "alternate.lm_calls"
+_OWN = {
+    **dict.fromkeys(
+        ("seed_everything", "model.seed", "data.seed", "data.init_args.seed", "alternate.seed"),
+        'give --seed, or "seeds" in the table\'s config',
+    ),
+    "alternate.schedule": 'give --strategy, or "strategies" in the table\'s config',
+    "alternate.test_prefixes": "leave it out: a table needs each prefix's score on test",
+    _LM_CALLS: "the control has as many as p -> w -> p; a table with equal_calls: false takes the option",
+    **dict.fromkeys(("name", "runs_dir"), "give --folder, in which each run has a name of its own"),
+    "trainer.enable_progress_bar": "leave it out: each run writes to a log of its own",
+}
+"""Options of `cotune fit` that a table gives each run itself, and what to do instead of setting them."""
 
 
 class TableError(CotuneError, ValueError):
@@ -46,6 +60,7 @@ class TableConfig:
     Attributes:
         equal_calls: also run "p -> p" with as many candidates as it takes to spend the LM calls of "p -> w -> p".
         options: of `cotune fit`, for all runs.
+        assigned: (task, option, value) in the order given, over all else; the task is "" for all of them.
     """
 
     name: str
@@ -56,6 +71,7 @@ class TableConfig:
     seeds: tuple[int, ...]
     equal_calls: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    assigned: tuple[tuple[str, str, str], ...] = ()
 
     def words(self, task: str, lm: str, preset: str) -> list[str]:
         """Configs and options of a cell, as words of a command line; later ones override earlier ones."""
@@ -64,8 +80,12 @@ class TableConfig:
         options = {**self.options}
         for part in parts:
             options |= part.options
+        assigned = [(option, value) for of in ("", task) for where, option, value in self.assigned if where == of]
+        # A class must also be named before the options that only it has.
+        classes = [(option, value) for option, value in assigned if any(n.startswith(f"{option}.") for n in options)]
         words = [word for part in parts for config in part.configs for word in ("--config", str(config))]
-        return words + [word for name, value in options.items() for word in (f"--{name}", _as_word(value))]
+        named = [*classes, *options.items(), *assigned]
+        return words + [word for name, value in named for word in (f"--{name}", _as_word(value))]
 
     def only(
         self,
@@ -91,27 +111,25 @@ class TableConfig:
         )
 
     def with_options(self, assignments: Sequence[str]) -> TableConfig:
-        """The table with options set: "option=value" for all tasks, "task:option=value" for one.
+        """The table with options set over all that its config says: "option=value" for all tasks, and over these
+        "task:option=value" for one.
 
         Raises:
-            TableError: an assignment is not of that form, or names a task that the table does not have.
+            TableError: an assignment is not of that form, names a task that the table does not have, or an option that
+                the table sets itself.
         """
-        made = self
+        made = []
         for text in assignments:
             left, sign, value = text.partition("=")
             task, colon, option = left.rpartition(":")
             option = option.strip().removeprefix("--")
             if not sign or not option:
                 raise TableError(f'"{text}" sets no option; write option=value, or task:option=value.')
-            if not colon:
-                made = replace(made, options={**made.options, option: value})
-                # On top of what a task says itself: the command line comes last.
-                tasks = {name: _set(own, option, value) for name, own in made.tasks.items() if option in own.options}
-                made = replace(made, tasks={**made.tasks, **tasks})
-            else:
-                _picked(made.tasks, [task], "task")
-                made = replace(made, tasks={**made.tasks, task: _set(made.tasks[task], option, value)})
-        return made
+            if colon:
+                _picked(self.tasks, [task], "task")
+            _refuse_own({option: value}, f'--set "{text}"', equal_calls=self.equal_calls)
+            made.append((task, option, value))
+        return replace(self, assigned=(*self.assigned, *made))
 
 
 def read_table(path: Path) -> TableConfig:
@@ -147,15 +165,25 @@ def _table(made: Mapping[str, Any], path: Path) -> TableConfig:
     equal = made.get("equal_calls", True)
     if not isinstance(equal, bool):
         raise TableError(f"equal_calls is {equal!r}; it is true or false.")
+    lms = {name: _overlay(own, folder, name) for name, own in _named(made, "lms").items()}
+    options = _options(made, "the table")
+    for where, own in {
+        "the table": options,
+        **{f'preset "{name}"': preset.options for name, preset in presets.items()},
+        **{f'LM "{name}"': lm.options for name, lm in lms.items()},
+        **{f'task "{name}"': task.options for name, task in tasks.items()},
+        **{f'task "{n}", {preset}': own.options for n, task in tasks.items() for preset, own in task.presets.items()},
+    }.items():
+        _refuse_own(own, where, equal_calls=equal)
     return TableConfig(
         name=str(made.get("name", path.stem)),
         tasks=tasks,
-        lms={name: _overlay(own, folder, name) for name, own in _named(made, "lms").items()},
+        lms=lms,
         presets=presets,
         strategies=_strategies(made.get("strategies", "all")),
         seeds=_seeds(made.get("seeds", [0, 1, 2])),
         equal_calls=equal,
-        options=_options(made, "the table"),
+        options=options,
     )
 
 
@@ -176,6 +204,8 @@ def _overlay(made: Any, folder: Path, where: str) -> Overlay:
     _only_keys(made, _OVERLAY, where)
     paths = made.get("configs") or []
     paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list):
+        raise TableError(f"{where}: configs is {paths!r}; give a file, or a list of files.")
     found = tuple((folder / str(path)).resolve() for path in paths)
     for path in found:
         if not path.is_file():
@@ -188,9 +218,13 @@ def _task(made: Any, folder: Path, name: str) -> Task:
         made = {"configs": made}
     _only_keys(made, _OVERLAY | {"presets", "paper"}, f'task "{name}"')
     plain = _overlay({key: made[key] for key in _OVERLAY & set(made)}, folder, f'task "{name}"')
-    over = {
-        preset: _overlay(own, folder, f'task "{name}", {preset}') for preset, own in (made.get("presets") or {}).items()
-    }
+    presets = made.get("presets") or {}
+    if not isinstance(presets, Mapping):
+        raise TableError(
+            f'task "{name}": presets is {presets!r}; it maps a preset\'s name to what this task lays over it, e.g. '
+            "default: {options: {alternate.epochs: 2}}. A task that changes no preset has none: all presets are its."
+        )
+    over = {preset: _overlay(own, folder, f'task "{name}", {preset}') for preset, own in presets.items()}
     paper = str(made.get("paper") or "")
     if paper and paper not in PAPER_TASKS:
         raise TableError(f'task "{name}" is the paper\'s "{paper}"; the paper has {", ".join(PAPER_TASKS)}.')
@@ -202,6 +236,22 @@ def _options(made: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise TableError(f"{where}: options is {found!r}; it must map option names, with dots, to values.")
     return {str(name).removeprefix("--"): value for name, value in found.items()}
+
+
+def _refuse_own(options: Mapping[str, Any], where: str, *, equal_calls: bool) -> None:
+    for name in (name for option, value in options.items() for name in _names(option, value)):
+        if name in _OWN and (equal_calls or name != _LM_CALLS):
+            raise TableError(f"{where} sets {name}, which a table sets for each of its runs; {_OWN[name]}.")
+
+
+def _names(option: str, value: Any) -> Iterator[str]:
+    """The option, and those in a mapping that it is set to."""
+    yield option
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with suppress(yaml.YAMLError):  # which is said where the option is parsed
+            value = yaml.safe_load(value)
+    if isinstance(value, Mapping):
+        yield from (name for key, part in value.items() for name in _names(f"{option}.{key}", part))
 
 
 def _strategies(made: Any) -> tuple[Steps, ...]:
@@ -229,10 +279,6 @@ def _picked(there: Mapping[str, Any], names: Sequence[str], what: str) -> Mappin
         if name not in there:
             raise TableError(f'the table has no {what} "{name}"; it has {", ".join(there)}.')
     return {name: there[name] for name in names} if names else there
-
-
-def _set(task: Task, option: str, value: Any) -> Task:
-    return replace(task, options={**task.options, option: value})
 
 
 def _as_word(value: Any) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 _RESAMPLES = 10_000
 _AT_ONCE = 500
 _Z = 1.959964  # of a two-sided 95 % interval
+_FEW = 6  # gaps, all to one side, that a two-sided sign test at 5 % needs: 2 * 0.5**6 < 0.05
 
 
 Scores = Mapping[int, Mapping[str, float]]
@@ -89,6 +90,13 @@ def paired_difference(first: Scores, second: Scores, *, resamples: int = _RESAMP
     too narrow: all pairs of a seed share one training run, and all pairs of an example its difficulty. With one seed it
     is the usual paired bootstrap over examples; with few, the seeds' part is rough. Bounds are percentiles.
 
+    Gaps that are all the same leave a bootstrap nothing to resample, however few they are. What they say of others is
+    the bound of Clopper and Pearson (1934) for a thing that all of n examples did: at most 1 - 0.025 ** (1 / n) of all
+    examples do otherwise (3.7 / n; one-sided it is the 3 / n of the rule of three, Hanley and Lippman-Hand, 1983). The
+    interval is that of a mean in which so many are off by twice the gap, as those with the opposite one are; so it
+    leaves out 0 where a sign test would, from six examples on. Scores equal everywhere, most often of one program
+    twice, keep [0, 0] from six pairs on; fewer bound only how many examples may differ, by 1 each.
+
     Returns:
         None where there is no common pair.
     """
@@ -104,8 +112,21 @@ def paired_difference(first: Scores, second: Scores, *, resamples: int = _RESAMP
     if not pairs:
         return None
     low, high = np.quantile(_resampled(gaps_SN, there_SN, resamples), [0.025, 0.975])
+    mean = float(gaps_SN.sum() / pairs)
+    if high - low < 1e-9:
+        low, high = _of_equal_gaps(mean, len(ids), pairs)
     used = int((there_SN.sum(axis=1) > 0).sum())
-    return Difference(float(gaps_SN.sum() / pairs), float(low), float(high), used, len(ids), pairs)
+    return Difference(mean, float(low), float(high), used, len(ids), pairs)
+
+
+def _of_equal_gaps(gap: float, examples: int, pairs: int) -> tuple[float, float]:
+    """
+    >>> [tuple(round(end, 2) for end in _of_equal_gaps(gap, n, n)) for gap, n in ((1.0, 5), (1.0, 6), (0.25, 60))]
+    [(-0.04, 1.0), (0.08, 1.0), (0.22, 0.28)]
+    """
+    rest = 1 - 0.025 ** (1 / examples)
+    reach = rest * (2 * abs(gap) if gap else float(pairs < _FEW))
+    return max(gap - reach, min(gap, -1.0)), min(gap + reach, max(gap, 1.0))
 
 
 def _resampled(gaps_SN: np.ndarray, there_SN: np.ndarray, resamples: int) -> np.ndarray:

@@ -55,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command; 1 if a run did not come to its end for another reason than a lack of traces.
 
     Raises:
-        TableError: the config is wrong, or the folder holds another table's runs.
+        TableError: the config or an option is wrong, or the folder holds another table's runs.
     """
     import signal
     import sys
@@ -68,8 +68,14 @@ def main(options: argparse.Namespace) -> int:
 
     if options.jobs < 1:
         raise TableError(f"--jobs {options.jobs} is below 1.")
-    config = read_table(Path(resolved(options.config, within="table/"))).with_options(options.set)
-    config = config.only(
+    for name in ("dry_run", "submit", "retry"):
+        if options.run and getattr(options, name):
+            option = f"--{name.replace('_', '-')}"
+            raise TableError(
+                f'{option} is of a whole table, and --run "{options.run}" makes one run at once; leave one of them out.'
+            )
+    whole = read_table(Path(resolved(options.config, within="table/"))).with_options(options.set)
+    config = whole.only(
         tasks=options.task,
         lms=options.lm,
         presets=options.preset,
@@ -78,5 +84,5 @@ def main(options: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs are asked to end, and waited for
     folder = Path(options.folder or Path("tables") / config.name)
-    command = TableCommand(config, folder, options, parts_of=parts_of, fit=run)
+    command = TableCommand(config, folder, options, parts_of=parts_of, fit=run, whole=whole)
     return command.run_one(options.run) if options.run else command.make()

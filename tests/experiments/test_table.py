@@ -121,6 +121,8 @@ def test_a_part_of_the_table_can_be_asked_for(tmp_path: Path) -> None:
         ({"equal_calls": "no"}, "equal_calls is 'no'"),
         ({"tasks": {"a": {"paper": "MATH"}}}, "the paper has HotPotQA"),
         ({"tasks": {"a": {"presets": {"other": []}}}}, 'an unknown preset, "other"; there are default'),
+        ({"tasks": {"a": {"presets": ["default"]}}}, r"presets is \['default'\]; it maps"),
+        ({"tasks": {"a": {"configs": 5}}}, "configs is 5; give a file, or a list"),
         ({"options": [1]}, r"options is \[1\]"),
     ],
 )

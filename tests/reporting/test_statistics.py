@@ -63,10 +63,30 @@ def test_equal_scores_have_no_difference_and_no_width() -> None:
     assert (found.mean, found.low, found.high) == (0, 0, 0)
 
 
-def test_a_difference_that_is_the_same_everywhere_is_certain() -> None:
+def test_a_difference_that_is_the_same_everywhere_is_as_wide_as_so_few_examples_leave_it() -> None:
     found = paired_difference(scores([[0.75] * 9] * 3), scores([[1.0] * 9] * 3))
     assert found is not None
-    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25))
+    rest = 1 - 0.025 ** (1 / 9)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.25 - 0.5 * rest, 0.25 + 0.5 * rest))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 50])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_examples_that_are_all_won_are_a_clear_difference_where_a_sign_test_says_so(n: int, seeds: int) -> None:
+    for sign in (1, -1):
+        won, lost = scores([[1.0] * n] * seeds), scores([[0.0] * n] * seeds)
+        found = paired_difference(lost, won) if sign > 0 else paired_difference(won, lost)
+        assert found is not None
+        assert found.mean == sign
+        assert found.clear == (2 * 0.5**n < 0.05)
+        near, far = (found.low, found.high) if sign > 0 else (found.high, found.low)
+        assert (sign * near, far) == pytest.approx((1 - 2 * (1 - 0.025 ** (1 / n)), sign))
+
+
+def test_a_few_equal_scores_do_not_show_that_there_is_no_difference() -> None:
+    found = paired_difference(scores([[1.0]]), scores([[1.0]]))
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx((0, -0.975, 0.975))
 
 
 def test_with_one_seed_it_is_the_bootstrap_over_examples() -> None:
@@ -85,7 +105,8 @@ def test_pairing_takes_out_what_makes_examples_hard() -> None:
     hard = np.random.default_rng(0).integers(0, 2, 200).astype(float)
     found = paired_difference(scores([(hard * 0.5).tolist()] * 3), scores([(hard * 0.5 + 0.25).tolist()] * 3))
     assert found is not None
-    assert found.high - found.low < 1e-9
+    rest = 1 - 0.025 ** (1 / 200)  # what 200 examples leave open; the bootstrap adds nothing
+    assert (found.low, found.high) == pytest.approx((0.25 - 0.5 * rest, 0.25 + 0.5 * rest))
 
 
 def test_only_common_seeds_and_examples_are_compared() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -110,6 +111,11 @@ class Front(ThreadingHTTPServer):
         self.name, self._key, self._began = name, key, int(time.time())
         self._asking: Asking
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Says what broke, unless it is a client that hung up or reads no more."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
     def give(self, tuned: Tuned) -> None:
         """Answers by this program."""
         self._asking = Asking(tuned)
@@ -180,7 +186,7 @@ class Front(ThreadingHTTPServer):
         names = [*self._required, *self._optional]
         try:
             given = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         if not isinstance(given, dict) or (len(names) == 1 and not given.keys() & set(names)):
             if len(names) != 1:
@@ -192,6 +198,8 @@ class Front(ThreadingHTTPServer):
             return example_from_json(json.dumps(given), columns={n: n for n in names}, required=self._required)
         except DataError as error:
             raise RefusedError(400, f"{str(error).rstrip('.')}; {self._wanted()}.", "invalid_inputs") from error
+        except RecursionError as error:
+            raise RefusedError(400, f"an input is nested too deeply; {self._wanted()}.", "invalid_inputs") from error
 
     def _wanted(self) -> str:
         optional = f" and, if you like, {', '.join(self._optional)}" if self._optional else ""
@@ -200,7 +208,8 @@ class Front(ThreadingHTTPServer):
 
 def write_json(handler: BaseHTTPRequestHandler, status: int, value: Any) -> None:
     """Answers a request with a value that JSON holds."""
-    content = json.dumps(value, ensure_ascii=False).encode()
+    # Half a surrogate pair, from a client, becomes the escape that JSON has for it.
+    content = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
     handler.send_response(status)
     handler.send_header("content-type", "application/json")
     handler.send_header("content-length", str(len(content)))
@@ -224,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(413, f"a request needs a Content-Length, at most {_LONGEST} bytes.", "too_large")
         try:
             return json.loads(self.rfile.read(int(length)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RefusedError(400, f"the request is no JSON: {error}.", "invalid_json") from error
 
     def _answer(self, work: Any) -> None:

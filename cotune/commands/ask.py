@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ def parser() -> argparse.ArgumentParser:
         usage="cotune ask --export FOLDER | --config FILE | --program PROGRAM [--INPUT VALUE ...] [--verbose]",
         description="Asks a tuned program (--export) or an untuned one (--config, --program) one question, and shows "
         'what each stage wrote. The program\'s inputs are options, e.g. --question "…"; in a terminal you are asked '
-        "for missing ones.",
+        "for missing ones. An input that has the name of an option of this command is given as NAME=VALUE, without "
+        "dashes: lm=VALUE.",
         epilog="Exit codes: 0 when the program gave an answer, 1 when it gave none, 2 for an error that the message "
         "explains.",
         allow_abbrev=False,
@@ -41,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         help="the config of a fit, which may not have run yet",
     )
     made.add_argument("--program", help='module.Class, or a signature, e.g. "question -> answer"')
-    made.add_argument("--lm", metavar="MODEL", help="Hub id, folder or .gguf file, instead of the config's LM")
+    made.add_argument(
+        "--lm", metavar="MODEL", help="Hub id, folder or .gguf file, instead of the config's LM; not with --export"
+    )
     made.add_argument("--verbose", action="store_true", help="show each stage's whole prompt")
     made.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base model")
     return made
@@ -59,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
 
     Raises:
         ExportError: the export cannot be loaded.
-        AskError: an input is unknown, or missing where nobody can be asked.
+        AskError: an input is unknown, or missing where nobody can be asked; options contradict each other.
     """
     from rich.console import Console
 
@@ -73,6 +77,11 @@ def main(options: argparse.Namespace) -> int:
         wrong = options.inputs[0].removeprefix("--") if options.inputs else ""
         near = did_you_mean(wrong, ("export", "config", "program"), "--")
         raise AskError(f"name a tuned program with --export, or an untuned one with --config or --program.{near}")
+    if options.export and options.lm:
+        raise AskError(
+            f"--lm {options.lm} goes with --config or --program: an export is asked with the LM that it was tuned on. "
+            f"Leave --lm out; for an input named lm write lm={shlex.quote(options.lm)}."
+        )
     folder = export_folder(options.export) if options.export else None
     config = read_export(folder)["model"] if folder else _as_it_comes(options)
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -129,7 +138,9 @@ def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
 def question(
     words: Sequence[str], required: Sequence[str], optional: Sequence[str], console: Console
 ) -> dict[str, str]:
-    """The program's inputs from `--name value` and `--name=value`; what is missing is asked for in a terminal.
+    """The program's inputs from `--name value`, `--name=value` and, for any name, `name=value`.
+
+    What is missing is asked for in a terminal.
 
     Raises:
         AskError: a word that is no input, or an input without a value.
@@ -138,7 +149,7 @@ def question(
     for name in required:
         if name not in given and not (sys.stdin.isatty() and console.is_terminal):
             raise AskError(
-                f'the program needs "{name}": give --{name} VALUE. Its inputs are {_options(required, optional)}.'
+                f'the program needs "{name}": give {_option(name, " ")}. Its inputs are {_options(required, optional)}.'
             )
         if name not in given:
             given[name] = console.input(f"[bold]{name}[/bold]: ")
@@ -212,7 +223,7 @@ def _given(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     while waiting:
         word = waiting.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in known:
+        if name not in known or not (word.startswith("--") or equals):
             raise AskError(f'"{word}" is no input of the program; its inputs are {_options(known, ())}.')
         if not equals and not waiting:
             raise AskError(f"--{name} has no value; write --{name} VALUE.")
@@ -221,4 +232,11 @@ def _given(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
 
 
 def _options(required: Sequence[str], optional: Sequence[str]) -> str:
-    return ", ".join([*(f"--{name}" for name in required), *(f"--{name} (optional)" for name in optional)])
+    return ", ".join([*map(_option, required), *(f"{_option(name)} (optional)" for name in optional)])
+
+
+def _option(name: str, before_value: str = "") -> str:
+    """How an input is given: as an option, unless the command has one of that name."""
+    if name in {*vars(parser().parse_args([])), "help"}:
+        return f"{name}=VALUE"
+    return f"--{name}{before_value}VALUE" if before_value else f"--{name}"

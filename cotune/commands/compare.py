@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     from cotune.reporting.comparison import Comparison, Pair
+    from cotune.reporting.run_record import RunRecord
 
 _SHOWN = 5
 """Disagreements of a kind that the terminal shows; the page shows all."""
@@ -23,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         "cotune compare",
         allow_abbrev=False,
         description="Shows runs side by side: scores by prefix, test, cost and the settings that differ. Over the "
-        "examples that they share: the paired difference to the first run, and the examples on which they disagree.",
+        "examples that they share: the paired difference to the first run, and the examples on which they disagree. "
+        "What is no run, or has no score yet, is named and left out.",
     )
     made.add_argument(
         "runs", metavar="RUN_FOLDER", nargs="+", help="folders of two or more runs; the first is the base"
@@ -36,14 +39,14 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        ReportError: a folder is no run, or there are fewer than two.
+        ReportError: a folder is not there or damaged, or there are fewer than two runs.
     """
     from cotune.reporting.comparison import compare_runs
     from cotune.reporting.page import render_comparison
-    from cotune.reporting.run_record import ReportError, read_run
+    from cotune.reporting.run_record import ReportError
     from cotune.storage.durable import write_whole
 
-    compared = compare_runs([read_run(Path(folder)) for folder in options.runs])
+    compared = compare_runs(_runs(options.runs))
     _print_comparison(compared, Console())
     if options.out:
         if Path(options.out).is_dir():
@@ -51,6 +54,26 @@ def main(options: argparse.Namespace) -> int:
         write_whole(Path(options.out), render_comparison(compared))
         print(options.out)
     return 0
+
+
+def _runs(folders: Sequence[str]) -> list[RunRecord]:
+    """The runs among them: `runs/*` also names what a refused command has left, and files."""
+    from cotune.reporting.run_record import ReportError, read_run
+
+    runs: list[RunRecord] = []
+    left: list[ReportError] = []
+    for path in map(Path, folders):
+        try:
+            runs.append(read_run(path))
+        except ReportError as error:
+            if not path.exists() or (path / "history.jsonl").is_file():
+                raise
+            left.append(error)
+    if left and len(runs) < 2:
+        raise left[0]
+    for why in left:
+        print(f"left out: {why}", file=sys.stderr)
+    return runs
 
 
 def _print_comparison(compared: Comparison, console: Console) -> None:

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cotune.errors import BadValueError
+
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     import torch
 
@@ -58,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--runs_dir", default="runs", help="where runs would go; its disk is checked")
     made.add_argument("--engine", metavar="URL", help="check an endpoint instead of the machine; URL up to its version")
     made.add_argument("--model", default="", help="model of the endpoint (default: the first that it lists)")
-    made.add_argument("--key_variable", default="OPENAI_API_KEY", help="environment variable with the endpoint's key")
+    made.add_argument(
+        "--key_variable", metavar="NAME", help="environment variable with the endpoint's key (default: OPENAI_API_KEY)"
+    )
     made.add_argument("--json", action="store_true", help="the findings as a JSON list")
     made.add_argument(
         "--constraints",
@@ -69,14 +73,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the command. Returns 0, or 1 if something that is needed is broken."""
+    """Runs the command. Returns 0, or 1 if something that is needed is broken.
+
+    Raises:
+        BadValueError: an option of an endpoint is given, and no endpoint.
+    """
+    for name in ("model", "key_variable"):
+        if getattr(options, name) and not options.engine:
+            raise BadValueError(
+                f"--{name} {getattr(options, name)} is about an endpoint; add its --engine URL, or leave it out."
+            )
     if options.constraints:
         print(_CONSTRAINTS.read_text(encoding="utf-8"), end="")
         return 0
     if options.engine:
         from cotune.commands.doctor_engine import engine_findings
 
-        found = list(engine_findings(options.engine, options.model, options.key_variable))
+        found = list(engine_findings(options.engine, options.model, options.key_variable or "OPENAI_API_KEY"))
     else:
         found = list(findings(Path(options.runs_dir)))
     if options.json:

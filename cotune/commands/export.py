@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cotune.errors import BadValueError
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     from cotune.lightning_modules import LanguageModel
@@ -29,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--out",
         metavar="DIR",
-        help="where to write; replaces an earlier export there (default: the run's own export folder)",
+        help="where to write; replaces an earlier export there, all its parts (default: the run's own export folder, "
+        "in which the parts that are not asked for stay)",
     )
     made.add_argument("--what", choices=("adapter", "merged", "all"), default="adapter", help="default: adapter")
     made.add_argument(
@@ -59,9 +66,11 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
+        BadValueError: an option belongs to another one that is not given.
         ExportError: the folder holds no export, or the Hub refuses.
         ModelNotFoundError, QuantizationError: merged weights are asked for, and the base cannot be read or merged.
     """
+    _check_options(options)
     from cotune.tuned import export_folder
 
     export = export_folder(options.run)
@@ -79,8 +88,19 @@ def main(options: argparse.Namespace) -> int:
     for line in _closing_lines(card, out):
         print(line)
     if options.push_to_hub:
-        print(push(out, options.push_to_hub, what=options.what, public=options.public))
+        print(push(out, options.push_to_hub, card, what=options.what, public=options.public))
     return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.what == "adapter" and (options.dtype or options.unrounded):
+        given = f"--dtype {options.dtype}" if options.dtype else "--unrounded"
+        raise BadValueError(
+            f"{given} is about merged weights, and --what adapter writes none; add --what merged or --what all, or "
+            "leave it out."
+        )
+    if options.public and not options.push_to_hub:
+        raise BadValueError("--public is about a repository on the Hub; add --push-to-hub USER/REPO, or leave it out.")
 
 
 def write_export(
@@ -94,10 +114,11 @@ def write_export(
     license_name: str = "",
     trust_remote_code: bool = False,
 ) -> Card:
-    """Writes the parts asked for and a card of them; see the command's options.
+    """Writes the parts asked for, and a card of the parts that are there then; see the command's options.
 
-    A kill leaves no half export: a new folder appears whole or not at all; in one that is there, each part does, and
-    program.json, without which nothing reads it, comes last. The same command again completes it.
+    An error leaves what was there. A kill leaves no half export: a new folder appears whole or not at all; in one that
+    is there each part does, and program.json, without which nothing reads it, comes last. The same command again
+    completes it.
 
     Raises:
         ExportError: `out` holds other files, the export lacks its adapter, the base has no name that others know, or
@@ -118,26 +139,27 @@ def write_export(
     _check_target(out, export)
 
     def fill(folder: Path) -> Card:
-        if what != "merged":
-            _write_adapter(export / "adapter", folder / "adapter", described["base"])
-        into = ""
-        if what != "adapter":
+        into = described.get("merged_into", "the base") if (folder / "merged").is_dir() else ""
+        if what != "adapter":  # before the adapter, since this can fail
             lm = _base_lm(described["base"], dtype, unrounded, trust_remote_code)
             check_base(export, described["base"], lm)
             into = _write_merged(lm, described, export / "adapter", folder / "merged")
+        if what != "merged":
+            _write_adapter(export / "adapter", folder / "adapter", described["base"])
         license = license_name or _known_license(described["base"])
-        return _write_texts(folder, export, described, with_adapter=what != "merged", merged_into=into, license=license)
+        return _write_texts(folder, export, described, merged_into=into, license=license)
 
-    if out.exists():
-        if out.resolve() != export.resolve():
-            _clear(out)
+    if not out.exists():
+        with new_folder(out, listed=False) as partial:
+            return fill(partial)
+    if out.resolve() == export.resolve():
         return fill(out)
-    with new_folder(out, listed=False) as partial:
+    with _in_place_of(out) as partial:
         return fill(partial)
 
 
-def push(out: Path, repo: str, *, what: str, public: bool) -> str:
-    """Uploads an export; the token is huggingface_hub's own matter. Returns where it is.
+def push(out: Path, repo: str, card: Card, *, what: str, public: bool) -> str:
+    """Uploads the parts asked for and a card of them; the token is huggingface_hub's own matter. Returns where it is.
 
     Raises:
         ExportError: no token, no right, no connection, or a base that exists on this machine only.
@@ -153,16 +175,23 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
             f'the adapter\'s base is "{base["name"]}" on this machine, which others cannot load. Give its name on '
             "the Hub, --base-model USER/MODEL, or push merged weights, --what merged."
         )
-    parts = {"adapter": ["adapter/*"], "merged": ["merged/*"], "all": ["adapter/*", "merged/*"]}[what]
+    parts = {"adapter": ["adapter"], "merged": ["merged"], "all": ["adapter", "merged"]}[what]
+    pushed = replace(
+        card,
+        adapter=card.adapter if "adapter" in parts else {},
+        merged_into=card.merged_into if "merged" in parts else "",
+    )
     try:
         api = HfApi()
         url = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=str(out),
-            allow_patterns=[*_FILES, *parts],
-            commit_message="Upload of a program tuned by cotune",
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            _gather(out, Path(folder), parts, pushed)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=[*_FILES, *(f"{part}/*" for part in parts)],
+                commit_message="Upload of a program tuned by cotune",
+            )
     except (HFValidationError, HTTPError, OSError) as error:  # no token is an OSError, too
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ExportError(
@@ -171,6 +200,15 @@ def push(out: Path, repo: str, *, what: str, public: bool) -> str:
             f"{out}."
         ) from error
     return f"pushed to {url}"
+
+
+def _gather(out: Path, folder: Path, parts: Sequence[str], card: Card) -> None:
+    """What is uploaded, in a folder of its own: the export's may hold other parts, and its card describes those too."""
+    (folder / "README.md").write_text(card.text(), encoding="utf-8")
+    for name in ("program.json", "prompts.json"):
+        shutil.copyfile(out / name, folder / name)
+    for part in parts:
+        shutil.copytree((out / part).resolve(), folder / part, copy_function=os.symlink)
 
 
 def _with_base(described: dict[str, Any], base_model: str | None) -> dict[str, Any]:
@@ -212,19 +250,35 @@ def _check_target(out: Path, export: Path) -> None:
         raise ExportError(f'--out "{out}" is a file; name a folder.')
     if out.resolve() == export.resolve() or not out.is_dir() or (out / "program.json").is_file():
         return
-    there = {path.name.removesuffix(".partial") for path in out.iterdir()}
-    killed = there <= _OURS and there & {"adapter", "merged"}  # an export that was not completed
+    there = {path.name.removesuffix(".partial") for path in out.iterdir()} - {""}
+    # An export that was not completed.
+    killed = there <= _OURS and (there & {"adapter", "merged"} or (out / ".partial").is_dir())
     if there and not killed:
         raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
 
 
-def _clear(out: Path) -> None:
-    """Takes an earlier export away, program.json first: what is left is none until the new one is complete."""
-    (out / "program.json").unlink(missing_ok=True)
-    for name in sorted(_OURS):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        (out / name).unlink(missing_ok=True)
+@contextmanager
+def _in_place_of(folder: Path) -> Iterator[Path]:
+    """A folder to fill, whose parts take the place of an earlier export's when they are whole; other files stay."""
+    from cotune.storage.durable import as_not_written
+
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with as_not_written(folder):
+            partial.mkdir()
+        yield partial
+        with as_not_written(folder):
+            (folder / "program.json").unlink(missing_ok=True)
+            for name in sorted(_OURS - {"program.json"}):
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+                (folder / name).unlink(missing_ok=True)
+                if (partial / name).exists():
+                    os.replace(partial / name, folder / name)
+            os.replace(partial / "program.json", folder / "program.json")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:
@@ -260,17 +314,19 @@ def _list_sums(part: Path) -> None:
         record_sums(part.parent, {f"{part.name}/{name}": digest for name, digest in folder_sums(part).items()})
 
 
-def _write_texts(
-    folder: Path, export: Path, described: dict[str, Any], *, with_adapter: bool, merged_into: str, license: str
-) -> Card:
+def _write_texts(folder: Path, export: Path, described: dict[str, Any], *, merged_into: str, license: str) -> Card:
     from cotune.reporting.model_card import Card, read_summary_beside
     from cotune.storage.durable import write_durably
 
     prompts = (export / "prompts.json").read_text(encoding="utf-8")
+    adapter = folder / "adapter" / "adapter_config.json"
+    described = {name: value for name, value in described.items() if name != "merged_into"}
+    if merged_into:
+        described["merged_into"] = merged_into  # for the card of a later command that leaves these weights there
     card = Card(
         name=export.resolve().parent.name if export.name == "export" else export.resolve().name,
         described=described,
-        adapter=_json(export / "adapter" / "adapter_config.json") if with_adapter else {},
+        adapter=_json(adapter) if adapter.is_file() else {},
         prompts=json.loads(prompts),
         summary=read_summary_beside(export),
         merged_into=merged_into,

@@ -6,6 +6,7 @@ import argparse
 import json
 import keyword
 import re
+import shlex
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "cotune new",
         allow_abbrev=False,
-        description="Writes a folder with all that a fit needs: program.py (the program and its metric), the data, "
-        "task.yaml and a README with the next commands. It runs unchanged; adapt it to your task.",
+        description="Writes a folder with all that a fit needs: program.py (the program and its metric), "
+        "task.yaml, a README with the next commands and made-up rows; with --data the file of your rows stays where "
+        "it is, and task.yaml names it. It runs unchanged; adapt it to your task.",
     )
     made.add_argument("folder", metavar="FOLDER", help="new folder, e.g. my-task; the run gets its name")
     made.add_argument("--data", metavar="FILE", help="your own rows (jsonl, csv, …; default: 24 made-up rows)")
@@ -42,7 +44,8 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        NewTaskError: the folder is there already, a column is unknown, or there are fewer than eight rows.
+        NewTaskError: the folder is there already or cannot be made, a column is unknown or named twice, or there are
+            fewer than eight rows.
         DataError: the data cannot be read.
     """
     folder = Path(options.folder)
@@ -50,20 +53,28 @@ def main(options: argparse.Namespace) -> int:
         raise NewTaskError(f"{folder} already exists; give a new folder.")
     rows: Sequence[Mapping[str, Any]] = _read(options.data) if options.data else _sketch()
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    labels = _columns(options.labels, columns) or columns[-1:]
-    inputs = _columns(options.inputs, columns) or [name for name in columns if name not in labels]
+    labels = _columns("--labels", options.labels, columns) or columns[-1:]
+    inputs = _columns("--inputs", options.inputs, columns) or [name for name in columns if name not in labels]
     if not inputs or set(inputs) & set(labels):
         raise NewTaskError(f"a column is either an input or a label; the inputs are {inputs}, the labels {labels}.")
     data = str(Path(options.data).resolve()) if options.data else "data.jsonl"
     task = "" if options.data else "Which team should answer this message of a customer?"
     files = _task_files(folder.name, rows, inputs=inputs, labels=labels, data=data, task=task)
-    folder.mkdir(parents=True)
     if not options.data:
         files["data.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise NewTaskError(
+            f"{folder} cannot be written: {error.strerror}. Give a folder where you can write, e.g. my-task."
+        ) from error
     print(f"wrote {', '.join(str(folder / name) for name in files)}")
-    print(f"next: cd {folder} && cotune fit --config task.yaml")
+    if options.data:
+        named = "label" if len(labels) == 1 else "labels"
+        print(f"inputs: {', '.join(inputs)}; {named}: {', '.join(labels)} (change with --labels and --inputs)")
+    print(f"next: cd {shlex.quote(str(folder))} && cotune fit --config task.yaml")
     return 0
 
 
@@ -144,8 +155,11 @@ def _read(path: str) -> list[dict[str, Any]]:
     return read_rows(path)
 
 
-def _columns(given: str | None, known: Sequence[str]) -> list[str]:
+def _columns(option: str, given: str | None, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise NewTaskError(f'{option} names "{twice[0]}" twice; name each column once.')
     unknown = [name for name in names if name not in known]
     if unknown:
         raise NewTaskError(f'there is no column "{unknown[0]}"; there are {", ".join(known)}.')

@@ -9,12 +9,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.inference.calls import StoredLM
     from cotune.programs import Example, Rollout
     from cotune.tuned import Tuned
 
@@ -40,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
         "where the run was started, so that your own program can be imported.",
         epilog="Exit codes: 0 when rows were answered, 1 when none was (with --strict: when one was not), 2 for an "
         "error that the message explains. The whole file is checked before the first row is answered. Standard input "
-        "is answered line by line; a line that cannot be read is reported and skipped.",
+        "is answered line by line; a line that cannot be read is reported and skipped. If it stops, the answers so "
+        "far are in OUTPUT.partial, and OUTPUT is as it was; where an endpoint answered, the same command asks only "
+        "for the rest.",
     )
     made.add_argument("--export", required=True, metavar="FOLDER", help="a run or what it exported, e.g. runs/iris")
     made.add_argument(
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="jsonl, json, csv, tsv or parquet, or - for jsonl from standard input; only the program's inputs are read",
     )
-    made.add_argument("--output", metavar="FILE", help="where to write (default: standard output)")
+    made.add_argument("--output", metavar="FILE", help="where to write, at the end (default: standard output)")
     made.add_argument(
         "--column",
         action="append",
@@ -67,10 +68,15 @@ def main(options: argparse.Namespace) -> int:
 
     Raises:
         ExportError, DataError: the export cannot be loaded, or a file's row lacks an input.
+        OutputError: --output cannot be written, or is the file of the rows.
+        StoppedError: the LM cannot be asked any more.
     """
+    from cotune.commands.predict_output import Lines, answers_kept, check_output
     from cotune.datamodules.files import DataError
     from cotune.tuned import load, program_inputs
 
+    if options.output is not None:
+        check_output(options.output, options.data)
     file = None if options.data == "-" else _file_rows(options.data)
     tuned = load(options.export, trust_remote_code=options.trust_remote_code)
     required, optional = program_inputs(tuned.module.program)
@@ -80,14 +86,15 @@ def main(options: argparse.Namespace) -> int:
     else:
         batches = _cut(_from_file(file, required, columns, options.data))
     done = Counter[str]()
-    with _opened(options.output) as out:
+    out = Lines(options.output)
+    with answers_kept(tuned, out) as stored, out:
         for batch in batches:
             for row in batch:
                 if row.fault:
                     print(f"standard input, row {row.number}: {row.fault}", file=sys.stderr)
-            for kind, line in _answers(tuned, batch):
+            for kind, line in _answers(tuned, batch, stored):
                 done[kind] += 1
-                out.write(line + "\n")
+                out.write(line)
             out.flush()
     if not done:
         raise DataError("standard input holds no rows.")
@@ -128,7 +135,8 @@ def _from_line(number: int, line: bytes, required: Sequence[str], columns: Mappi
     except UnicodeDecodeError as error:
         return Row(number, None, f"it is not UTF-8 (byte {error.start}).")
     except DataError as error:
-        return Row(number, None, str(error))
+        hint = " Give one JSON object per line." if str(error).startswith("it is not JSON") else ""
+        return Row(number, None, f"{error}{hint}")
 
 
 def _file_rows(data: str) -> list[dict[str, Any]]:
@@ -157,15 +165,27 @@ def _cut(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield list(rows[start : start + _ROWS_AT_ONCE])
 
 
-def _answers(tuned: Tuned, batch: Sequence[Row]) -> Iterator[tuple[str, str]]:
-    """(kind of failure or "", line of JSON) for each row, in order."""
-    done = iter(tuned.rollouts([row.example for row in batch if row.example is not None]))
+def _answers(tuned: Tuned, batch: Sequence[Row], stored: StoredLM | None) -> Iterator[tuple[str, str]]:
+    """(kind of failure or "", line of JSON) for each row, in order; before an error, for each that was answered."""
+    from cotune.commands.predict_output import StoppedError, finished
+    from cotune.programs.lm import LMUnavailableError
+
+    examples, stopped = [row.example for row in batch if row.example is not None], None
+    rollouts: Sequence[Rollout | None]
+    try:
+        rollouts = tuned.rollouts(examples)
+    except LMUnavailableError as error:
+        # It speaks of the store of a fit.
+        stopped = StoppedError(str(error).partition(" What was answered before is in the store")[0])
+        rollouts = finished(tuned, stored, examples, error) if stored else [None] * len(examples)
+    done = iter(rollouts)
     for row in batch:
         if row.example is None:
             yield "input", json.dumps({"row": row.number, "error": row.fault}, ensure_ascii=False)
-        else:
-            rollout = next(done)
+        elif rollout := next(done):
             yield rollout.error.kind if rollout.error else "", answer_line(row.number, rollout)
+    if stopped:
+        raise stopped
 
 
 def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
@@ -198,13 +218,3 @@ def _summary(done: Counter[str]) -> str:
     return f"{done['']} of {done.total()} rows answered" + (
         f"; {sum(failed.values())} failed ({kinds})" if kinds else ""
     )
-
-
-@contextmanager
-def _opened(output: str | None) -> Iterator[IO[str]]:
-    if output is None:
-        yield sys.stdout
-        return
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "w", encoding="utf-8") as file:
-        yield file

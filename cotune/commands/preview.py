@@ -73,8 +73,10 @@ def main(options: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        PreviewError: the folder is no run, or it has no traces of that step and epoch.
+        PreviewError: the folder is no run, or it has no traces of that step and epoch; --rows is below 0.
     """
+    if options.rows < 0:
+        raise PreviewError(f"--rows {options.rows} is below 0; give how many pairs to show.")
     batches, lm = load_batches(Path(options.run), step=options.step, epoch=options.epoch)
     console = Console(highlight=False, soft_wrap=True)
     for line in summary(batches):
@@ -89,12 +91,17 @@ def main(options: argparse.Namespace) -> int:
 
 
 def load_batches(folder: Path, *, step: int | None = None, epoch: int = 0) -> tuple[EpochBatches, LanguageModel]:
-    """The batches of one epoch of a run's weight step, and its LM with the tokenizer alone loaded."""
+    """The batches of one epoch of a run's weight step, and its LM with the tokenizer alone loaded.
+
+    Raises:
+        PreviewError: the folder is no run, or it has no traces of that step and epoch.
+    """
     from cotune.datamodules import load_traces
 
     module, data, schedule = _read_config(folder)
     step = _step(folder, step)
     settings = schedule[step - 1]
+    _check_epoch(folder / "traces" / f"step-{step}", epoch, settings.epochs_or_rounds)
     own = _collection(folder / "traces" / f"step-{step}", epoch if settings.rounds else 0)
     as_drawn = settings.learns.runs is not None
     traces = load_traces(own if as_drawn else Path(data.reused_traces or own), module.program)
@@ -200,6 +207,12 @@ def _step(folder: Path, step: int | None) -> int:
             f'"{folder}" has no traces of step {step}; there are some of step {", ".join(map(str, there))}.'
         )
     return step or there[-1]
+
+
+def _check_epoch(step: Path, epoch: int, count: int) -> None:
+    if not 0 <= epoch < count:
+        there = "epoch 0 alone" if count == 1 else f"epochs 0 to {count - 1}"
+        raise PreviewError(f'"{step}" has no traces of epoch {epoch}: the step has {there}.')
 
 
 def _collection(step: Path, rounds: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import shutil
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
     from cotune.inference.vllm import VLLMServer
+
+
+_LAST_PORT = 65535
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +68,9 @@ def main(options: argparse.Namespace) -> int:
         ExportError, VLLMError: the export cannot be loaded, or vLLM does not serve it.
     """
     from cotune.errors import BadValueError
+
+    if not 0 <= options.port <= _LAST_PORT:
+        raise BadValueError(f"--port {options.port} is no port; give one of 1 to {_LAST_PORT}, or 0 for any free one.")
     from cotune.front import Front
     from cotune.tuned import export_folder, load
 
@@ -75,10 +82,11 @@ def main(options: argparse.Namespace) -> int:
     stopped = threading.Event()
     try:
         front = Front(options.host, options.port, name=name, key=key)
-    except OSError as error:
-        raise BadValueError(
-            f"cannot listen on {options.host}:{options.port} ({error.strerror}); give another --port."
-        ) from error
+    except (OSError, UnicodeError) as error:  # a name that is too long for one is a UnicodeError
+        why = getattr(error, "strerror", None) or str(error)
+        no_port = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EADDRINUSE
+        fix = "another --port" if no_port else "a --host that is an address of this machine, e.g. 127.0.0.1"
+        raise BadValueError(f"cannot listen on {options.host}:{options.port} ({why}); give {fix}.") from error
     try:
         given: dict[str, Any] = {"device": options.device or ("cpu" if engine else None)}
         given["trust_remote_code"] = options.trust_remote_code

@@ -6,6 +6,7 @@ from a pytest that is not started with `python -m`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,13 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Fini
         patch.setattr(sys, "argv", ["cotune"])  # Lightning warns of a command line beside its `args`
         cli = CotuneCLI(fit(tiny_model, *options))
     return Finished(Path(runs, "tiny"), cli.model)
+
+
+@pytest.fixture
+def export(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of a run's folder, so that no test writes into the one that others read."""
+    shutil.copytree(finished.folder, tmp_path / "runs" / "tiny")
+    return tmp_path / "runs" / "tiny" / "export"
 
 
 @pytest.fixture(autouse=True)

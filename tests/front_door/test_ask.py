@@ -132,3 +132,25 @@ def test_an_lm_named_by_its_class_alone_is_asked(tiny_model: Path, capsys: pytes
     said = cotune(["ask", "--config", "own.yaml", "--lm", str(tiny_model), *program], capsys)
     assert said.code == 0, said.err
     assert said.out.splitlines()[-1] in ("answer: yes", "answer: no")
+
+
+def test_an_lm_beside_an_export_is_refused(ask: Any) -> None:
+    said = ask("--lm", "other/model", "--petal_length", "1")
+    assert said.code == 2
+    assert "--lm other/model goes with --config or --program: an export is asked with the LM that it was" in said.err
+    assert "for an input named lm write lm=other/model" in said.err
+
+
+def test_an_input_with_the_name_of_an_option_is_given_without_dashes(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own.yaml").write_text("model:\n  sampling: {max_new_tokens: 4}\n")
+    words = ["ask", "--config", "own.yaml", "--lm", str(tiny_model), "--verbose"]
+    words += ["--program", "lm, config, text -> answer: Literal['yes', 'no']"]
+    said = cotune([*words, "--text", "a"], capsys)
+    assert said.code == 2
+    assert 'the program needs "lm": give lm=VALUE. Its inputs are lm=VALUE, config=VALUE, --text.' in said.err
+    said = cotune([*words, "--text", "a", "lm=gpt", "config=own"], capsys)
+    assert said.code == 0, said.err
+    assert "lm: gpt" in said.out
+    assert "config: own" in said.out

@@ -96,3 +96,19 @@ def test_the_page_is_written_where_it_is_told(two: tuple[Path, Path], capsys: py
     said = cotune(["compare", *map(str, two), "--out", "both.html"], capsys)
     assert said.code == 0
     assert Path("both.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_what_is_no_run_is_named_and_left_out(two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("refused").mkdir()
+    Path("refused", ".lock").touch()
+    Path("completions.sqlite").touch()
+    said = cotune(["compare", "completions.sqlite", *map(str, two), "refused"], capsys)
+    assert said.code == 0
+    assert 'left out: "completions.sqlite" is no run' in said.err
+    assert 'left out: "refused" is no run: it has no history.jsonl' in said.err
+    assert len(said.err.splitlines()) == 2
+    assert said.out == cotune(["compare", *map(str, two)], capsys).out
+    for words in (["refused", str(two[0])], ["nowhere", *map(str, two)]):
+        said = cotune(["compare", *words], capsys)
+        assert said.code == 2
+        assert "is no run: it has no history.jsonl" in said.err

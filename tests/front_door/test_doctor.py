@@ -161,3 +161,10 @@ def test_an_endpoint_is_reached_and_what_it_takes_is_tried(run: Any, monkeypatch
     assert "sk-canary" not in said.out + shown.out
     gone: Said = run("--engine", server.url)
     assert (gone.code, "does not answer" in gone.out) == (1, True)
+
+
+@pytest.mark.parametrize("option", ["--model", "--key_variable"])
+def test_an_option_of_an_endpoint_wants_one(run: Any, option: str) -> None:
+    said: Said = run(option, "x")
+    assert said.code == 2
+    assert f"{option} x is about an endpoint; add its --engine URL, or leave it out." in said.err

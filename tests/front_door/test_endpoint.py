@@ -48,6 +48,58 @@ def test_a_program_is_asked_at_an_endpoint_as_it_comes(
     assert said.out.splitlines()[-1] == "answer: setosa"
 
 
+@pytest.fixture
+def hosted(server: EndpointServer, capsys: pytest.CaptureFixture[str]) -> str:
+    """A run whose LM is the endpoint, and rows to answer with it."""
+    assert cotune(fit(server), capsys).code == 0
+    row = {"petal_width": "0.2", "sepal_length": "5.1", "sepal_width": "3.5"}
+    rows = [json.dumps({"petal_length": f"{n}", **row}) + "\n" for n in range(40)]
+    Path("rows.jsonl").write_text("".join(rows), encoding="utf-8")
+    server.bodies.clear()
+    return "runs/hosted"
+
+
+def test_answers_that_were_given_before_an_endpoint_died_are_kept_and_not_asked_for_again(
+    server: EndpointServer, hosted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dies(body: Body) -> str | Reply:
+        return species(body) if len(server.bodies) <= 20 else Reply(status=401, error={"message": "key revoked"})
+
+    words = ["predict", "--export", hosted, "--data", "rows.jsonl", "--output", "out.jsonl"]
+    Path("out.jsonl").write_text("earlier", encoding="utf-8")
+    server.answer = dies
+    for _ in range(2):  # the second start finds the endpoint as it was left
+        said = cotune(words, capsys)
+        assert said.code == 2
+        assert "answers so far, 20 rows, are in out.jsonl.partial; out.jsonl is as it was." in said.err
+        assert "key revoked" in said.err
+        assert "in the store" not in said.err
+        assert Path("out.jsonl").read_text(encoding="utf-8") == "earlier"
+        partial = [json.loads(line) for line in Path("out.jsonl.partial").read_text(encoding="utf-8").splitlines()]
+        assert len(partial) == 20
+        assert all(line["answer"] for line in partial)
+    server.answer = species
+    before = len(server.bodies)
+    assert cotune(words, capsys).code == 0
+    assert len(server.bodies) - before == 20
+    assert [json.loads(line)["row"] for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        *range(1, 41)
+    ]
+    assert sorted(path.name for path in Path().glob("out*")) == ["out.jsonl"]
+
+
+def test_answers_before_an_endpoint_died_are_printed(
+    server: EndpointServer, hosted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = lambda body: (
+        species(body) if len(server.bodies) <= 20 else Reply(status=401, error={"message": "key revoked"})
+    )
+    said = cotune(["predict", "--export", hosted, "--data", "rows.jsonl"], capsys)
+    assert said.code == 2
+    assert len(said.out.splitlines()) == 20
+    assert "in the store" not in said.err
+
+
 def asked(server: EndpointServer) -> Counter[str]:
     """How often each request has come."""
     return Counter(json.dumps([body["messages"], body.get("seed")]) for body in server.bodies)
@@ -75,6 +127,8 @@ def test_prompts_are_tuned_tested_exported_and_asked_without_weights(
     answered = cotune(["predict", "--export", "runs/hosted", "--data", "rows.jsonl"], capsys)
     assert (answered.code, json.loads(answered.out)["answer"]) == (0, "setosa")
     assert "has no weights here" in cotune(["export", "runs/hosted"], capsys).err
+    served = cotune(["serve", "runs/hosted", "--port", "0", "--device", "cpu"], capsys)
+    assert "leave device and engine out: it answers at its endpoint" in served.err
     assert "is finished" in cotune(fit(server), capsys).out
 
 

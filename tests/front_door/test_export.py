@@ -16,13 +16,12 @@ from commands import Said
 from commands import cotune as command
 from cotune.callbacks.export_program import export_program
 from cotune.datamodules.tasks.iris import iris_examples
-from cotune.lightning_modules import LanguageModel, LoRA, ModelNotFoundError, ProgramModule
+from cotune.lightning_modules import LanguageModel, LoRA, ProgramModule
 from cotune.lightning_modules.lora import lora_layers
 from cotune.lightning_modules.quantization import QuantizationError, prepare_layers, refusal
 from cotune.programs import Completion, Predict, Sampling
 from cotune.storage.durable import damaged_file
 from cotune.storage.served_adapter import vllm_refusals
-from crashes import dies
 from tiny import save_tiny_model, save_wide_model
 from tiny_fit import among
 
@@ -32,13 +31,6 @@ from cotune.commands.export import write_export
 FLOWERS = iris_examples()[::15]
 EXPORTED = ("README.md", "program.json", "prompts.json")
 SIGNATURE = "petal_length, petal_width, sepal_length, sepal_width -> answer"
-
-
-@pytest.fixture
-def export(finished: Any, tmp_path: Path) -> Path:
-    """A copy of a run's folder, so that no test writes into the one that others read."""
-    shutil.copytree(finished.folder, tmp_path / "runs" / "tiny")
-    return tmp_path / "runs" / "tiny" / "export"
 
 
 @pytest.fixture
@@ -257,6 +249,39 @@ def test_the_card_says_scores_with_n_base_data_and_how_to_load(export: Path, run
     assert not (export / "adapter" / "README.md").exists()
 
 
+def test_the_card_describes_the_parts_that_are_there(export: Path, run: Any, hub: type[FakeHub]) -> None:
+    def told(out: Path) -> tuple[bool, bool]:
+        text = (out / "README.md").read_text()
+        return "PeftModel.from_pretrained" in text, "`merged/` is the adapter added to the" in text
+
+    for what, both in (("merged", True), ("adapter", True)):
+        assert run(str(export.parent), "--what", what).code == 0
+        assert told(export) == (True, both)
+        assert (export / "adapter").is_dir()
+        assert (export / "merged").is_dir()
+    for what, there in (("all", (True, True)), ("merged", (False, True)), ("adapter", (True, False))):
+        assert run(str(export), "--what", what, "--out", "out").code == 0
+        assert told(Path("out")) == there == (Path("out/adapter").is_dir(), Path("out/merged").is_dir())
+    run(str(export), "--what", "merged", "--push-to-hub", "me/tiny")
+    assert "PeftModel.from_pretrained" not in hub.pushed[0]["card"]
+    assert told(export) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dtype", "bfloat16"], "--dtype bfloat16 is about merged weights, and --what adapter writes none"),
+        (["--unrounded", "--what", "adapter"], "--unrounded is about merged weights"),
+        (["--public", "--what", "all"], "--public is about a repository on the Hub; add --push-to-hub USER/REPO"),
+    ],
+)
+def test_an_option_of_something_else_is_refused(export: Path, run: Any, words: list[str], message: str) -> None:
+    said = run(str(export.parent), "--out", "out", *words)
+    assert said.code == 2
+    assert message in said.err
+    assert not Path("out").exists()
+
+
 def test_the_adapters_config_is_the_same_from_run_to_run_and_takes_the_name_it_is_given(export: Path, run: Any) -> None:
     def config() -> dict[str, Any]:
         return json.loads((export / "adapter" / "adapter_config.json").read_text())
@@ -313,62 +338,6 @@ def test_merged_weights_alone_are_no_program_to_load(export: Path, run: Any) -> 
         cotune.load("alone")
 
 
-# What a kill leaves
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.. may lead to deadlocks:DeprecationWarning")
-@pytest.mark.parametrize("point", ["before replace", "after replace"])
-@pytest.mark.parametrize("where", ["new", "empty", "earlier", "its own"])
-def test_a_killed_export_leaves_none_or_a_whole_one_and_the_same_command_completes_it(
-    where: str, point: str, export: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def merge(lm: Any, adapter: Path, folder: Path, *, sampling: Sampling) -> str:
-        shutil.copytree(tiny_model, folder, dirs_exist_ok=True)  # torch's threads do not survive a fork
-        return "the base"
-
-    monkeypatch.setattr("cotune.lightning_modules.merged.save_merged", merge)
-    out = export if where == "its own" else tmp_path / "out"
-    died = 0
-    while True:
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        if where != "new" and out != export:
-            out.mkdir()
-        if where == "earlier":
-            write_export(export, out, what="all", license_name="mit")
-        if not dies(lambda: write_export(export, out, what="all"), point, died + 1):
-            break
-        died += 1
-        if where == "its own":  # never a moment in which the run has lost what it ended with
-            cotune.tuned.read_export(export)
-            cotune.tuned._check_weights(export)
-        elif (out / "program.json").exists():
-            assert damaged_file(out) == ""
-        write_export(export, out, what="all")
-        assert damaged_file(out) == ""
-        assert {path.name for path in out.iterdir()} == {"adapter", "merged", "SHA256SUMS", *EXPORTED}
-    assert died > 2
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_an_export_that_fails_leaves_nothing_behind(export: Path, tmp_path: Path) -> None:
-    described = json.loads((export / "program.json").read_text())
-    described["base"]["model"] = str(tmp_path / "gone")
-    (export / "program.json").write_text(json.dumps(described))
-    before = sorted(tmp_path.rglob("*"))
-    for out in (tmp_path / "out", export):
-        with pytest.raises(ModelNotFoundError):
-            write_export(export, out, what="merged")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_an_export_in_place_of_another_holds_nothing_of_it(export: Path, tmp_path: Path) -> None:
-    write_export(export, tmp_path / "out", what="all")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    write_export(export, tmp_path / "out", what="adapter")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "notes.txt", "SHA256SUMS", *EXPORTED}
-    assert damaged_file(tmp_path / "out") == ""
-
-
 # The Hub
 
 
@@ -388,6 +357,7 @@ class FakeHub:
         from fnmatch import fnmatch
 
         files = sorted(p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file())
+        self.pushed[-1]["card"] = Path(folder_path, "README.md").read_text()
         self.pushed[-1]["files"] = [f for f in files if any(fnmatch(f, pattern) for pattern in allow_patterns)]
 
 

@@ -91,3 +91,34 @@ def test_too_few_rows_for_four_sets_are_refused(run: Callable[..., Said]) -> Non
     for rows in (8, 9, 99, 100, 3000):
         assert min(propose_sizes(rows).values()) >= 1
         assert sum(propose_sizes(rows).values()) <= rows
+
+
+def rows(path: str, columns: str = "a,b,label") -> str:
+    Path(path).write_text(f"{columns}\n" + "".join(f"{n},x{n},{n % 3}y\n" for n in range(24)))
+    return path
+
+
+def test_what_it_took_for_inputs_and_label_is_said(run: Callable[..., Said]) -> None:
+    said = run("new", "one", "--data", rows("mine.csv"))
+    assert "inputs: a, b; label: label (change with --labels and --inputs)\n" in said.out
+    said = run("new", "two", "--data", "mine.csv", "--labels", "b,label")
+    assert "inputs: a; labels: b, label (change with --labels and --inputs)\n" in said.out
+    assert "inputs:" not in run("new", "three").out
+
+
+@pytest.mark.parametrize("option", ["--labels", "--inputs"])
+def test_a_column_named_twice_is_refused(run: Callable[..., Said], option: str) -> None:
+    said = run("new", "one", "--data", rows("mine.csv"), option, "b,b")
+    assert said.code == 2
+    assert f'{option} names "b" twice' in said.err
+    assert not Path("one").exists()
+
+
+def test_the_command_that_it_prints_is_one_for_a_shell(run: Callable[..., Said]) -> None:
+    assert run("new", "my task").out.endswith("next: cd 'my task' && cotune fit --config task.yaml\n")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(run: Callable[..., Said]) -> None:
+    said = run("new", f"{rows('mine.csv')}/x")
+    assert said.code == 2
+    assert "mine.csv/x cannot be written: Not a directory. Give a folder where you can write" in said.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from commands import Said, cotune
 from cotune.datamodules.tasks.iris import iris_examples
 
 from cotune.commands.predict import stream_rows
+from cotune.tuned import Tuned
 
 ROWS = [dict(example.inputs) for example in iris_examples()[::30]]
 TOO_LONG = dict.fromkeys(ROWS[0], "1" * 1000)
@@ -90,6 +92,7 @@ def test_a_bad_line_of_a_stream_is_numbered_and_the_others_are_answered(
     assert errors[4] == "it is not UTF-8 (byte 0)."
     assert errors[6].startswith("it is of type list")
     assert "standard input, row 2: it is not JSON" in said.err
+    assert errors[2].endswith("Give one JSON object per line.")
     assert "2 of 6 rows answered; 4 failed (4 input)" in said.err
 
 
@@ -170,3 +173,60 @@ def test_without_an_export_the_options_are_shown(capsys: pytest.CaptureFixture[s
     said = cotune(["predict", "--data", "rows.jsonl"], capsys)
     assert said.code == 2
     assert "--export" in said.err
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("made", '"made" is a folder; give a file, e.g. "made/answers.jsonl"'),
+        ("rows.jsonl/x", "cannot be written: Not a directory"),
+        ("rows.jsonl/x/y", "cannot be written: Not a directory"),
+        ("/proc/nope/x", "cannot be written: "),
+        ("rows.jsonl", "is the file of --data, whose rows it would replace"),
+        ("linked.jsonl", "is the file of --data"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_loaded(
+    predict: Any, output: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotune.tuned.load", lambda *_, **__: pytest.fail("it was loaded"))
+    Path("made").mkdir()
+    data = jsonl(*ROWS)
+    os.link(data, "linked.jsonl")
+    before = Path(data).read_text()
+    said = predict("--data", data, "--output", output)
+    assert said.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert Path(data).read_text() == before
+    assert not list(Path().rglob("*.partial"))
+
+
+def test_an_output_takes_its_place_when_it_is_whole(
+    predict: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cotune.commands.predict._ROWS_AT_ONCE", 2)
+    Path("out.jsonl").write_text("earlier")
+    rollouts, calls = Tuned.rollouts, 0
+
+    def breaks(self: Tuned, examples: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return rollouts(self, examples)
+
+    monkeypatch.setattr(Tuned, "rollouts", breaks)
+    said = predict("--data", jsonl(*ROWS), "--output", "out.jsonl")
+    assert said.code == 130
+    assert "answers so far, 2 rows, are in out.jsonl.partial; out.jsonl is as it was." in said.err
+    assert Path("out.jsonl").read_text() == "earlier"
+    assert len(lines(Path("out.jsonl.partial").read_text())) == 2
+    predict("--data", jsonl(*ROWS), "--output", "out.jsonl")
+    assert [line["row"] for line in lines(Path("out.jsonl").read_text())] == [1, 2, 3, 4, 5]
+    assert not Path("out.jsonl.partial").exists()
+
+
+def test_a_device_is_written_to_as_it_is(predict: Any) -> None:
+    assert predict("--data", jsonl(*ROWS), "--output", os.devnull).code in (0, 1)
+    assert not Path(os.devnull + ".partial").exists()

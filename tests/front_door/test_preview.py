@@ -66,7 +66,7 @@ def test_trained_tokens_stand_between_marks(finished: Any, capsys: pytest.Captur
 
 
 def test_demos_show_in_the_prompts_that_have_them(finished: Any) -> None:
-    epochs = [load_batches(finished.folder, epoch=epoch) for epoch in range(4)]
+    epochs = [load_batches(finished.folder, epoch=epoch) for epoch in range(2)]
     turns = {lm.tokenizer.decode(row.ids).count("<|im_start|>assistant") for b, lm in epochs for row in trained_rows(b)}
     assert min(turns) == 1
     assert max(turns) > 1
@@ -109,6 +109,9 @@ def test_a_step_that_collects_in_each_round_shows_each_rounds_own_rows(
     [
         (["nowhere"], '"nowhere" is no run: it has no config.yaml. Give the folder of a run'),
         (["RUN", "--step", "1"], "has no traces of step 1; there are some of step 2."),
+        (["RUN", "--epoch", "2"], 'step-2" has no traces of epoch 2: the step has epochs 0 to 1.'),
+        (["RUN", "--epoch", "-1"], 'step-2" has no traces of epoch -1: the step has epochs 0 to 1.'),
+        (["RUN", "--rows", "-1"], "--rows -1 is below 0"),
         (["RUNS"], "is no run: it has no config.yaml. Did you mean one of"),
     ],
 )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +34,7 @@ def ask(url: str, text: Any, *, model: str = "tiny", key: str = "", **more: Any)
     content = text if isinstance(text, str) else json.dumps(text)
     body = {"model": model, "messages": [{"role": "user", "content": content}], **more}
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx2.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx2.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
 
 
 @contextmanager
@@ -95,6 +98,46 @@ def test_a_program_with_one_input_takes_plain_text(tuned: Tuned) -> None:
         assert httpx2.get(f"{at}/v2").status_code == 404
 
 
+def test_half_a_surrogate_pair_is_refused_with_an_answer(url: str) -> None:
+    response = ask(url, FLOWERS[0], key="secret", model="\ud800")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    response = ask(url, {**FLOWERS[0], "\ud800": "1"}, key="secret")
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_inputs")
+
+
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_what_is_nested_too_deeply_is_refused(url: str, depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    text = json.dumps({**FLOWERS[0], "petal_length": "HERE"}).replace('"HERE"', nested)
+    assert ask(url, text, key="secret").status_code == 400
+    headers = {"authorization": "Bearer secret"}
+    assert httpx2.post(f"{url}/v1/chat/completions", content=nested, headers=headers).status_code == 400
+
+
+def test_a_client_that_hangs_up_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    began, left = threading.Event(), threading.Event()
+
+    class Slow:
+        module = ProgramModule(Predict("question -> answer"), FakeLM(lambda request: ""))
+
+        def rollouts(self, examples: Sequence[Example]) -> list[Rollout]:
+            began.set()
+            left.wait(60)
+            return [Rollout(example, (), {"answer": "yes"}, 0.0) for example in examples]
+
+    content = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "Red?"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    with front(cast(Tuned, Slow())) as at:
+        client = socket.create_connection(("127.0.0.1", int(at.rpartition(":")[2])))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        client.sendall(head + content)
+        assert began.wait(60)
+        client.close()
+        left.set()
+        assert ask(at, "Blue?").status_code == 200
+    assert capsys.readouterr().err == ""
+
+
 def test_records_in_an_answer_are_json() -> None:
     @dataclass
     class Order:
@@ -140,7 +183,10 @@ def test_the_command_serves_on_vllm_servers_until_sigterm(
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(finished: Any, capsys: Any, tmp_path: Path) -> None:
     taken = Front("127.0.0.1", 0, name="x")
     for words, message in (
-        (["--port", str(taken.server_port)], "cannot listen on"),
+        (["--port", str(taken.server_port)], "give another --port"),
+        (["--port", "99999"], "--port 99999 is no port; give one of 1 to 65535, or 0 for any free one."),
+        (["--port", "-1"], "--port -1 is no port"),
+        (["--port", "0", "--host", "no.such.host.invalid"], "give a --host that is an address of this machine"),
         (["--engine", "local", "--url", "http://127.0.0.1:1"], "takes neither"),
         (["--python", str(tmp_path / "python"), "--port", "0"], "no Python"),
         (["--key_variable", "NO_SUCH"], "this environment variable is not set"),

@@ -96,6 +96,7 @@ def test_a_signal_to_one_process_saves_and_ends_all() -> None:
         savers[-1].stopping = signals = StopSignals()
         signals.requested = signal.SIGTERM if ranks.index == 1 else None
         savers[-1].step_ended(Step(ranks))  # type: ignore[arg-type]
+        savers[-1].step_begins(Step(ranks))  # type: ignore[arg-type]
 
     found = side_by_side(3, step)
     assert [getattr(one, "exit_code", None) for one in found] == [143] * 3

@@ -92,11 +92,11 @@ def test_a_signal_to_one_process_saves_and_ends_all() -> None:
     savers: list[Noting] = []
 
     def step(ranks: Ranks) -> None:
-        savers.append(Noting(SavePolicy(9)))
-        savers[-1].stopping = signals = StopSignals()
+        savers.append(saver := Noting(SavePolicy(9)))
+        saver.stopping = signals = StopSignals()
         signals.requested = signal.SIGTERM if ranks.index == 1 else None
-        savers[-1].step_ended(Step(ranks))  # type: ignore[arg-type]
-        savers[-1].step_begins(Step(ranks))  # type: ignore[arg-type]
+        saver.step_ended(Step(ranks))  # type: ignore[arg-type]
+        saver.step_begins(Step(ranks))  # type: ignore[arg-type]
 
     found = side_by_side(3, step)
     assert [getattr(one, "exit_code", None) for one in found] == [143] * 3

@@ -113,7 +113,7 @@ def judge_line(judge: Mapping[str, Any] | None) -> str:
 
 
 def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each weight step, how many examples had a passing trace, by label and by stage."""
+    """For each weight step, how many examples had a passing trace, by label and by stage; and why it was undone."""
     lines = []
     for record in records:
         found = record.get("traces") or {}
@@ -126,6 +126,7 @@ def coverage_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
             head = f"Traces for {record['prefix']}: {count} examples"
             gold = f", {found['gold']} more with their gold answer" if found.get("gold") else ""
             lines.append((f"{head} ({'; '.join(parts)})" if parts else head) + gold)
+            lines += [f"{record['prefix']}: {note}" for note in record.get("notes", ())]
     return lines
 
 

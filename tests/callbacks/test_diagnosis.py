@@ -60,6 +60,8 @@ def test_the_closing_table_says_whose_traces_passed() -> None:
     assert line == "Traces for w: 3 of 4 examples (x 3 of 3; y 0 of 1; hop 3; answer 3)"
     (line,) = coverage_lines([{"prefix": "w", "traces": {"solved": 0, "examples": 4, "gold": 3}}])
     assert line == "Traces for w: 0 of 4 examples, 3 more with their gold answer"
+    undone = {"prefix": "p -> w", "traces": {"solved": 1, "examples": 4}, "notes": ["nothing gained: unchanged"]}
+    assert coverage_lines([undone])[1:] == ["p -> w: nothing gained: unchanged"]
 
 
 def test_a_gold_answer_is_no_passing_trace() -> None:

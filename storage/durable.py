@@ -184,7 +184,7 @@ def new_folder(folder: Path, *, listed: bool = True) -> Iterator[Path]:
 
 def _put_folder(partial: Path, folder: Path, *, listed: bool) -> None:
     """Flushes all files of a folder that was filled beside its place, and moves it over the old one."""
-    aside = folder.with_name(folder.name + ".old")
+    aside = folder.with_name(f".{folder.name}.replaced")  # no name that anyone gives a folder of his own
     with clock.running():
         _flush(partial)
         if listed:

@@ -133,6 +133,16 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert damaged_file(folder) == f"{folder}/below/a is not there"
 
 
+def test_a_backup_beside_a_folder_stays_when_the_folder_is_replaced(tmp_path: Path) -> None:
+    for name in ("export", "export.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(name)
+    with new_folder(tmp_path / "export") as partial:
+        (partial / "a").write_text("new")
+    kept = {path.name: (path / "a").read_text() for path in tmp_path.iterdir()}
+    assert kept == {"export": "new", "export.old": "export.old"}
+
+
 def test_a_folder_of_somebody_else_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     assert damaged_file(tmp_path) == ""

@@ -107,7 +107,7 @@ class TableConfig:
             lms=_picked(self.lms, lms, "LM"),
             presets=_picked(self.presets, presets, "preset"),
             strategies=_strategies(strategies) if strategies else self.strategies,
-            seeds=tuple(seeds) or self.seeds,
+            seeds=_seeds(list(seeds)) if seeds else self.seeds,
         )
 
     def with_options(self, assignments: Sequence[str]) -> TableConfig:
@@ -175,8 +175,11 @@ def _table(made: Mapping[str, Any], path: Path) -> TableConfig:
         **{f'task "{n}", {preset}': own.options for n, task in tasks.items() for preset, own in task.presets.items()},
     }.items():
         _refuse_own(own, where, equal_calls=equal)
+    title = made.get("name", path.stem)
+    if not isinstance(title, str) or not title.strip(". ") or Path(title).name != title:
+        raise TableError(f'name is {title!r}, and names the folder of the runs in "tables"; give one word, e.g. iris.')
     return TableConfig(
-        name=str(made.get("name", path.stem)),
+        name=title,
         tasks=tasks,
         lms=lms,
         presets=presets,
@@ -262,8 +265,9 @@ def _strategies(made: Any) -> tuple[Steps, ...]:
 
 
 def _seeds(made: Any) -> tuple[int, ...]:
-    if not isinstance(made, list) or not made or any(not isinstance(s, int) or isinstance(s, bool) for s in made):
-        raise TableError(f"seeds is {made!r}; give a list of whole numbers.")
+    whole = isinstance(made, list) and all(isinstance(s, int) and not isinstance(s, bool) for s in made)
+    if not whole or not made or not all(0 <= s < 2**32 for s in made):
+        raise TableError(f"seeds is {made!r}; give a list of whole numbers from 0 to 4294967295.")
     return tuple(dict.fromkeys(made))
 
 

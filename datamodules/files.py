@@ -234,6 +234,10 @@ def _feature(field: Any, metadata: Any, where: str) -> Any:
 
     try:
         return datasets.Features.from_arrow_schema(pa.schema([field], metadata))[field.name]
+    except (ValueError, KeyError, TypeError):
+        pass  # the notes are of another version, or damaged: the type alone says enough
+    try:
+        return datasets.Features.from_arrow_schema(pa.schema([field]))[field.name]
     except ValueError as error:
         raise DataError(
             f'{where}: column "{field.name}" is of the Arrow type {field.type}, which cannot be read; allowed are '
@@ -274,6 +278,9 @@ def _as_written(value: Any, feature: Any) -> Any:
     if isinstance(feature, datasets.List | datasets.LargeList):
         return [_as_written(item, feature.feature) for item in value]
     if isinstance(feature, datasets.ClassLabel):
+        if value >= len(feature.names):
+            named = ", ".join(feature.names[:5])
+            raise DataError(f"a class index is {value}, but its column has {len(feature.names)} classes ({named} …).")
         # -1 is the Hub's convention for "no label": left to the caller as an empty field.
         return None if value < 0 else feature.int2str(value)
     if isinstance(feature, datasets.Value) and feature.dtype in ("float32", "float16"):

@@ -74,10 +74,9 @@ def needed(config: TableConfig, whole: TableConfig, finished: Callable[[Run], bo
     others = [run for run in runs_of(whole) if not run.equal and finished(run)]
     found = []
     for run in runs_of(config):
+        steps = run.steps if config.strategies != ((),) else ()  # vanilla alone is the beginning of each run
         is_source = has_control(config) and run.steps[: len(ALTERNATION)] == ALTERNATION
-        longer = [
-            o for o in others if (o.cell, o.seed) == (run.cell, run.seed) and o.steps[: len(run.steps)] == run.steps
-        ]
+        longer = [o for o in others if (o.cell, o.seed) == (run.cell, run.seed) and o.steps[: len(steps)] == steps]
         found.append(run if run.equal or is_source or not longer or finished(run) else longer[0])
     return list(dict.fromkeys(found))
 

@@ -189,11 +189,18 @@ def _put_folder(partial: Path, folder: Path, *, listed: bool) -> None:
         _flush(partial)
         if listed:
             record_sums(partial, folder_sums(partial))
-        shutil.rmtree(aside, ignore_errors=True)
-        if folder.exists():  # moved, not deleted: a kill while it is being deleted would leave a part of it
+        _discard(aside)
+        if os.path.lexists(folder):  # moved, not deleted: a kill while it is being deleted would leave a part of it
             os.replace(folder, aside)
         put_in_place(partial, folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        _discard(aside)
+
+
+def _discard(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_sums(folder: Path) -> dict[str, str]:

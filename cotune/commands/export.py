@@ -250,9 +250,9 @@ def _check_target(out: Path, export: Path) -> None:
         raise ExportError(f'--out "{out}" is a file; name a folder.')
     if out.resolve() == export.resolve() or not out.is_dir() or (out / "program.json").is_file():
         return
-    there = {path.name.removesuffix(".partial") for path in out.iterdir()} - {""}
-    # An export that was not completed.
-    killed = there <= _OURS and (there & {"adapter", "merged"} or (out / ".partial").is_dir())
+    there = {path.name.removesuffix(".partial") for path in out.iterdir()} - {"", ".replaced"}
+    # An export that was not completed, or not put in an earlier one's place.
+    killed = (there <= _OURS and there & {"adapter", "merged"}) or (out / ".partial" / "program.json").is_file()
     if there and not killed:
         raise ExportError(f'--out "{out}" holds other files; name a new folder, an empty one or an earlier export.')
 
@@ -262,23 +262,32 @@ def _in_place_of(folder: Path) -> Iterator[Path]:
     """A folder to fill, whose parts take the place of an earlier export's when they are whole; other files stay."""
     from cotune.storage.durable import as_not_written
 
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, aside = folder / ".partial", folder / ".replaced"
+    for one in (partial, aside):
+        shutil.rmtree(one, ignore_errors=True)
     try:
         with as_not_written(folder):
             partial.mkdir()
+            aside.mkdir()
         yield partial
         with as_not_written(folder):
-            (folder / "program.json").unlink(missing_ok=True)
-            for name in sorted(_OURS - {"program.json"}):
-                if (folder / name).is_dir():
-                    shutil.rmtree(folder / name)
-                (folder / name).unlink(missing_ok=True)
-                if (partial / name).exists():
-                    os.replace(partial / name, folder / name)
-            os.replace(partial / "program.json", folder / "program.json")
+            try:
+                _move_ours(folder, aside, away=True)
+                _move_ours(partial, folder, away=False)
+            except OSError:
+                _move_ours(folder, partial, away=True)
+                _move_ours(aside, folder, away=False)
+                raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for one in (partial, aside):
+            shutil.rmtree(one, ignore_errors=True)
+
+
+def _move_ours(source: Path, target: Path, *, away: bool) -> None:
+    """Moves an export's parts, links as links; program.json, without which nothing reads them, first or last."""
+    for name in sorted(_OURS, key=lambda name: (name == "program.json") != away):
+        if os.path.lexists(source / name):
+            os.replace(source / name, target / name)
 
 
 def _write_adapter(source: Path, target: Path, base: dict[str, Any]) -> None:

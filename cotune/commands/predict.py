@@ -75,6 +75,7 @@ def main(options: argparse.Namespace) -> int:
     from cotune.datamodules.files import DataError
     from cotune.tuned import load, program_inputs
 
+    options.output = None if options.output == "-" else options.output
     if options.output is not None:
         check_output(options.output, options.data)
     file = None if options.data == "-" else _file_rows(options.data)

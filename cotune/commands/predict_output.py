@@ -41,7 +41,7 @@ def check_output(output: str, data: str) -> None:
     try:
         if path.is_dir():
             raise OutputError(f'--output "{output}" is a folder; give a file, e.g. "{path / "answers.jsonl"}".')
-        if rows.exists() and path.exists() and path.samefile(rows):
+        if rows.exists() and any(one.exists() and one.samefile(rows) for one in (path, _beside(path))):
             raise OutputError(f'--output "{output}" is the file of --data, whose rows it would replace; give another.')
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -106,6 +106,10 @@ class Lines:
         from cotune.storage.durable import as_not_written, put_in_place
 
         if self._file is None or self._to is None:
+            if kind is not None and self.resumes:
+                print(
+                    "cotune: what was answered is kept, and the same command asks only for the rest.", file=sys.stderr
+                )
             return
         with as_not_written(self._whole or self._to), self._file:
             self._file.flush()
@@ -135,6 +139,7 @@ def answers_kept(tuned: Tuned, lines: Lines) -> Iterator[StoredLM | None]:
         yield None
         return
     if isinstance(lm.lm, StoredLM):  # it has a store of its own
+        lines.resumes = True
         yield lm.lm
         return
     with tempfile.TemporaryDirectory() as folder:

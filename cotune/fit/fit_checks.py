@@ -47,7 +47,11 @@ def check_checkpoint(config: Any, run: Path) -> None:
         MissingFileError, CheckpointError: as `whole_checkpoint`.
     """
     asked = config.get("ckpt_path")
-    if asked in (None, "last"):
+    if asked is None:
+        return
+    if config.fresh:
+        raise OptionError(f"--ckpt_path {asked} continues the run, and --fresh starts it over: leave out one of them.")
+    if asked == "last":
         return
     own = run / "checkpoints"
     if whole_checkpoint(asked).resolve().parent != own.resolve():
@@ -56,5 +60,3 @@ def check_checkpoint(config: Any, run: Path) -> None:
             "--ckpt_path, and the run that --name says goes on from its newest one. Files of ModelCheckpoint and "
             "checkpoints of other runs are for cotune test and cotune validate."
         )
-    if config.fresh:
-        raise OptionError(f"--ckpt_path {asked} continues the run, and --fresh starts it over: leave out one of them.")

@@ -110,6 +110,8 @@ class Pool:
         ended, vain, until = sum(row.ended for row in rows), 0, 0.0
         while todo := sorted((row for row in rows if not row.ended), key=lambda row: bool(row.fault)):
             servers = await self.ready(serving, log_probs=log_probs, patience=patience)
+            turn = vain % len(servers)  # a row that one server has not answered begins with another
+            servers = [*servers[turn:], *servers[:turn]]
             share = -(-len(todo) // len(servers))
             queues = {server: deque(todo[i * share : (i + 1) * share]) for i, server in enumerate(servers)}
             at_once = min(self.concurrency, len(todo))

@@ -243,6 +243,20 @@ def test_what_a_column_of_parquet_may_not_be_is_named(tmp_path: Path) -> None:
     assert read_rows(str(file), columns=["q"]) == [{"q": "x"}]
 
 
+def test_notes_of_parquet_that_cannot_be_read_leave_its_values(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    notes = {"info": {"features": {"q": {"dtype": "string", "_type": "Value"}, "a": {"_type": "Later"}}}}
+    table = pa.table({"q": ["x"], "a": [1]}).replace_schema_metadata({"huggingface": json.dumps(notes)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet")) == [{"q": "x", "a": 1}]
+    notes["info"]["features"]["a"] = {"names": ["no"], "_type": "ClassLabel"}
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(notes)}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a class index is 1, but its column has 1 classes \(no"):
+        read_rows(str(tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

@@ -191,6 +191,13 @@ def test_a_strategy_that_begins_a_finished_run_is_read_from_it(tmp_path: Path, f
     assert [row["seeds"] for row in record["cells"][0]["rows"]] == [1, 0, 1]
 
 
+def test_vanilla_alone_is_read_from_any_finished_run(tmp_path: Path, folder: Path) -> None:
+    whole = table(tmp_path, strategies=["vanilla", "w"], seeds=[0])
+    finish(Run(CELL, ("w",), 0), folder)
+    start(whole.only(strategies=["vanilla"]), whole, folder)
+    assert NoRunner.asked == [Run(CELL, ("w",), 0)]
+
+
 def test_a_shorter_run_of_an_earlier_part_stays_on_the_page(tmp_path: Path, folder: Path) -> None:
     whole = table(tmp_path, seeds=[0])
     finish(Run(CELL, P, 0), folder)

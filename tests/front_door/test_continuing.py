@@ -311,6 +311,7 @@ def test_a_fit_goes_on_from_no_checkpoint_but_its_own(
         (other, last, f"--ckpt_path {last}: a fit continues only from its own checkpoints, which are in runs/other/"),
         (other, "nowhere.ckpt", "--ckpt_path nowhere.ckpt: there is no such file. Give the path of a checkpoint, or "),
         (other, "junk.ckpt", "--ckpt_path junk.ckpt: this file is no checkpoint of cotune. Give one that a run or its"),
+        (words, "last", "--ckpt_path last continues the run, and --fresh starts it over: leave out one of them."),
         (words, last, f"--ckpt_path {last} continues the run, and --fresh starts it over: leave out one of them."),
     ):
         fresh = ["--fresh"] if "--fresh" in said else []

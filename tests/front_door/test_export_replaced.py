@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from cotune.lightning_modules import ModelNotFoundError
 from cotune.programs import Sampling
-from cotune.storage.durable import damaged_file
+from cotune.storage.durable import NotWrittenError, damaged_file
 from crashes import dies
 
 import cotune
@@ -74,6 +75,43 @@ def test_an_export_that_fails_leaves_the_earlier_one_in_its_place(export: Path, 
         write_export(export, tmp_path / "out", what="all")
     assert {path: path.read_bytes() for path in tmp_path.joinpath("out").rglob("*") if path.is_file()} == before
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_error_while_the_parts_are_moved_leaves_the_earlier_export(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write_export(export, out, what="all")
+    (tmp_path / "elsewhere").mkdir()
+    (out / "merged").rename(tmp_path / "elsewhere" / "merged")
+    (out / "merged").symlink_to(tmp_path / "elsewhere" / "merged")
+    before = sorted(path.name for path in out.iterdir())
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) == out / "SHA256SUMS" and Path(source).parent.name == ".partial":
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(NotWrittenError):
+        write_export(export, out, what="adapter")
+    monkeypatch.setattr(os, "replace", real)
+    assert sorted(path.name for path in out.iterdir()) == before
+    cotune.tuned.read_export(out)
+    write_export(export, out, what="all")
+    assert (tmp_path / "elsewhere" / "merged").is_dir()  # what a link leads to is not ours to delete
+    assert not (out / "merged").is_symlink()
+
+
+def test_an_export_that_was_killed_at_its_end_is_completed_beside_other_files(export: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_export(export, out, what="adapter")
+    (out / "notes.txt").write_text("mine")
+    (out / ".partial").mkdir()
+    (out / "program.json").rename(out / ".partial" / "program.json")
+    write_export(export, out, what="adapter")
+    assert {path.name for path in out.iterdir()} == {"adapter", "notes.txt", "SHA256SUMS", *EXPORTED}
 
 
 def test_an_export_in_place_of_another_holds_nothing_of_it(export: Path, tmp_path: Path) -> None:

@@ -356,6 +356,17 @@ def test_a_prompt_that_always_fails_is_named_and_the_others_are_written_once(
     assert len(good) == len({tuple(prompt) for prompt in good}) == 3
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_server_that_fails_each_request_leaves_them_to_the_other(
+    broken: int, tiny_model: Path, tmp_path: Path, server: VLLMServerProcess
+) -> None:
+    with vllm_servers(tiny_model) as (second,):
+        both, lm = [server, second], loaded(tiny_model)
+        lm.use(engine(*both, folder=tmp_path, patience=0.2))
+        both[broken].fault = lambda path, body: Fault(status=500, text="cuda") if of_a_row(path, body) else None
+        assert lm.complete(FEW, GREEDY) == here(lm, FEW)
+
+
 def test_an_outage_of_completions_that_is_shorter_than_the_patience_changes_none(
     tiny_model: Path, tmp_path: Path, server: VLLMServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:

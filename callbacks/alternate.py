@@ -30,7 +30,6 @@ from cotune.callbacks.saver import Saver
 from cotune.callbacks.schedule import PROMPTS, WeightStep, parse_schedule, planned, weight_steps
 from cotune.callbacks.setup_checks import check_setup, check_teachers, ours
 from cotune.callbacks.step_work import StepWork
-from cotune.callbacks.trainer_options import check_trainer_options
 from cotune.errors import BadValueError, CotuneError
 from cotune.programs import Program
 from cotune.prompting import CalibratedSearch, PromptSearch
@@ -147,7 +146,6 @@ class Alternate(Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         check_setup(trainer, pl_module, self.alternation)
-        check_trainer_options({"logger": bool(trainer.loggers), "callbacks": trainer.callbacks}, module=pl_module)  # type: ignore[attr-defined]
         module = ours(trainer, pl_module)[0]
         check_teachers(module, self.schedule, self.steps, fresh=self.options.weights == "fresh")
         self.narrow_search(module.program)

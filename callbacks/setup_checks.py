@@ -98,6 +98,7 @@ def _check_trainer(trainer: Trainer, module: ProgramModule, epochs: int) -> None
     counts = ("accumulate_grad_batches", "check_val_every_n_epoch", "overfit_batches", "max_steps", "min_steps")
     names = (*own, *counts, "reload_dataloaders_every_n_epochs", "min_epochs")
     values = {name: getattr(trainer, name, None) for name in (*names, "max_epochs")}
+    values["logger"] = bool(trainer.loggers)
     but: tuple[str, ...] = () if epochs else ("reload_dataloaders_every_n_epochs",)
     if trainer.max_epochs in (1000, epochs):  # 1000 is what Lightning makes of none
         but = (*but, "max_epochs")

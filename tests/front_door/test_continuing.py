@@ -34,16 +34,21 @@ class StoppedError(Exception):
     """The end of the process, as far as a test can make one."""
 
 
-def stopped_in_training(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    """A run that ends before its weight step does."""
+def stopped_at(owner: type, method: str, run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """A run that ends where this would be called."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(StepWork, "_end_weight_step", stop)
+        patch.setattr(owner, method, stop)
         with pytest.raises(StoppedError):
-            run(*words, "--alternate.save_every", "1")
+            run(*words)
+
+
+def stopped_in_training(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """A run that ends before its weight step does."""
+    stopped_at(StepWork, "_end_weight_step", run, monkeypatch, [*words, "--alternate.save_every", "1"])
 
 
 def error(said: Said) -> str:
@@ -243,14 +248,7 @@ def test_a_finished_run_is_refused_too_where_its_data_or_its_base_are_others_and
 
 def begun(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     """A run that ends before its first score."""
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise StoppedError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Alternate, "on_fit_start", stop)
-        with pytest.raises(StoppedError):
-            run(*words)
+    stopped_at(Alternate, "on_fit_start", run, monkeypatch, words)
 
 
 def test_reused_traces_may_be_elsewhere_and_not_others(

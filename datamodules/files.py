@@ -283,7 +283,9 @@ def _as_written(value: Any, feature: Any) -> Any:
             raise DataError(f"a class index is {value}, but its column has {len(feature.names)} classes ({named} …).")
         # -1 is the Hub's convention for "no label": left to the caller as an empty field.
         return None if value < 0 else feature.int2str(value)
-    if isinstance(feature, datasets.Value) and feature.dtype in ("float32", "float16"):
+    if hasattr(feature, "shape") and isinstance(value, list):  # Array2D to Array5D
+        return [_as_written(item, feature) for item in value]
+    if getattr(feature, "dtype", "") in ("float32", "float16"):
         return float(np.format_float_positional(np.dtype(feature.dtype).type(value)))
     return value
 

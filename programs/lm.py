@@ -48,7 +48,7 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise BadValueError(f"top_p {self.top_p} is outside (0, 1]; 1 switches it off.")
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise BadValueError(
                 f"max_new_tokens {self.max_new_tokens} is no whole number from 1 up; 256 is the default."
             )
@@ -64,6 +64,9 @@ class Request:
         adapter: name of the adapter that is to answer; "" for the base alone.
         scores: the completion is to say how likely each choice of its fields was.
         chances: and with what probability each would have been decoded.
+
+    Raises:
+        BadValueError: a seed that a random generator does not take.
     """
 
     messages: Sequence[Message]
@@ -72,6 +75,10 @@ class Request:
     adapter: str = "default"
     scores: bool = False
     chances: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise BadValueError(f"seed {self.seed} of a request is no number from 0 to 2**64 - 1.")
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,8 @@ def _read_config(path: Path) -> tuple[str, Json]:
         loaded = yaml.safe_load(_text(path))
     except yaml.YAMLError as error:
         raise ReportError(f'"{path}" is damaged: {" ".join(str(error).split())}') from error
+    if not isinstance(loaded or {}, Mapping):
+        raise ReportError(f'"{path}" is damaged: its settings are no mapping of names to values.')
     config = redacted(loaded or {})
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True), config
 

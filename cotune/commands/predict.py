@@ -9,10 +9,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the command line is parsed before anything heavy is imported
+    from cotune.commands.predict_output import Lines
     from cotune.inference.calls import StoredLM
     from cotune.programs import Example, Rollout
     from cotune.tuned import Tuned
@@ -71,13 +73,21 @@ def main(options: argparse.Namespace) -> int:
         OutputError: --output cannot be written, or is the file of the rows.
         StoppedError: the LM cannot be asked any more.
     """
-    from cotune.commands.predict_output import Lines, answers_kept, check_output
-    from cotune.datamodules.files import DataError
-    from cotune.tuned import load, program_inputs
+    from cotune.commands.predict_output import Lines, check_output
 
     options.output = None if options.output == "-" else options.output
     if options.output is not None:
         check_output(options.output, options.data)
+    out = Lines(options.output)
+    with redirect_stdout(sys.stderr):  # a notice, or what a program prints, is no line of JSON
+        return _answer(options, out)
+
+
+def _answer(options: argparse.Namespace, out: Lines) -> int:
+    from cotune.commands.predict_output import answers_kept
+    from cotune.datamodules.files import DataError
+    from cotune.tuned import load, program_inputs
+
     file = None if options.data == "-" else _file_rows(options.data)
     tuned = load(options.export, trust_remote_code=options.trust_remote_code)
     required, optional = program_inputs(tuned.module.program)
@@ -87,7 +97,6 @@ def main(options: argparse.Namespace) -> int:
     else:
         batches = _cut(_from_file(file, required, columns, options.data))
     done = Counter[str]()
-    out = Lines(options.output)
     with answers_kept(tuned, out) as stored, out:
         for batch in batches:
             for row in batch:
@@ -193,13 +202,14 @@ def _columns(given: Sequence[str], inputs: Sequence[str]) -> dict[str, str]:
     """Input -> column, its own name where --column gives none."""
     from cotune.datamodules.files import DataError
 
-    columns = {name: name for name in inputs}
+    named: dict[str, str] = {}
     for word in given:
         name, equals, column = word.partition("=")
-        if name not in columns or not equals or not column:
+        if name not in inputs or not equals or not column:
             raise DataError(f"--column {word}: write INPUT=COLUMN; the program's inputs are {', '.join(inputs)}.")
-        columns[name] = column
-    return columns
+        if named.setdefault(name, column) != column:
+            raise DataError(f"--column {word}: {name} is to be read from {named[name]} already; give it one column.")
+    return {name: named.get(name, name) for name in inputs}
 
 
 def answer_line(number: int, rollout: Rollout) -> str:

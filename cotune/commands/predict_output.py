@@ -39,7 +39,7 @@ def check_output(output: str, data: str) -> None:
     """
     path, rows = Path(output), Path(data).expanduser()
     try:
-        if path.is_dir():
+        if path.is_dir() or output.endswith(("/", os.sep)):
             raise OutputError(f'--output "{output}" is a folder; give a file, e.g. "{path / "answers.jsonl"}".')
         if rows.exists() and any(one.exists() and one.samefile(rows) for one in (path, _beside(path))):
             raise OutputError(f'--output "{output}" is the file of --data, whose rows it would replace; give another.')
@@ -66,7 +66,7 @@ class Lines:
     as it is.
 
     Args:
-        output: the file; None for standard output.
+        output: the file; None for standard output, as it is now.
 
     Attributes:
         store: where an endpoint's answers are to be kept until the end; None for nowhere.
@@ -80,6 +80,7 @@ class Lines:
         self.store = self._to.with_name(self._to.name + ".sqlite") if self._whole and self._to else None
         self.resumes = False
         self._file: IO[str] | None = None
+        self._stdout = sys.stdout
         self._count = 0
 
     def __enter__(self) -> Lines:
@@ -91,7 +92,7 @@ class Lines:
 
         self._count += 1
         if self._to is None:
-            print(line)
+            print(line, file=self._stdout)
             return
         with as_not_written(self._whole or self._to):
             if self._file is None:  # not before: what an earlier start has left there is worth more than nothing
@@ -100,7 +101,7 @@ class Lines:
 
     def flush(self) -> None:
         """Shows what was written so far to whoever reads along."""
-        (self._file or sys.stdout).flush()
+        (self._file or self._stdout).flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         from cotune.storage.durable import as_not_written, put_in_place

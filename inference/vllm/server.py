@@ -335,7 +335,8 @@ def written_of(said: Any, asked: Mapping[str, Any]) -> Written | None:
         log_probs = choice["logprobs"]["token_logprobs"] if "logprobs" in asked else []
     except (KeyError, TypeError, ValueError):
         return None
-    right = bool(ids) and read == asked["prompt"] and said.get("model") == asked["model"]
+    listed = isinstance(ids, list) and bool(ids) and all(type(one) is int for one in ids)
+    right = listed and read == asked["prompt"] and said.get("model") == asked["model"]
     whole = "logprobs" not in asked or len(log_probs) == len(ids)
     return Written(ids, log_probs) if right and whole else None
 

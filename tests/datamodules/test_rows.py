@@ -214,16 +214,17 @@ def test_class_names_and_short_numbers_are_found_within_lists_and_structs(
 ) -> None:
     kind, number = datasets.ClassLabel(names=["a", "b", "c"]), datasets.Value("float32")
     features = datasets.Features({"tags": datasets.List(kind), "more": {"kind": kind, "sizes": datasets.List(number)}})
+    features["box"] = datasets.Array2D((1, 2), "float32")
     rows = [
-        {"tags": [0, 2, -1], "more": {"kind": 1, "sizes": [3.1, None]}},
-        {"tags": None, "more": {"kind": None, "sizes": []}},
+        {"tags": [0, 2, -1], "more": {"kind": 1, "sizes": [3.1, None]}, "box": [[3.1, 0.5]]},
+        {"tags": None, "more": {"kind": None, "sizes": []}, "box": None},
     ]
     data = datasets.Dataset.from_list(rows, features=features)
     data.to_parquet(tmp_path / "a.parquet")
     hub(monkeypatch, data)
     named = [
-        {"tags": ["a", "c", None], "more": {"kind": "b", "sizes": [3.1, None]}},
-        {"tags": None, "more": {"kind": None, "sizes": []}},
+        {"tags": ["a", "c", None], "more": {"kind": "b", "sizes": [3.1, None]}, "box": [[3.1, 0.5]]},
+        {"tags": None, "more": {"kind": None, "sizes": []}, "box": None},
     ]
     assert read_rows(str(tmp_path / "a.parquet")) == read_rows("me/qa") == named
 

@@ -60,6 +60,14 @@ def test_a_row_that_fails_says_why_and_the_others_are_answered(predict: Any, fin
     assert "2 of 3 rows answered; 1 failed (1 format)" in said.err
 
 
+def test_what_a_program_prints_is_not_among_the_lines(predict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = Tuned.rollouts
+    monkeypatch.setattr(Tuned, "rollouts", lambda *args: print("asking") or rollouts(*args))
+    said = predict("--data", jsonl(*ROWS))
+    assert len(lines(said.out)) == len(ROWS)
+    assert "asking" in said.err
+
+
 def test_when_all_rows_fail_so_does_the_command(predict: Any) -> None:
     assert predict("--data", jsonl(TOO_LONG)).code == 1
 
@@ -146,6 +154,9 @@ def test_a_column_of_another_name_is_named(predict: Any) -> None:
     said = predict("--data", jsonl(*renamed), "--column", "petal=length")
     assert said.code == 2
     assert "the program's inputs are petal_length, petal_width" in said.err
+    said = predict("--data", jsonl(*renamed), "--column", "petal_length=length", "--column", "petal_length=sepal_width")
+    assert (said.code, said.out) == (2, "")
+    assert "petal_length is to be read from length already; give it one column" in said.err
 
 
 def test_a_row_without_an_input_is_named(predict: Any) -> None:
@@ -179,6 +190,7 @@ def test_without_an_export_the_options_are_shown(capsys: pytest.CaptureFixture[s
     ("output", "message"),
     [
         ("made", '"made" is a folder; give a file, e.g. "made/answers.jsonl"'),
+        ("new/", '"new/" is a folder; give a file, e.g. "new/answers.jsonl"'),
         ("rows.jsonl/x", "cannot be written: Not a directory"),
         ("rows.jsonl/x/y", "cannot be written: Not a directory"),
         ("/proc/nope/x", "cannot be written: "),

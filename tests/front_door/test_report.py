@@ -315,6 +315,13 @@ def test_a_folder_that_is_no_run_is_refused_with_a_reason(
     assert "Traceback" not in answer.err
 
 
+def test_settings_that_are_no_mapping_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("- model\n- data\n")
+    with pytest.raises(ReportError, match="its settings are no mapping of names to values"):
+        read_run(folder)
+
+
 @pytest.mark.parametrize("name", ["history.jsonl", "config.yaml", "metrics.csv", "summary.json"])
 def test_a_file_that_is_not_utf8_is_named(name: str, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")

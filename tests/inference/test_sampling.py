@@ -12,6 +12,7 @@ import torch
 from cotune.errors import BadValueError
 from cotune.inference.local.sampling import sample
 from cotune.programs import Sampling
+from cotune.programs.lm import Request
 
 
 def reference(logits: np.ndarray, draw: float, temperature: float, top_p: float) -> int:
@@ -105,13 +106,19 @@ def test_low_temperature_takes_the_likeliest() -> None:
     [
         *({"temperature": wrong} for wrong in (-1.0, 5e-324, 1e-308, 1e-5, math.inf, math.nan)),
         *({"top_p": wrong} for wrong in (0.0, 1.5, math.nan)),
-        *({"max_new_tokens": wrong} for wrong in (0, -3, 2.5, math.inf, math.nan)),
+        *({"max_new_tokens": wrong} for wrong in (0, -3, True, 2.5, math.inf, math.nan)),
     ],
 )
 def test_what_nothing_can_be_drawn_by_is_refused(options: dict[str, Any]) -> None:
     ((name, wrong),) = options.items()
     with pytest.raises(BadValueError, match=f"{name} {re.escape(str(wrong))} is "):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_request_with_a_seed_that_no_generator_takes_is_refused(seed: int) -> None:
+    with pytest.raises(BadValueError, match=f"seed {re.escape(str(seed))} of a request is no number from 0 to"):
+        Request([], seed=seed)
 
 
 def test_the_least_temperature_takes_the_likeliest_of_the_largest_logits() -> None:

@@ -212,6 +212,7 @@ def test_answers_without_the_ids_that_were_asked_for_are_no_answers(
     lm.use(engine(server, folder=tmp_path, concurrency=1))
     for fault, error in (
         (Fault(choice={"token_ids": None}), "no ids"),
+        (Fault(choice={"token_ids": ["7"]}), "no ids"),
         (Fault(choice={"prompt_token_ids": [1, 2]}), "no ids, those of another prompt"),
         (Fault(changes={"model": "other"}), "or another model"),
         (Fault(status=400, text="max_tokens is too large"), "refuses a request"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from commands import cotune
+from cotune.programs import Example, Lines, Runner, Sampling, exact_match
+from fakes import FakeLM
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "your-own-program.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,8 +52,34 @@ def said(printed: dict[str, str], start: str) -> str:
 def test_every_file_is_named_before_it_is_used() -> None:
     names = [name for name, _ in steps()]
     assert names == [
-        *("make_tickets.py", "$", "ticket_desk.py", "tickets.yaml", "$", "$", "$", "new.csv", "$", "answer.py", "$")
+        *(
+            "make_tickets.py",
+            "$",
+            "ticket_desk.py",
+            "tickets.yaml",
+            "$",
+            "$",
+            "$",
+            "noted_desk.py",
+            "new.csv",
+            "$",
+            "answer.py",
+            "$",
+        )
     ]
+
+
+def test_a_note_is_what_the_next_stage_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    follow(tmp_path, lambda command: "")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    desk = importlib.import_module("noted_desk").NotedDesk()
+    sys.modules.pop("noted_desk")
+    lm = FakeLM(lambda request: "billing" if "paid twice" in request.messages[-1]["content"] else "paid twice")
+    runner = Runner(desk, lm, form=Lines(), metric=exact_match, sampling=Sampling(), max_error_rate=0.5)
+    (done,) = runner.run([Example.of({"ticket": "Help!"}, {"team": "billing"}, id="1")], desk.initial_prompts())
+    assert done.prediction == {"problem": "paid twice", "team": "billing"}
+    assert done.score == 1
 
 
 @pytest.mark.slow

@@ -51,7 +51,10 @@ def _copies(value: Any) -> bool:
 _LENGTH = "alternate.epochs sets the length of a weight step (or alternate.steps, by letter)"
 
 TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
-    "accelerator": _works("cpu, gpu, mps or auto"),
+    "accelerator": _works(
+        "cpu, gpu, cuda, mps or auto",
+        lambda value: not isinstance(value, str) or value in ("cpu", "gpu", "cuda", "mps", "auto"),
+    ),
     "strategy": _works(
         "auto and ddp: each process has a copy of the LM and runs its share of the examples. FSDP, DeepSpeed and the "
         "like cut the LM into parts: each token then needs all processes, and texts of unequal length would wait for "
@@ -74,7 +77,8 @@ TRAINER_OPTIONS: Mapping[str, TrainerOption] = {
         "EarlyStopping ends the current weight step, and the schedule continues. Instead of Timer use "
         "trainer.max_time; instead of StochasticWeightAveraging and the like, alternate.average_last; instead of "
         "GradientAccumulationScheduler, trainer.accumulate_grad_batches. Leave out LearningRateFinder, BatchSizeFinder "
-        "and finetuning schedules: they train outside the schedule",
+        "and finetuning schedules: they train outside the schedule. ModelPruning has nothing to prune: "
+        "prune merged weights, after cotune export --what merged",
         lambda value: not _refused_callbacks(value),
     ),
     "fast_dev_run": _works("runs every step on one batch: search, collection, training and scoring; nothing is kept"),
@@ -149,6 +153,7 @@ _CALLBACKS = {
     "LearningRateFinder": "set the optimiser's lr",
     "BatchSizeFinder": "if memory runs out, a batch is split automatically",
     "BackboneFinetuning": "only the adapter is trained",
+    "ModelPruning": "only the adapter is trained; prune merged weights, after cotune export --what merged",
     "GradientAccumulationScheduler": "use trainer.accumulate_grad_batches, which is the same in all epochs",
 }
 

@@ -197,13 +197,12 @@ class LanguageModel(nn.Module, LM):
         from cotune.lightning_modules.embedded import HUB_ID
 
         names = [self.name, self.source, *([HUB_ID] if self.name == EMBEDDED else [])]
-        begins = [f"begins from {named_adapter(self.adapter, names)}"] if self.adapter is not None else []
+        shape = "" if self.lora == LoRA() else "; its shape stands, and model.lm.lora is not used"
+        begins = [f"begins from {named_adapter(self.adapter, names)}{shape}"] if self.adapter is not None else []
         asked = self.generation_config.to_diff_dict()
         left_out = [f"{name} {asked[name]}" for name in _PROCESSORS if asked.get(name) not in (None, 0, 1, 1.0)]
         if left_out:
-            begins.append(
-                f"its generation_config asks for {', '.join(left_out)}: ignored, so its own probabilities decide"
-            )
+            begins.append(f"its generation_config asks for {', '.join(left_out)}: ignored; its probabilities decide")
         return begins + findings(self.model).remarks
 
     @property

@@ -15,7 +15,7 @@ from cotune.errors import BadValueError
 from cotune.inference.engine import Engine
 from cotune.inference.local.engine import evaluating
 from cotune.lightning_modules.language_model import LanguageModel
-from cotune.lightning_modules.learning_rate import LearningRate, rate_for
+from cotune.lightning_modules.learning_rate import LearningRate, made_optimizer
 from cotune.lightning_modules.lightning_internals import give_all_rows
 from cotune.lightning_modules.objectives import Objective, Rejection
 from cotune.lightning_modules.objectives.objective import Reference
@@ -134,7 +134,7 @@ class ProgramModule(LightningModule):
             self.ranks = self._gradients.ranks = TorchRanks(
                 (self.ledger, *([self.lm] if isinstance(self.lm, LanguageModel) else []))
             )
-            give_all_rows(self.trainer)
+        give_all_rows(self.trainer)
         self._precision = self.trainer.precision_plugin
 
     def configure_model(self) -> None:
@@ -247,6 +247,15 @@ class ProgramModule(LightningModule):
     def on_train_start(self) -> None:
         if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
             model.require_backward_grad_sync = False  # gradients have been added up before they come to `backward`
+        self._set_rate()
+
+    def _set_rate(self, *_: Any, **__: Any) -> None:
+        """Of the coming optimiser step, since callbacks may read it before that."""
+        factor = self.learning_rate.factor(self.optimiser_step, self.optimiser_steps)
+        for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
+            group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
+
+    on_train_epoch_start = on_train_batch_end = _set_rate
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.weights.completing.rest()
@@ -283,9 +292,6 @@ class ProgramModule(LightningModule):
         self._accumulated = 0.0
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        factor = self.learning_rate.factor(self.optimiser_step, self.optimiser_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
         self.optimiser_step += 1
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         if self._loss_scaler() is None and not is_finite([p.grad for p in self._trained()]):
@@ -319,8 +325,7 @@ class ProgramModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.evaluated, self._run = [], []
 
-    def on_test_epoch_start(self) -> None:
-        self.evaluated, self._run = [], []
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         check_errors(self._run, max_error_rate=self.max_error_rate)
@@ -337,11 +342,7 @@ class ProgramModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer | list[torch.optim.Optimizer]:
         if isinstance(self.lm, TextLM):
             return []
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        for group in optimizer.param_groups:
-            group["by_size"] = group["lr"] == 0
-            group["initial_lr"] = group["lr"] or rate_for(self.lm.size)
-        return optimizer
+        return made_optimizer(self.optimizer, self._trained(), size=self.lm.size)
 
     def rate(self, objective: Objective, own: float | None, group: Mapping[str, Any]) -> float:
         """The full learning rate of a weight step: its own, the optimiser's, or what fits LM and objective."""

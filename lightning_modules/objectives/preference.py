@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -128,5 +128,5 @@ class DPO(Preference):
         return -F.logsigmoid(better_P - worse_P).sum()
 
     def size(self, tokens: Bearing) -> float:
-        """Pairs."""
-        return max(len(set(tokens.groups)), 1)
+        """Pairs, those that are repeated to balance stages included."""
+        return max(sum(rows // 2 for rows in Counter(tokens.groups).values()), 1)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -79,6 +81,7 @@ REFUSED: dict[str, str] = {
     "barebones": "true",
     "reload_dataloaders_every_n_epochs": "2",
     # rows that work, with values that do not
+    "accelerator": "tpu",
     "strategy": "fsdp",
     "precision": "bf16-true",
     "limit_train_batches": "0",
@@ -122,6 +125,22 @@ def test_what_works_runs_to_the_end_of_the_schedule(
     run = tiny_fit(tiny_model, tmp_path, "w", sizes=sizes, trainer=WORKS[name], metric=lambda *_: 1.0).run()
     assert run.alternate.finished
     assert run.trainer.global_step > 0
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
+def test_ddp_with_one_process_is_the_run_without_it(tiny_model: Path, tmp_path: Path) -> None:
+    sizes = Sizes(train=6, dev=2, val=3, test=2)
+    alone = tiny_fit(tiny_model, tmp_path / "alone", "w", sizes=sizes, metric=lambda *_: 1.0).run()
+    with mock.patch.dict(os.environ):
+        ddp = tiny_fit(
+            tiny_model, tmp_path / "ddp", "w", sizes=sizes, metric=lambda *_: 1.0, trainer={"strategy": "ddp"}
+        )
+        try:
+            ddp.run()
+        finally:
+            torch.distributed.destroy_process_group()
+    assert ddp.alternate.finished
+    assert ddp.lm.fingerprint() == alone.lm.fingerprint()
 
 
 @pytest.mark.parametrize("name", REFUSED)

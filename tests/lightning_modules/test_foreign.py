@@ -182,7 +182,7 @@ def test_what_is_attached_is_said_and_not_what_was_asked_for(tiny_model: Path, t
     folder = adapter(tiny_model, tmp_path / "adapter", rank_pattern={"v_proj": 4})
     lm = loaded(tiny_model, adapter=str(folder), lora=LoRA(r=16, alpha=99))
     assert str(lm.attached) == "LoRA r 4 to 8, alpha 16 on q_proj, v_proj"
-    assert lm.remarks == [f"begins from the adapter {folder}"]
+    assert lm.remarks == [f"begins from the adapter {folder}; its shape stands, and model.lm.lora is not used"]
 
 
 def test_another_base_of_the_same_shape_and_a_variant_of_lora_are_said(tiny_model: Path, tmp_path: Path) -> None:

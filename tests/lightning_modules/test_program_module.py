@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cotune.datamodules import Pair, Splits, TraceDataModule, collate
 from cotune.datamodules.splits import Sizes
+from cotune.errors import BadValueError
 from cotune.lightning_modules import LanguageModel, LearningRate, LoRA, ProgramModule
 from cotune.lightning_modules.objectives import GRPO, Rejection
 from cotune.programs import Demo, Example, FaultyProgramError, Predict, Prompt, Sampling
 from fakes import Loop, doubles
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from tiny import save_tiny_model
+from tiny_fit import tiny_fit
 from torch.utils.data import DataLoader
 
 
@@ -110,17 +114,60 @@ def test_a_weight_step_shorter_than_the_warm_up_only_warms_up() -> None:
     assert [LearningRate(warmup=10).factor(step, 3) for step in range(3)] == [0.1, 0.2, 0.3]
 
 
+def test_the_rate_that_callbacks_read_before_a_step_is_the_one_it_is_taken_with(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    class Reads(Callback):
+        read, taken = [], []
+
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            self.read.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.taken.append(float(trainer.callback_metrics["train/lr"]))
+
+    reads = Reads()
+    tiny_fit(tiny_model, tmp_path, "w -> w", callbacks=[reads]).run()
+    assert len(reads.taken) == 2 * 2 * 3
+    assert reads.read == pytest.approx(reads.taken)
+    assert reads.read[6] == reads.read[0] == 0.01  # half of the full rate, as the second weight step warms up again
+
+
+def test_a_negative_warm_up_is_refused() -> None:
+    with pytest.raises(BadValueError, match=r"model.learning_rate.warmup -5 is below 0; 0 is no warm-up"):
+        LearningRate(warmup=-5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (functools.partial(torch.optim.AdamW, lr=-1.0), "model.optimizer cannot be made: Invalid learning rate: -1.0"),
+        (functools.partial(torch.optim.AdamW, beta=1), "model.optimizer cannot be made: .*'beta'"),
+        (functools.partial(torch.optim.LBFGS, lr=1.0), "LBFGS computes the loss many times in a step"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_is_refused(tiny_model: Path, factory: Any, said: str) -> None:
+    made = module(tiny_model)
+    made.optimizer = factory
+    made.configure_model()
+    with pytest.raises(BadValueError, match=said):
+        made.configure_optimizers()
+
+
 def test_each_weight_step_runs_the_course_from_its_start(tiny_model: Path, tmp_path: Path) -> None:
     made = module(tiny_model, lr=0.5, learning_rate=LearningRate(warmup=2, decay="linear"))
     made.configure_model()
     optimizer = made.configure_optimizers()
     made.log = lambda *args, **options: None  # type: ignore[method-assign, assignment]
+    made.trainer = SimpleNamespace(optimizers=[optimizer])  # type: ignore[assignment]
 
     def rates(steps: int) -> list[float]:
         found = []
+        made.on_train_epoch_start()
         for _ in range(steps):
             made.on_before_optimizer_step(optimizer)
             found.append(optimizer.param_groups[0]["lr"])
+            made.on_train_batch_end()
         return found
 
     made.begin_weight_step(steps=4)

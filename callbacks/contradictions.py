@@ -6,17 +6,17 @@ import contextlib
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from cotune.callbacks.boundary import Boundary, BoundaryListener
 from cotune.callbacks.progress import say
 from cotune.datamodules import TraceDataModule
 from cotune.errors import CotuneError
 from cotune.lightning_modules import ProgramModule
-from cotune.programs import Example, FieldTypeError, Form, Metric, Program, Rollout, Signature
+from cotune.programs import Example, FieldTypeError, Form, Metric, NamedValues, Program, Rollout, Signature
 from cotune.programs.demos import label_text
 from cotune.programs.faults import quoted, raised
-from cotune.programs.metrics import COMPARE_FIELDS
+from cotune.programs.metrics import COMPARE_FIELDS, BatchMetric
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 _MAX_SECONDS = 5.0
@@ -115,7 +115,7 @@ def check_texts(program: Program, form: Form, examples: Sequence[Example]) -> li
             )
             if len(wrong) == len(labels):
                 raise ContradictionError(f"{message}. Fix the data, or use another model.form.")
-            found.append(f"{message}; they are never shown as demos")
+            found.append(f"{message}; they are never shown as demos or taught as gold answers")
     return list(dict.fromkeys(found))
 
 
@@ -124,7 +124,9 @@ def check_gold(
 ) -> list[str]:
     """Asks the metric about the labels themselves, which should be right. Returns what to say.
 
-    Where the program is one of cotune's, which predict what their last stage's types read, so are the labels read.
+    Where the program is one of cotune's, which predict what their last stage's types read, so are the labels read. Any
+    other may predict what it likes: where the metric passes a label and not what the field's type reads of it, that is
+    said.
 
     A metric that needs more than the labels (raises, or asks for other fields) cannot be asked, and that is said; so
     are labels that it scores below `threshold` against themselves, where it passes others.
@@ -132,8 +134,10 @@ def check_gold(
     Raises:
         ContradictionError: it passes no label against itself, so that no run can be known to succeed.
     """
-    signature = list(program.stages.values())[-1].signature if program and _is_cotunes(program) else None
+    signatures = [stage.signature for stage in program.stages.values()] if program else []
+    known = program is not None and _is_cotunes(program)
     wrong: list[tuple[Example, Any, Mapping[str, Any]]] = []
+    apart: list[tuple[Example, Any, Mapping[str, Any]]] = []
     unasked: list[str] = []
     began, asked = time.monotonic(), 0
     for example in examples:
@@ -141,18 +145,24 @@ def check_gold(
             break
         asked += 1
         try:
-            read = _read(example, signature)
-            score, missed = _of_itself(metric, example, read, threshold)
+            read = _read(example, signatures[-1:] if known else signatures)
+            score, missed = _of_itself(metric, example, read if known else {}, threshold)
         except Exception as error:  # the user's code
             unasked.append(f"example {example.id}: {raised(error)}")
             continue
         if missed and not float(score) >= threshold:
             unasked.append(f"example {example.id}: it looks for {missed[0]}, which is no label")
         elif not float(score) >= threshold:
-            wrong.append((example, score, read))
+            wrong.append((example, score, read if known else {}))
+        elif read and not known and not isinstance(metric, BatchMetric):  # which may ask an LM
+            with contextlib.suppress(Exception):  # the user's code; a program that predicts something else may be right
+                typed, _ = _of_itself(metric, example, read, threshold)
+                if not float(typed) >= threshold:
+                    apart.append((example, typed, read))
     if wrong and len(wrong) == asked:
         raise ContradictionError(_below_one(metric, wrong, asked, threshold))
     found = [_below_one(metric, wrong, asked, threshold)] if wrong else []
+    found += [_typed_below_one(metric, apart, asked)] if apart else []
     if asked < len(examples):
         found.append(
             f"whether the metric scores labels as right was tried on {asked} of {len(examples)} examples: more would "
@@ -246,16 +256,12 @@ def _no_field(label: str, labels: Sequence[str], fields: Sequence[str], said: st
 
 def _no_value(signature: Signature, name: str, label: Any) -> str:
     """Why a label is no value of its field's type; "" where it is one, or one of its several answers is."""
-    several = label if isinstance(label, (list, tuple)) and label else [label]
-    why = ""
-    for one in () if label is None else (label, *several):
-        try:
-            label_text(signature, name, one)
-        except (FieldTypeError, TypeError) as error:
-            why = str(error)
-        else:
-            return ""
-    return why
+    try:
+        if label is not None:
+            label_text(signature, name, label)
+    except (FieldTypeError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _unwritable(form: Form, signature: Signature, name: str, label: Any) -> str:
@@ -271,33 +277,38 @@ def _is_cotunes(program: Program) -> bool:
     return type(program).__module__.split(".")[0] == "cotune"
 
 
-class _Asked(dict[str, Any]):
+class _Asked(NamedValues):
     """A prediction that notes what it was asked for and does not have."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(copy.deepcopy(dict(values)))
-        self.missed: list[str] = []
+        self._missed: list[str] = []  # no field's name, since fields are attributes
 
-    def __missing__(self, name: str) -> Any:
-        self.missed.append(name)
-        raise KeyError(name)
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python looks for, as to copy it
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    def __missing__(self, name: str) -> NoReturn:
+        self._missed.append(name)
+        super().__missing__(name)
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or bool(self.missed.append(str(name)))  # type: ignore[func-returns-value]
+        return super().__contains__(name) or bool(self._missed.append(str(name)))  # type: ignore[func-returns-value]
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default  # noqa: SIM401 (which notes it)
 
 
-def _read(example: Example, signature: Signature | None) -> dict[str, Any]:
-    """Labels that their field's type reads as another value: name -> that value, as a prediction then has it."""
-    if signature is None:
-        return {}
+def _read(example: Example, signatures: Sequence[Signature]) -> dict[str, Any]:
+    """Labels that their field's type reads as another value: name -> that value, as a prediction then has it. Of
+    several stages with a field the last decides."""
     found = {}
-    for name in set(example.labels) & set(signature.types) & set(signature.outputs):
-        with contextlib.suppress(FieldTypeError, TypeError):  # other checks say so
-            found[name] = signature.value(name, label_text(signature, name, example.labels[name]))
-    return {name: value for name, value in found.items() if value != example.labels[name]}
+    for signature in signatures:
+        for name in set(example.labels) & set(signature.types) & set(signature.outputs):
+            with contextlib.suppress(FieldTypeError, TypeError):  # other checks say so
+                found[name] = signature.value(name, label_text(signature, name, example.labels[name]))
+    return {n: value for n, value in found.items() if isinstance(value, list) or value != example.labels[n]}
 
 
 def _of_itself(metric: Metric, example: Example, read: Mapping[str, Any], threshold: float) -> tuple[Any, list[str]]:
@@ -309,19 +320,36 @@ def _of_itself(metric: Metric, example: Example, read: Mapping[str, Any], thresh
         score = metric(copy.deepcopy(example), prediction)
         if float(score) >= threshold:
             break
-    return score, prediction.missed
+    return score, prediction._missed
+
+
+def _typed_below_one(metric: Metric, apart: Sequence[tuple[Example, Any, Mapping[str, Any]]], asked: int) -> str:
+    example, score, read = apart[0]
+    values = "; ".join(
+        f"{field} {quoted(example.labels[field], limit=80)} as {quoted(value, limit=80)}"
+        for field, value in read.items()
+    )
+    return (
+        f"example {example.id}: its field's type reads the label {values}, which the metric {_name(metric)} scores "
+        f"{float(score):g}. So it is with {len(apart)} of {asked} labels: a program that returns what a stage gave it "
+        "is never right on them. Write the labels as the type reads them, or change the type or the metric."
+    )
+
+
+def _name(metric: Metric) -> str:
+    return str(getattr(metric, "__name__", type(metric).__name__))
 
 
 def _below_one(
     metric: Metric, wrong: Sequence[tuple[Example, Any, Mapping[str, Any]]], asked: int, threshold: float
 ) -> str:
     example, score, read = wrong[0]
-    name = getattr(metric, "__name__", type(metric).__name__)
     labels = "; ".join(f"{field} {quoted(value, limit=80)}" for field, value in example.labels.items())
-    labels += "".join(f", which its type reads as {quoted(value, limit=80)}" for value in read.values())
+    other = [value for n, value in read.items() if value != example.labels[n]]
+    labels += "".join(f", which its type reads as {quoted(value, limit=80)}" for value in other)
     why = f" ({score.feedback})" if getattr(score, "feedback", "") else ""
     return (
-        f"example {example.id}: the metric {name} scores the right answer itself ({labels}) {float(score):g}{why}, so "
-        f"no run on it can reach {threshold:g}. This holds for {len(wrong)} of {asked} labels. Fix the labels or the "
-        "metric; where less is enough, lower data.bootstrapping.threshold."
+        f"example {example.id}: the metric {_name(metric)} scores the right answer itself ({labels}) "
+        f"{float(score):g}{why}, so no run on it can reach {threshold:g}. This holds for {len(wrong)} of {asked} "
+        "labels. Fix the labels or the metric; where less is enough, lower data.bootstrapping.threshold."
     )

@@ -33,6 +33,7 @@ from cotune.programs import (
     prompts_to_dict,
 )
 from cotune.prompting import Candidate, Found, PromptSearch, SearchTask
+from cotune.prompting.search import searched
 from cotune.reporting.closing_table import rank_of
 from cotune.storage.schedule_text import name_of
 from lightning.pytorch import Trainer
@@ -83,6 +84,7 @@ class StepWork:
 
         Raises:
             ApprovalNeededError: a person is to be asked, and cannot be here.
+            CotuneError: the search returned no `Found`, or prompts of another program.
         """
         module, data = ours(trainer)
         with StepProgress(self.course.title("prompt step")) as progress:
@@ -105,7 +107,7 @@ class StepWork:
                 ),
             )
             with isolate_rng():
-                self._found = self.search.search(task)
+                self._found = searched(self.search, task)
         module.prompts = self._found.prompts
         self._tried = []
 

@@ -23,9 +23,9 @@ class Bootstrapping:
             on. Such successes are counted apart.
         gold_answers: an example that still has no success gives one pair: the last call of its first run that ended
             with a prediction, with the labels in place of the completion. This needs labels for every output of that
-            call's stage, so the stage must not reason. Counted apart; earlier calls are not trained on. "auto" does so
-            where that stage only chooses, as a classifier does, and some example is solved: where none is, the metric
-            or the labels may be wrong.
+            call's stage, which the form can write, so the stage must not reason. Counted apart; earlier calls are not
+            trained on. "auto" does so where that stage only chooses, as a classifier does, and some example is solved:
+            where none is, the metric or the labels may be wrong.
         temperature: sampling temperature of all attempts after the first.
         fresh_demos: later attempts show this many freshly drawn demos per stage, never one of the example itself:
             earlier successes, and labels if a stage's inputs and output have them. 0 keeps the current prompts.

@@ -23,7 +23,7 @@ from cotune.programs import (
     labelled_demos,
     prompts_id,
 )
-from cotune.programs.demos import hinted
+from cotune.programs.demos import demo_of, hinted
 from cotune.programs.forms import forms_of
 
 _DRAW_SHARED_BY = 8
@@ -63,7 +63,8 @@ def collect(
         for attempt in successes:
             if attempt.number == number:
                 for step in attempt.rollout.steps:
-                    pool.setdefault(step.stage, []).append(Demo(step.inputs, step.outputs, attempt.example))
+                    signature = runner.program.stages[step.stage].signature
+                    pool.setdefault(step.stage, []).append(demo_of(signature, step, attempt.example))
         wanting = _wanting(examples, successes, options, number + 1)
         before, solved = solved, len({attempt.example for attempt in successes})
         if progress is not None:

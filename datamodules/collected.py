@@ -96,8 +96,14 @@ class Collected:
     def gold_traces(self) -> list[Trace]:
         """A trace with the gold answer for each example without a success that can have one, if the options allow it.
 
-        It is of the first run that ended with a prediction and whose last stage the labels fill.
+        It is of the first run that ended with a prediction and whose last stage the labels fill. Labels that the form
+        cannot write so that they are read back have none: no LM could write them.
         """
+        return [trace for trace, writable in self._gold if writable]
+
+    @cached_property
+    def _gold(self) -> list[tuple[Trace, bool]]:
+        """The traces with gold answers in the order of the examples, and whether the form can write each."""
         if self.options.gold_answers is False or (self.options.gold_answers == "auto" and not self.successes):
             return []
         solved = {attempt.example for attempt in self.successes}
@@ -105,7 +111,9 @@ class Collected:
         for attempt in self.attempts:
             if attempt.example not in solved | first.keys() and (trace := self._gold_trace(attempt)) is not None:
                 first[attempt.example] = trace
-        return [first[example.id] for example in self.examples if example.id in first]
+        made = [first[example.id] for example in self.examples if example.id in first]
+        signatures = {name: stage.signature for name, stage in self.program.stages.items()}
+        return [(one, not self.forms[one.stage].unwritable(signatures[one.stage], one.outputs)) for one in made]
 
     def report(self, traces: Sequence[Trace]) -> Report:
         """The counts, of these runs and of the traces that an objective made of them."""
@@ -127,6 +135,7 @@ class Collected:
             more=len(self.successes) - len(solved),
             repeated=outcomes["passed"] - len(self.successes),
             gold=sum(trace.gold for trace in traces),
+            unwritable=sum(not writable for _, writable in self._gold),
             canonical=self.vocabulary.canonical_share([trace.completion_ids for trace in traces]),
             too_long=sum("too_long" in found for found in ends),
             cut_off=sum("length" in found for found in ends),
@@ -160,7 +169,7 @@ class Collected:
 
     def _drawn_among_all(self, step: Step) -> tuple[float, ...]:
         """The log-probabilities of the tokens that were drawn among all there are; 0 for the others."""
-        layout = self.forms[step.stage].layout(self.program.stages[step.stage].signature)
+        layout = self.forms[step.stage].typed_layout(self.program.stages[step.stage].signature)
         fields = {part.name: part for part in layout if isinstance(part, Field) and part.syntax is None}
         free: set[int] = set()
         for filled in step.completion.fields:
@@ -231,6 +240,8 @@ class Report:
     """successes that were an earlier one of their example over again"""
     gold: int = 0
     """unsolved examples that gave a pair with the gold answer"""
+    unwritable: int = 0
+    """unsolved examples that gave none because the form cannot write the gold answer so that it is read back"""
     too_long: int = 0
     """of the failed runs, those that ended at a prompt that does not fit the window"""
     cut_off: int = 0
@@ -256,6 +267,7 @@ class Report:
         hinted += f", {self.taught} of them by the teacher" if self.taught else ""
         more = f", {self.more} further traces of them" if self.more else ""
         gold = f", {self.gold} unsolved ones with their gold answer" if self.gold else ""
+        gold += f", {self.unwritable} gold answers left out (the form cannot write them)" if self.unwritable else ""
         solved = f"{self.solved} of {self.examples} examples solved{hinted}"
         cut = f"; {self.cut_off} of these were cut at model.sampling.max_new_tokens" if self.cut_off else ""
         return f"{solved} in {self.runs} runs{more}{gold} (failed: {failed}{cut})"

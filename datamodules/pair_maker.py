@@ -9,7 +9,8 @@ from cotune.datamodules.collate import Pair
 from cotune.datamodules.encode import Vocabulary
 from cotune.datamodules.trace import Trace
 from cotune.errors import BadValueError
-from cotune.programs import Demo, Form, Program, Prompts, hide_own_demos
+from cotune.programs import Demo, FieldTypeError, Form, Program, Prompts, hide_own_demos
+from cotune.programs.demos import canonical
 from cotune.programs.forms import form_of
 
 Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
@@ -19,7 +20,8 @@ Encode = Callable[[Sequence[Mapping[str, str]]], list[int]]
 class PairMaker:
     """Makes training pairs of traces: renders a stage's prompt, encodes it, and adds the ids that were written.
 
-    A trace of another tokenizer's LM, or one without ids, is trained on as its outputs in this form and this LM's ids.
+    A trace of another tokenizer's LM, or one without ids, is trained on as its outputs in this form and this LM's ids,
+    values as their types write them.
 
     Args:
         prompts: what stands in the pairs.
@@ -43,14 +45,14 @@ class PairMaker:
         Never with a demo of the trace's own example: it would teach to copy the answer.
 
         Raises:
-            ValueError: another tokenizer's ids have weights of their own, which a text cannot keep.
+            ValueError: another tokenizer's ids have weights of their own, which a text cannot keep; or what it wrote is
+                no value of its field's type.
         """
         signature = self.program.stages[trace.stage].signature
         prompt = hide_own_demos(self.prompts, trace.example)[trace.stage]
         if demos:
             prompt = replace(prompt, demos=tuple(demos))
-        if self.is_foreign(trace):
-            trace = self._translated(trace)
+        trace = self.own(trace)
         end = [] if trace.complete else [self.end_id]
         return Pair(
             self.encode(form_of(self.form, prompt).render(signature, prompt, trace.inputs)),
@@ -70,6 +72,15 @@ class PairMaker:
 
     def fits(self, pair: Pair) -> bool:
         return len(pair.prompt_ids) + len(pair.completion_ids) <= self.window
+
+    def own(self, trace: Trace) -> Trace:
+        """The trace in this LM's ids: one that is foreign as this LM would write it."""
+        return self._translated(trace) if self.is_foreign(trace) else trace
+
+    def unwritable(self, trace: Trace) -> str:
+        """Why the form cannot write a trace's outputs so that they are read back; "" where it can."""
+        form = form_of(self.form, self.prompts[trace.stage])
+        return form.unwritable(self.program.stages[trace.stage].signature, trace.outputs)
 
     def is_foreign(self, trace: Trace) -> bool:
         """Whether a trace's ids mean something else to this LM than what was written.
@@ -91,10 +102,24 @@ class PairMaker:
                 f'{_name(trace)}: it has weights for tokens of another tokenizer ("{trace.base or "unknown"}"), '
                 "which do not fit this LM's tokens. Collect with this LM: leave data.traces out."
             )
-        form = form_of(self.form, self.prompts[trace.stage])
-        text = form.write(self.program.stages[trace.stage].signature, trace.outputs)
+        signature = self.program.stages[trace.stage].signature
+        try:
+            outputs = canonical(signature, trace.outputs)
+        except FieldTypeError as error:
+            raise BadValueError(
+                f"{_name(trace)}: {error} This program cannot learn to write it. Give data.traces of a program with "
+                "the same types, or remove the trace."
+            ) from None
+        text = form_of(self.form, self.prompts[trace.stage]).write(signature, outputs)
         return replace(
-            trace, completion=text, completion_ids=self.vocabulary.encode(text), complete=False, forced=(), sampled=()
+            trace,
+            outputs=outputs,
+            completion=text,
+            completion_ids=self.vocabulary.encode(text),
+            complete=False,
+            forced=(),
+            sampled=(),
+            tokenizer=self.vocabulary.tokenizer,
         )
 
 

@@ -20,6 +20,7 @@ from cotune.programs import (
     Step,
 )
 from cotune.programs.budget import complete_within
+from cotune.programs.demos import outputs_of
 from cotune.programs.forms import form_of
 
 _AT_ONCE = 32
@@ -39,8 +40,8 @@ def teach(
     """The teacher's runs of these examples, with what it wrote as the student would have written it.
 
     Its completions are read by the form and the metric like the student's. What passes is trained on, so each step's
-    outputs are written anew in the form, in the student's ids: nothing remains of the teacher's template, of its
-    thinking or of its tokens.
+    outputs are written anew in the form, as their types write them, in the student's ids: nothing remains of the
+    teacher's template, of its thinking or of its tokens.
 
     Args:
         runner: the student's; its faults are those of the unsolved examples alone, so any number of them is let pass.
@@ -48,7 +49,8 @@ def teach(
         encode: text -> the student's ids.
 
     Returns:
-        A run for each example, in their order, less those that it refuses or that its `max_calls` do not last for.
+        A run for each example, in their order, less those that it refuses, that its `max_calls` do not last for, or
+        whose texts the student's form cannot write.
     """
     asked = _Within(teacher)
     asking = replace(runner, lm=asked, max_error_rate=1.0)
@@ -64,10 +66,19 @@ def teach(
     if len(ran) < len(done):
         why = asked.spent.bound if asked.spent else "it refuses the others"
         print(f"the teacher stopped after {len(ran)} of {len(examples)} unsolved examples: {why}.")
-    return [
-        replace(run, steps=tuple(_rewritten(step, runner, given[step.stage], encode) for step in run.steps))
-        for run, given in ran
-    ]
+    taught, unwritable = [], []
+    for run, given in ran:
+        steps = [_rewritten(step, runner, given[step.stage], encode) for step in run.steps]
+        if faults := [fault for step in steps if (fault := _unwritable(step, runner, given[step.stage]))]:
+            unwritable.append(f"example {run.example.id}: {faults[0]}")
+        else:
+            taught.append(replace(run, steps=tuple(steps)))
+    if unwritable:
+        print(
+            f"{len(unwritable)} of the teacher's {len(ran)} runs left out: the form cannot write their texts so that "
+            f"they are read back ({unwritable[0]})."
+        )
+    return taught
 
 
 class _Within:
@@ -90,7 +101,9 @@ class _Within:
 def _rewritten(step: Step, runner: Runner, prompt: Prompt, encode: Callable[[str], Sequence[int]]) -> Step:
     if not step.outputs:  # it could not be read
         return step
-    text = form_of(runner.form, prompt).write(runner.program.stages[step.stage].signature, step.outputs)
+    signature = runner.program.stages[step.stage].signature
+    outputs = outputs_of(signature, step)
+    text = form_of(runner.form, prompt).write(signature, outputs)
     cut = step.completion.finished == "length"
     completion = replace(
         step.completion,
@@ -102,4 +115,11 @@ def _rewritten(step: Step, runner: Runner, prompt: Prompt, encode: Callable[[str
         log_probs=(),
         thinking="",
     )
-    return replace(step, completion=completion)
+    return replace(step, outputs=outputs, completion=completion)
+
+
+def _unwritable(step: Step, runner: Runner, prompt: Prompt) -> str:
+    """Why the form cannot write what a step gave; "" where it can, as what an engine filled in."""
+    if not step.outputs or step.completion.fields:
+        return ""
+    return form_of(runner.form, prompt).unwritable(runner.program.stages[step.stage].signature, step.outputs)

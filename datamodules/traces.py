@@ -296,22 +296,28 @@ class TraceDataModule(LightningDataModule, ABC):
         Raises:
             NoTracesError: none is left.
         """
-        if foreign := sum(map(maker.is_foreign, traces)):
-            names = ", ".join(sorted({f'"{trace.base}"' for trace in traces if trace.base})) or "another LM"
+        if foreign := [trace for trace in traces if maker.is_foreign(trace)]:
+            names = ", ".join(sorted({f'"{trace.base}"' for trace in foreign if trace.base})) or "another LM"
             print(
-                f"{foreign} of {len(traces)} traces are of another tokenizer ({names}): only their outputs are used, "
-                "written in this run's form and this LM's tokens."
+                f"{len(foreign)} of {len(traces)} traces are of another tokenizer ({names}): only their outputs are "
+                "used, written in this run's form and this LM's tokens."
             )
-        fitting = [trace for trace in traces if maker.fits(maker.pair(trace))]
+        own = [(maker.own(trace), bool(trace.completion_ids)) for trace in traces]
+        # What has ids was filled in, field by field.
+        writable = [trace for trace, filled in own if filled or not maker.unwritable(trace)]
+        if wrong := len(traces) - len(writable):
+            print(f"{wrong} traces are left out: the form cannot write their outputs so that they are read back.")
+        fitting = [trace for trace in writable if maker.fits(maker.pair(trace))]
         if not fitting:
             message = (
                 "none was given" if not traces else f"none of {len(traces)} fits the window of {maker.window} tokens"
             )
+            message += f" ({wrong} of them the form cannot write)" if wrong else ""
             raise NoTracesError(f"weight step: no traces to train on: {message}.")
         self._traces, self._maker, self._place, self.epoch = fitting, maker, step, epoch
         self._all_trained = False
         self._options = replace(self.bootstrapping, demo_share=0.0) if as_drawn else self.bootstrapping
-        return len(traces) - len(fitting)
+        return len(writable) - len(fitting)
 
     def nothing_to_train(self) -> None:
         """From now on there are no batches: no weight step is left, or there never was one."""

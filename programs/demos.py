@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,10 +14,12 @@ from cotune.programs.form import Form
 from cotune.programs.layout import Schema
 from cotune.programs.program import Program
 from cotune.programs.prompt import Demo, Prompt, Prompts
-from cotune.programs.rollout import Rollout
+from cotune.programs.rollout import Rollout, Step
 from cotune.programs.signature import Signature
-from cotune.programs.types import FieldTypeError, as_text, syntax_of
+from cotune.programs.types import FieldTypeError, Line, as_text, syntax_of
 from cotune.programs.values import gold_text
+
+_HINT = re.compile(r"\bhint(?:s|ed|ing)?\b", re.IGNORECASE)
 
 
 def labelled_demos(
@@ -103,21 +106,62 @@ def _labelled(signature: Signature, example: Example) -> Demo | None:
 
 
 def label_text(signature: Signature, name: str, label: Any) -> str:
-    """How a label stands in a field: as the field's type writes it; of several answers that are right, the first.
+    """How a label stands in a field: as the field's type writes it; of several answers, the first that is of the type.
+
+    >>> label_text(Signature.parse("text -> count: int"), "count", ["seven", "7"])
+    '7'
 
     Raises:
         FieldTypeError: the label is no value of the field's type.
         TypeError: it cannot be shown to an LM; see `as_text`.
     """
-    kind = signature.type_of(name)
-    if isinstance(label, (list, tuple)) and label and not isinstance(syntax_of(kind), Schema):
-        label = label[0]
-    return as_text(label) if syntax_of(kind) is None else signature.text(name, label)
+    syntax = syntax_of(signature.type_of(name))
+    several = list(label) if isinstance(label, (list, tuple)) and label else []
+    wrong: list[Exception] = []
+    for one in [label, *several] if isinstance(syntax, Schema) or not several else several:
+        try:
+            return as_text(one) if syntax is None else signature.text(name, one)
+        except (FieldTypeError, TypeError) as error:
+            wrong.append(error)
+    raise wrong[0]
+
+
+def canonical(signature: Signature, outputs: Mapping[str, str]) -> dict[str, str]:
+    """Outputs as their types write them: what an LM that only gives text wrote, as one that is held to the types would.
+
+    >>> canonical(Signature.parse("text -> cost: float, why"), {"cost": "$1,200.50", "why": "It says so."})
+    {'cost': '1200.5', 'why': 'It says so.'}
+
+    Raises:
+        FieldTypeError: a text is no value of its field's type.
+    """
+    typed = {n for n in outputs if (kind := signature.type_of(n)) is Line or syntax_of(kind) is not None}
+    return {name: _canonical_text(signature, name, text) if name in typed else text for name, text in outputs.items()}
+
+
+def demo_of(signature: Signature, step: Step, source: str) -> Demo:
+    """A call as a demo of its stage."""
+    return Demo(dict(step.inputs), outputs_of(signature, step), source)
+
+
+def outputs_of(signature: Signature, step: Step) -> dict[str, str]:
+    """A call's outputs to learn from: what an engine filled in as it was written, and other texts as `canonical`."""
+    return dict(step.outputs) if step.completion.fields else canonical(signature, step.outputs)
+
+
+def _canonical_text(signature: Signature, name: str, text: str) -> str:
+    value = signature.value(name, text)
+    with contextlib.suppress(FieldTypeError):  # a model may write other names than it reads
+        written = signature.text(name, value)
+        if signature.value(name, written) == value:
+            return written
+    return text
 
 
 def hinted(program: Program, prompts: Prompts, example: Example) -> dict[str, Prompt]:
     """The prompts with the example's labels as a hint behind each stage's instruction."""
-    gold = "; ".join(f"{name}: {_final_text(program, name, value)}" for name, value in example.labels.items())
+    labels = {name: value for name, value in example.labels.items() if value is not None}
+    gold = "; ".join(f"{name}: {_final_text(program, name, value)}" for name, value in labels.items())
     hint = f"Hint, which your reply must not mention: the final result should be {gold}."
     return {stage: replace(prompt, instruction=f"{prompt.instruction}\n{hint}") for stage, prompt in prompts.items()}
 
@@ -132,9 +176,13 @@ def _final_text(program: Program, name: str, label: Any) -> str:
 
 
 def speaks_of_hint(rollout: Rollout) -> bool:
-    """Whether a text that the LM wrote mentions the hint it was shown, and not one in its own inputs."""
+    """Whether a text that the LM wrote mentions the hint it was shown, and not one in its inputs or the gold answer."""
+    labels = [label for label in rollout.example.labels.values() if label is not None]
+    answers = [one for label in labels for one in (label if isinstance(label, (list, tuple)) else [label])]
+    golds = [text for one in answers if one is not None and (text := as_text(one).strip())]
+    gold = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, golds)) or '(?!)'})(?!\w)", re.IGNORECASE)
     return any(
-        "hint" in text.lower() and not any("hint" in given.lower() for given in step.inputs.values())
+        _HINT.search(gold.sub("", text)) and not any(map(_HINT.search, step.inputs.values()))
         for step in rollout.steps
         for text in step.outputs.values()
     )

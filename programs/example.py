@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -52,6 +53,17 @@ class Example:
 
 
 def content_id(*parts: Any) -> str:
-    """Twelve hex digits of the SHA-256 of JSON-like parts."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Twelve hex digits of the SHA-256 of JSON-like parts, the same in every process; what JSON has not is its text."""
+    return hashlib.sha256(_json(parts).encode()).hexdigest()[:12]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=_stable)
+
+
+def _stable(value: Any) -> Any:
+    """What stands in an id for a value that JSON has not."""
+    # The order of a set follows the hashes of its items, which differ between processes unless they are numbers.
+    if isinstance(value, (set, frozenset)) and len(value) > 1 and not all(isinstance(n, (int, float)) for n in value):
+        return sorted(map(_json, value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))  # an address is another one in the next process

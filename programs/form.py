@@ -6,7 +6,9 @@ import functools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from cotune.errors import BadValueError
 from cotune.programs.layout import Field, Fixed, Layout, Schema
 from cotune.programs.lm import Completion
 from cotune.programs.prompt import Prompt
@@ -47,6 +49,21 @@ class Form(ABC):
     def layout(self, signature: Signature) -> Layout:
         """The fixed texts and fields of a completion, every output once and in order."""
 
+    def typed_layout(self, signature: Signature) -> Layout:
+        """The layout that engines get: a field for which it names no syntax is held to its type.
+
+        Raises:
+            BadValueError: its fields are not the outputs. A form with a `read` of its own may have others.
+        """
+        layout, outputs = tuple(self.layout(signature)), self.used(signature).outputs
+        names = [part.name for part in layout if isinstance(part, Field)]
+        if sorted(names) != sorted(outputs) and type(self).read is Form.read:
+            raise BadValueError(
+                f"the layout of {type(self).__name__} has the fields {', '.join(names) or 'none'}, but the outputs are "
+                f"{', '.join(outputs)}; give each output one Field of its name."
+            )
+        return tuple(_typed(signature, part) if isinstance(part, Field) else part for part in layout)
+
     def ask(self, signature: Signature, prompt: Prompt) -> str:
         """The system's turn: the instruction, and what the fields' names do not say."""
         return "\n".join([prompt.instruction, *self.about(signature)])
@@ -83,14 +100,14 @@ class Form(ABC):
         """Each output's text: by position where the engine filled the layout in, else found in the text.
 
         Raises:
-            ParseError: an output is not there.
+            ParseError: an output is not there, or is no valid Unicode.
         """
         if completion.fields:
-            return {field.name: field.text.strip() for field in completion.fields}
-        return self.parse(signature, completion.text)
+            return encodable({field.name: field.text.strip() for field in completion.fields})
+        return encodable(self.parse(signature, completion.text))
 
     def parse(self, signature: Signature, text: str) -> dict[str, str]:
-        """Each output's text, found by the fixed texts around it.
+        """Each output's text, found by the fixed texts around it, whatever white space stands in these.
 
         Raises:
             ParseError: a fixed text is missing, or an output is empty.
@@ -101,13 +118,13 @@ class Form(ABC):
             if isinstance(part, Field):
                 current, found[part.name] = part.name, rest.strip()
                 continue
-            before, mark, after = rest.partition(part.text.strip())
-            if not mark:
+            mark = _fixed(part.text).search(rest)
+            if mark is None:
                 after_what = f' after "{current}"' if current else ""
-                raise ParseError(f'the completion has no "{part.text.strip()}"{after_what}: {short(text)}')
+                raise ParseError(f'the completion has no "{" ".join(part.text.split())}"{after_what}: {short(text)}')
             if current:
-                found[current] = before.strip()
-            rest = after
+                found[current] = rest[: mark.start()].strip()
+            rest = rest[mark.end() :]
         for name, value in found.items():
             if not value:
                 raise ParseError(f'the completion has no "{name}": {short(text)}')
@@ -121,9 +138,10 @@ class Form(ABC):
         """
         shown = "".join(
             part.text if isinstance(part, Fixed) else f"{part.lead}({_wanted(signature, part)})"
-            for part in self.layout(signature)
+            for part in self.typed_layout(signature)
         )
-        return f"That cannot be read: {fault}. Write the reply again in this form and with nothing else:\n\n{shown}"
+        why = fault.rstrip(".")
+        return f"That cannot be read: {why}. Write the reply again in this form and with nothing else:\n\n{shown}"
 
     def unwritable(self, signature: Signature, outputs: Mapping[str, str]) -> str:
         """Why these outputs cannot be read back from what `write` makes of them; "" where they can.
@@ -132,7 +150,7 @@ class Form(ABC):
         stop of its own field can be written by no LM. Outputs that are not given count as missing.
         """
         texts = {name: text.strip() for name, text in outputs.items()}
-        for part in self.layout(signature):
+        for part in self.typed_layout(signature):
             if isinstance(part, Field) and any(stop in texts.get(part.name, "") for stop in part.stops):
                 return f'"{part.name}" holds text that ends its field in this form: {short(texts[part.name])}'
         complete = {name: texts.get(name, self.missing) for name in signature.outputs}
@@ -259,19 +277,41 @@ class Markers(Form):
 
 
 def hint(signature: Signature, name: str) -> str:
-    """What the LM is told of a field beside its name: its description, or the choices that it has."""
+    """What the LM is told of a field beside its name: its description, and its choices unless that names them all."""
     described = signature.descriptions.get(name, "")
     kind = signature.type_of(name)
-    choices = choices_of(kind)
-    if described or kind is bool or not choices:
-        return described or ("yes or no" if kind is bool and name in signature.outputs else "")
-    return f"one of {', '.join(choices)}"
+    choices = list(choices_of(kind) or (("yes", "no") if kind is bool and name in signature.outputs else ()))
+    if all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", described) for choice in choices):
+        return described
+    listed = "yes or no" if kind is bool else f"one of {', '.join(choices)}"
+    return f"{described} ({listed})" if described else listed
+
+
+def encodable(texts: dict[str, str]) -> dict[str, str]:
+    """The outputs' texts as they are.
+
+    Raises:
+        ParseError: one has half a surrogate pair, as an escape in JSON may be: no file or tokenizer takes it.
+    """
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ParseError(f'"{name}" has half a surrogate pair at character {error.start}: {short(text)}') from None
+    return texts
 
 
 def _field(signature: Signature, name: str, *, lead: str = "", stops: Sequence[str] = ()) -> Field:
-    kind = signature.type_of(name)
-    line = ("\n",) if kind is Line else ()
-    return Field(name, lead=lead, stops=(*line, *stops), syntax=syntax_of(kind))
+    return _typed(signature, Field(name, lead=lead, stops=tuple(stops)))
+
+
+def _typed(signature: Signature, field: Field) -> Field:
+    """The field with what its type allows; a syntax of its own stays."""
+    if field.syntax is not None:
+        return field
+    kind = signature.type_of(field.name)
+    line = ("\n",) if kind is Line and "\n" not in field.stops else ()
+    return replace(field, stops=(*line, *field.stops), syntax=syntax_of(kind))
 
 
 def _wanted(signature: Signature, field: Field) -> str:
@@ -279,6 +319,12 @@ def _wanted(signature: Signature, field: Field) -> str:
     if isinstance(field.syntax, Schema):
         return f"JSON of the schema {field.syntax.json}"
     return (hint(signature, field.name) if field.name in signature.outputs else "") or f"the {field.name}"
+
+
+@functools.cache
+def _fixed(text: str) -> re.Pattern[str]:
+    """A fixed text with any white space, or none, where it has some: LMs write more or less than they are shown."""
+    return re.compile(r"\s*".join(map(re.escape, text.split())))
 
 
 def _marks(name: str, before: str = "\n") -> tuple[str, ...]:

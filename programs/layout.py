@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
+from cotune.errors import BadValueError
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -84,6 +86,13 @@ class Fixed:
     """
 
     text: str
+
+    def __post_init__(self) -> None:
+        if not self.text or self.text != self.text.rstrip():
+            raise BadValueError(
+                f"the fixed text {self.text!r} of a layout is empty or ends with white space; put a space after it "
+                'into the lead of the field that follows: Field(name, lead=" ").'
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cotune.programs.example import Example
 from cotune.programs.faults import quoted
 from cotune.programs.rollout import Failure
 from cotune.programs.score import Score
-from cotune.programs.types import as_text
+from cotune.programs.types import as_text, plain
 from cotune.programs.values import gold_text, normalise, number_of, same
 
 Metric = Callable[[Example, Mapping[str, Any]], "float | Score"]
@@ -52,7 +52,8 @@ def exact_match(example: Example, prediction: Mapping[str, Any]) -> Score:
 def number_match(example: Example, prediction: Mapping[str, Any]) -> Score:
     """1 if every label, a number, equals the prediction's field of that name as a number, else 0.
 
-    The field must be a number and nothing else: 1200, "1,200.0", "$1200".
+    The field must be a number and nothing else: 1200, "1,200.0", "$1200". Of several answers (a list as label) any will
+    do, and so will a list of all of them, in order.
 
     >>> number_match(Example.of({}, {"total": 7}), {"total": "7.0"}).value
     1.0
@@ -61,18 +62,19 @@ def number_match(example: Example, prediction: Mapping[str, Any]) -> Score:
         ValueError: a label is no number.
     """
     _check_labels(example)
-    wrong = []
-    for name, label in example.labels.items():
-        gold = [_gold_number(example, one, number_of) for one in _answers(label)]
-        if number_of(prediction.get(name)) not in gold and (gold or not same(prediction.get(name), label)):
-            wrong.append(_expected(example, prediction, name))
+    wrong = [
+        _expected(example, prediction, name)
+        for name, label in example.labels.items()
+        if not _same_number(example, prediction.get(name), label)
+    ]
     return Score(float(not wrong), "; ".join(wrong))
 
 
 def f1(example: Example, prediction: Mapping[str, Any]) -> Score:
     """How much of the words a prediction and its label share, F1 as in SQuAD, the mean over the labels.
 
-    Words are those that `normalise` leaves. Of several answers the nearest counts.
+    Words are those that `normalise` leaves. Of several answers the nearest counts; a prediction that is a list is
+    compared with the words of all of them together.
 
     >>> f1(Example.of({}, {"answer": "the red house"}), {"answer": "a red barn"}).value
     0.5
@@ -97,7 +99,8 @@ def first_line_number(example: Example, prediction: Mapping[str, Any]) -> Score:
     if "answer" not in example.labels:
         raise ValueError(f'example {example.id} has no label "answer"; first_line_number needs it')
     gold = [_gold_number(example, one, last_number) for one in _answers(example.labels["answer"])]
-    lines = as_text(prediction.get("answer", "")).strip().splitlines()
+    said = plain(prediction.get("answer"))
+    lines = [said] if isinstance(said, float) else [] if said is None else as_text(said).strip().splitlines()
     right = bool(lines) and last_number(lines[0]) in gold
     return Score(float(right), "" if right else _expected(example, prediction, "answer"))
 
@@ -115,6 +118,8 @@ def last_number(value: Any) -> Decimal | None:
     >>> last_number("12 boxes of 1,000 = 12,000.00 pens"), last_number("none")
     (Decimal('12000.00'), None)
     """
+    if isinstance(value, float):  # as text it may have an exponent
+        return number_of(value)
     text = as_text(value).replace("\N{MINUS SIGN}", "-")
     numbers = re.findall(r"(?:(?<![\w.)\]])-)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
@@ -126,7 +131,11 @@ def _check_labels(example: Example) -> None:
 
 
 def _answers(label: Any) -> list[Any]:
-    return list(label) if isinstance(label, (list, tuple)) else [label]
+    return list(label) if _is_list(label) else [label]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def _gold_number(example: Example, label: Any, read: Callable[[Any], Decimal | None]) -> Decimal:
@@ -136,22 +145,40 @@ def _gold_number(example: Example, label: Any, read: Callable[[Any], Decimal | N
     return number
 
 
+def _same_number(example: Example, said: Any, label: Any) -> bool:
+    """As `same`, for numbers."""
+    if not _is_list(label):
+        return number_of(said) == _gold_number(example, label, number_of)
+    found = [_same_number(example, said, one) for one in label]  # all of them, so that one that is no number is refused
+    whole = _is_list(said) and len(said) == len(label)
+    return any(found) or (whole and all(_same_number(example, *pair) for pair in zip(said, label, strict=True)))
+
+
 def _nearest(said: Any, label: Any) -> float:
-    """The overlap with the nearest of the right answers; with an empty list, whether it is one, too."""
-    return max((_overlap(said, one) for one in _answers(label)), default=float(same(said, label)))
+    """The overlap with the nearest of the right answers. A list is compared with lists: the label, or several in it."""
+    if same(said, label):
+        return 1.0
+    if _is_list(said) and _is_list(label):
+        return max(_overlap(said, one) for one in (label, *filter(_is_list, label)))
+    return max((_overlap(said, one) for one in _answers(label)), default=0.0)
 
 
 def _overlap(said: Any, label: Any) -> float:
-    ours, theirs = Counter(normalise(said).split()), Counter(normalise(label).split())
+    ours, theirs = Counter(_words(said)), Counter(_words(label))
     shared = (ours & theirs).total()
     return 2 * shared / (ours.total() + theirs.total()) if shared else 0.0
+
+
+def _words(value: Any) -> list[str]:
+    return [word for item in value for word in _words(item)] if _is_list(value) else normalise(value).split()
 
 
 def _expected(example: Example, prediction: Mapping[str, Any], name: str) -> str:
     """Why a field is not right: what was expected, and what there is."""
     label = example.labels[name]
-    others = f" (or {len(label) - 1} more)" if isinstance(label, (list, tuple)) and len(label) > 1 else ""
-    expected = quoted(gold_text(label), limit=100)
+    whole = _is_list(label) and _is_list(prediction.get(name))
+    others = f" (or {len(label) - 1} more)" if _is_list(label) and len(label) > 1 and not whole else ""
+    expected = quoted(label if whole else gold_text(label), limit=100)
     if name not in prediction:
         there = ", ".join(map(str, prediction)) or "nothing"
         return f"{name}: expected {expected}{others}, but the prediction has no such field; it has {there}"

@@ -9,7 +9,7 @@ from typing import Any
 from cotune.errors import BadValueError
 from cotune.programs.program import Call, Outputs, Program, Stage
 from cotune.programs.signature import Signature
-from cotune.programs.types import Reasoning, parse_type
+from cotune.programs.types import Reasoning
 
 
 class Predict(Program):
@@ -20,8 +20,8 @@ class Predict(Program):
         instruction: the task in words; a plain sentence made of the field names when empty.
         descriptions: a sentence for any field.
         reasoning: put a `reasoning` field before the outputs (chain of thought), as the paper's programs do.
-        types: type of any field that the signature names none for, as a signature writes it; a list of texts stands for
-            the choices of a field.
+        types: type of any field that the signature names none for, as a signature writes it; a list of texts or
+            numbers stands for the choices of a field.
         scores: predictions hold "scores", too: field -> choice -> log-probability, for each field with choices.
     """
 
@@ -31,7 +31,7 @@ class Predict(Program):
         instruction: str = "",
         descriptions: dict[str, str] | None = None,
         reasoning: bool = False,
-        types: dict[str, str | list[str]] | None = None,
+        types: dict[str, str | list[str | bool | int | float]] | None = None,
         scores: bool = False,
     ) -> None:
         parsed = Signature.parse(signature, instruction=instruction, descriptions=descriptions, types=types)
@@ -60,12 +60,12 @@ class DescribeThenDecide(Program):
         describe: str,
         decide: str,
         descriptions: dict[str, str] | None = None,
-        choices: list[str] | None = None,
+        choices: list[str | bool | int | float] | None = None,
     ) -> None:
         whole, about = Signature.parse(signature), descriptions or {}
         between = ("description",)
         inputs = (*whole.inputs, *between)
-        types = {**whole.types, **({"description": parse_type(choices)} if choices else {})}
+        types = {**whole.types, **({"description": choices} if choices else {})}
         first, second = (
             Signature(taken, given, how, _only(about, (*taken, *given)), _only(types, (*taken, *given)))
             for taken, given, how in ((whole.inputs, between, describe), (inputs, whole.outputs, decide))

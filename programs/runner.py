@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -63,7 +64,8 @@ class Runner:
         """Runs the program on every example, in lockstep: each round of pending calls is one LM batch.
 
         Each run has its own copy of the program and of the inputs: no other run sees what it writes there. Attributes
-        of the program that are lists, dicts or sets are copied; other objects, such as a retriever, are shared.
+        of the program that are lists, dicts or sets are copied, and so are lists, dicts and sets in them. Other
+        objects, such as a retriever, are shared, wherever they are.
 
         Args:
             prompts: one set of prompts for all, or one for each example.
@@ -234,7 +236,7 @@ class _Run:
 
     def request(self, form: Form, signature: Signature, prompts: Prompts, seed: int) -> Request:
         prompt = prompts[self.call.stage]
-        layout = calibrated(form.layout(signature), prompt.calibration)
+        layout = calibrated(form.typed_layout(signature), prompt.calibration)
         return Request(
             form.render(signature, prompt, self.call.inputs), seed=seed, layout=layout, scores=self.call.scores
         )
@@ -267,10 +269,10 @@ class _Run:
         elif not isinstance(prediction, Mapping):
             message = f"returned {quoted(prediction)}; return a mapping of named values, e.g. the last outputs"
             self._fail("program", f"run() {message}")
-        elif fault := _unwritable(prediction):
-            self._fail("program", f"run() returned a prediction that no file can hold: {fault}")
+        elif isinstance(found := _recordable(prediction), NamedValues):
+            self.prediction = found
         else:
-            self.prediction = NamedValues(prediction)
+            self._fail("program", f"run() returned a prediction that no file can hold: {found}")
 
     def rollout(self, judged: Score | Failure) -> Rollout:
         """The record of this run, with the metric's score or with what went wrong."""
@@ -320,6 +322,7 @@ def _fault(form: Form, signature: Signature, completion: Completion) -> str:
 def _repair(request: Request, text: str, message: str) -> Request:
     """The request for another try, after a completion of this text."""
     asked: list[Message] = [{"role": "user", "content": message}]
+    text = text.encode(errors="replace").decode()  # half a surrogate pair cannot be sent
     if text.strip():  # endpoints refuse an empty turn
         return replace(request, messages=[*request.messages, {"role": "assistant", "content": text}, *asked])
     *before, last = request.messages
@@ -341,28 +344,44 @@ def _unsayable(inputs: Any) -> str:
     return ""
 
 
-def _unwritable(prediction: Mapping[Any, Any]) -> str:
-    """What stops a prediction from being written as JSON, as logs and `cotune predict` do; "" for nothing."""
-    for value in prediction.values():
-        if isinstance(value, Call):
-            return str(value.not_yielded())
-    wrong = [name for name in prediction if not isinstance(name, str)]
-    if wrong:
-        return f"its key {quoted(wrong[0])} is no text"
+def _recordable(prediction: Mapping[Any, Any]) -> NamedValues | str:
+    """A copy of a prediction; or what stops it from being copied, or written as JSON (logs and `cotune predict` do)."""
+    found = NamedValues()
+    name: Any = None
     try:
-        json.dumps(plain(prediction), ensure_ascii=False).encode()
-    except Exception as error:  # values are the user's, and so is what their __str__ raises
-        return raised(error)
-    return ""
+        for name, value in prediction.items():
+            if isinstance(value, Call):
+                return str(value.not_yielded())
+            if not isinstance(name, str):
+                return f"its key {quoted(name)} is no text"
+            found[name] = copy.deepcopy(value)
+            json.dumps({name: value}, ensure_ascii=False, default=plain).encode()
+    except MemoryError:
+        raise
+    except Exception as error:  # the values are the user's, and so is what their methods raise
+        return f"{raised(error)}, at {quoted(name)}; return plain values, such as text, numbers, lists and dicts"
+    return found
 
 
 def _own_copy(program: Program) -> Program:
     """The program with lists, dicts and sets of its own: runs advance side by side, and may keep state on `self`."""
     own = copy.copy(program)
     for name, value in vars(program).items():
-        if isinstance(value, (list, dict, set, bytearray)):
-            with suppress(Exception):  # what cannot be copied is shared, as other objects are
-                vars(own)[name] = copy.deepcopy(value)
+        with suppress(Exception):  # what cannot be copied is shared, as other objects are
+            vars(own)[name] = _own_value(value)
+    return own
+
+
+def _own_value(value: Any) -> Any:
+    """A copy of a list, dict or set, and of those in it. All else is shared: a retriever would build its index anew."""
+    if type(value) is tuple:
+        return tuple(map(_own_value, value))
+    if not isinstance(value, (list, deque, dict, set, bytearray)):
+        return value
+    own = copy.copy(value)
+    if isinstance(own, (list, deque, dict)):
+        for at, item in own.items() if isinstance(own, dict) else enumerate(own):
+            own[at] = _own_value(item)
     return own
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from cotune.programs.faults import KINDS
 from cotune.programs.rollout import Rollout
-from cotune.programs.types import plain
+from cotune.programs.values import same
 
 Vote = Literal["mean", "majority"]
 
@@ -20,7 +18,9 @@ def settled(passes: Sequence[Sequence[Rollout]], vote: Vote) -> list[Rollout]:
     """One rollout for each example, of passes over the same examples in the same order.
 
     With "mean" it is the first pass's with the mean score of all (mean@k). With "majority" it is the first one whose
-    prediction most runs of the example came to; runs without a prediction have no vote, and ties go to the earlier.
+    answer most runs of the example came to; runs without a prediction have no vote, and ties go to the earlier. The
+    answer is the fields of the prediction that are labels; where there is none, all but "reasoning" and "scores".
+    Answers are equal as metrics compare them: see `same`.
 
     Where the user's code failed in any run of the example, the one rollout has the first such error, which says in how
     many of the runs, beside the score that they came to.
@@ -46,6 +46,18 @@ def _with_fault(one: Rollout, runs: Sequence[Rollout]) -> Rollout:
 
 
 def _majority(runs: Sequence[Rollout]) -> Rollout:
-    votes = [None if run.prediction is None else json.dumps(plain(run.prediction), sort_keys=True) for run in runs]
-    counted = Counter(vote for vote in votes if vote is not None)
-    return runs[votes.index(counted.most_common(1)[0][0])] if counted else runs[0]
+    answers = [_answer(run) for run in runs]
+    votes = [sum(_agree(one, other) for other in answers) for one in answers]
+    return runs[votes.index(max(votes))]
+
+
+def _answer(run: Rollout) -> Mapping[str, Any] | None:
+    if run.prediction is None:
+        return None
+    labelled = {name: value for name, value in run.prediction.items() if name in run.example.labels}
+    return labelled or {n: value for n, value in run.prediction.items() if n not in ("reasoning", "scores")}
+
+
+def _agree(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    # Both ways: a list as label is several right answers, but as a vote it is one answer.
+    return one is not None and other is not None and same(one, other) and same(other, one)

@@ -10,9 +10,11 @@ import importlib
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -38,17 +40,9 @@ class FieldTypeError(CotuneError, ValueError):
 
 _TEXTS = (str, Line, Reasoning)
 _NAMES: dict[str, Any] = {
-    "str": str,
     "line": Line,
-    "Line": Line,
-    "Reasoning": Reasoning,
-    "int": int,
-    "float": float,
-    "bool": bool,
     "date": datetime.date,
-    "list": list,
-    "dict": dict,
-    "tuple": tuple,
+    **{kind.__name__: kind for kind in (*_TEXTS, int, float, bool, list, dict, tuple)},
 }
 _KNOWN = (
     "str, line, int, float, bool, date, Literal['a', 'b'], list[...], dict[str, ...] and the dotted path of an Enum, a "
@@ -78,6 +72,10 @@ def parse_type(text: str | Sequence[Any] | type) -> Any:
         FieldTypeError: the text names no type that a field may have.
     """
     if isinstance(text, (list, tuple)):
+        if any(isinstance(one, bool) for one in text):
+            raise FieldTypeError(
+                f"the choices {[*text]} are no texts or numbers; quote 'yes' and 'no', which YAML reads as a bool."
+            )
         found: Any = Literal[tuple(text)]
     elif isinstance(text, str):
         try:
@@ -163,7 +161,7 @@ def read_value(kind: Any, text: str) -> Any:
     """The value of a field's text; surrounding white space does not count.
 
     Readers are lenient where the meaning is clear: letter case of a choice, thousands' commas and a currency sign of a
-    number, a full stop at the end.
+    number, a full stop at the end; $7 is 7, and 50% is 50. Of a `Line`, only the first line counts.
 
     >>> read_value(float, " $1,200.50 "), read_value(bool, "Yes."), read_value(Literal["a", "b"], "B")
     (1200.5, True, 'b')
@@ -185,7 +183,7 @@ def read_value(kind: Any, text: str) -> Any:
         except ValueError:
             raise FieldTypeError(f'"{_short(text)}" is no date; one is written 2024-07-26.') from None
     if kind in _TEXTS:
-        return text
+        return text.split("\n")[0].rstrip() if kind is Line else text
     from pydantic import ValidationError
 
     try:
@@ -212,8 +210,9 @@ def write_value(kind: Any, value: Any) -> str:
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         value = read_value(kind, value)  # data files hold texts
     if (choices := choices_of(kind)) is not None:
+        given = int(value) if isinstance(value, float) and value.is_integer() else value
         for text, choice in choices.items():
-            if choice == value and type(choice) is type(value):
+            if text == str(plain(given)) or (choice == given and isinstance(choice, bool) == isinstance(given, bool)):
                 return text
         raise FieldTypeError(f"{value!r} is none of {_listed(choices)}.")
     if kind is bool and isinstance(value, bool):
@@ -281,14 +280,12 @@ def _number_text(value: float) -> str:
     ('7', '-0.5', '1000000000000000000000', '0.0000001')
 
     Raises:
-        FieldTypeError: it is infinite or not a number.
+        FieldTypeError: it is infinite, larger than a float can be or not a number.
     """
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:
         raise FieldTypeError(f"{value} cannot be written as a number in digits.")
     if value == int(value):
         return str(int(value))
-    from decimal import Decimal
-
     return format(Decimal(repr(value)), "f")
 
 
@@ -300,12 +297,9 @@ def type_name(kind: Any) -> str:
     """
     if typing.get_origin(kind) is Literal:
         return f"Literal[{', '.join(map(repr, typing.get_args(kind)))}]"
-    if kind is Line:
-        return "line"
-    if kind is datetime.date:
-        return "date"
-    if kind in _NAMES.values() and isinstance(kind, type):
-        return kind.__name__
+    for name, known in _NAMES.items():
+        if known is kind:
+            return name
     if arguments := typing.get_args(kind):
         return f"{typing.get_origin(kind).__name__}[{', '.join(map(type_name, arguments))}]"
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
@@ -378,14 +372,18 @@ def _number(kind: Any, text: str) -> Any:
     bare = text.replace("\N{MINUS SIGN}", "-").removesuffix(".").strip().lstrip("$€£¥ ").removesuffix("%").strip()
     if not _NUMBER.fullmatch(bare):
         raise FieldTypeError(f'"{_short(text)}" is no number.')
-    digits = bare.replace(",", "")
+    number = Decimal(bare.replace(",", ""))
+    if math.isinf(float(number)):
+        raise FieldTypeError(f'"{_short(text)}" is too large a number; it has to be below 1.8e308.')
     if kind is float:
-        return float(digits)
-    return int(digits) if digits.lstrip("+-").isdecimal() else _whole(float(digits))
+        return float(number)
+    if number != number.to_integral_value():
+        raise FieldTypeError(f"{_short(str(number))} is no whole number.")
+    return int(number)
 
 
 def _whole(value: float) -> int:
-    if value != int(value):
+    if value % 1:
         raise FieldTypeError(f"{value} is no whole number.")
     return int(value)
 

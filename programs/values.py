@@ -18,7 +18,7 @@ def gold_text(label: Any) -> str:
     >>> gold_text(["red", "crimson"]), gold_text(7.0)
     ('red', '7.0')
     """
-    return as_text(label[0] if isinstance(label, (list, tuple)) and label else label)
+    return _text(label[0] if isinstance(label, (list, tuple)) and label else label)
 
 
 def same(said: Any, label: Any) -> bool:
@@ -89,12 +89,15 @@ _ARTICLES = ("a", "an", "the")
 
 def _plain(value: Any) -> str:
     """The value as text, with one character for what Unicode has several of."""
-    try:
-        text = as_text(value)
-    except (TypeError, ValueError):  # a prediction may hold anything
-        text = str(value)
-    text = unicodedata.normalize("NFD", text).lower().translate(_WRITTEN_OTHERWISE)
+    text = unicodedata.normalize("NFD", _text(value)).lower().translate(_WRITTEN_OTHERWISE)
     return unicodedata.normalize("NFD", "".join(map(_usual, text)))
+
+
+def _text(value: Any) -> str:
+    try:
+        return as_text(value)
+    except (TypeError, ValueError):  # labels and predictions may hold anything
+        return str(value)
 
 
 def _usual(char: str) -> str:

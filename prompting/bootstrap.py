@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from cotune.errors import BadValueError
 from cotune.programs import Demo, Example, Faults, Form, Prompts, Rollout, Runner, faults_of
-from cotune.programs.demos import hide_own_demos, hinted, labelled_demos, speaks_of_hint
+from cotune.programs.demos import demo_of, hide_own_demos, hinted, labelled_demos, speaks_of_hint
 from cotune.programs.faults import merged
 from cotune.programs.forms import forms_of
 from cotune.prompting.search import SearchTask
@@ -102,9 +102,10 @@ def demos_of(rollout: Rollout, runner: Runner, forms: Mapping[str, Form] | None 
     """
     found: dict[str, tuple[Demo, ...]] = {}
     for step in rollout.steps:
-        demo = Demo(dict(step.inputs), dict(step.outputs), source=rollout.example.id)
+        signature = runner.program.stages[step.stage].signature
+        demo = demo_of(signature, step, rollout.example.id)
         form = forms[step.stage] if forms else runner.form
-        if not form.unwritable(runner.program.stages[step.stage].signature, demo.outputs):
+        if not form.unwritable(signature, demo.outputs):
             found[step.stage] = (*found.get(step.stage, ()), demo)
     return found
 

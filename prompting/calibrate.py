@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 from cotune.programs import Completion, Example, Prompts, Request, Rollout, Runner, Sampling, prompts_id
 from cotune.programs.calibration import offsets_of
-from cotune.programs.forms import form_of
+from cotune.programs.forms import forms_of
 from cotune.programs.layout import Choices, Field, Layout
 from cotune.programs.program import Program
 from cotune.programs.types import is_choice
 from cotune.prompting.around import SearchAround, joined
 from cotune.prompting.evaluate import CountingLM, Proposal, choose
-from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least
+from cotune.prompting.search import Found, PromptSearch, SearchTask, at_least, searched
 
 _ROUNDS = 2
 """How often the program runs to calibrate several stages: later ones see what earlier ones answer once calibrated."""
@@ -59,12 +59,12 @@ class CalibratedSearch(SearchAround):
 
     def search(self, task: SearchTask) -> Found:
         if (search := self.for_program(task.runner.program)) is not self:
-            return search.search(task)
+            return searched(search, task)
         calls = CountingLM(task.runner.lm)
         counted = replace(task, runner=replace(task.runner, lm=calls))
         initial = self._calibrated(counted, calls, task.initial)
         if not initial.changed:
-            found = self.then.search(replace(task, lm_calls=max(0, task.lm_calls - calls.calls)))
+            found = searched(self.then, replace(task, lm_calls=max(0, task.lm_calls - calls.calls)))
             return replace(found, notes=(*initial.notes, *found.notes))
         proposals = [Proposal(initial.prompts, "calibrated zero-shot", prompts_id(task.initial))]
         if prompts_id(task.incumbent) != prompts_id(task.initial):
@@ -73,11 +73,11 @@ class CalibratedSearch(SearchAround):
         tried = choose(counted, proposals, notes=initial.notes)
         # Demo sets are built upon the initial prompts: the calibrated ones, where calibration pays.
         begin = initial.prompts if any(one.calibration for one in tried.prompts.values()) else task.initial
-        found = self.then.search(replace(counted, initial=begin, incumbent=tried.prompts, lm_calls=0))
+        found = searched(self.then, replace(counted, initial=begin, incumbent=tried.prompts, lm_calls=0))
         parts = [tried, found, self._anew(counted, calls, tried, found)]
         if (left := task.lm_calls - calls.calls) > 0:
             more = replace(counted, initial=begin, incumbent=parts[-1].prompts, lm_calls=left, seed=task.seed + 1)
-            parts.append(self.then.search(more))
+            parts.append(searched(self.then, more))
         return joined(parts)
 
     def _anew(self, task: SearchTask, calls: CountingLM, tried: Found, found: Found) -> Found:
@@ -154,7 +154,8 @@ def _rollouts(
 def _with_places(runner: Runner, prompts: Prompts) -> list[str]:
     """The stages whose choices have a place of their own in the form of their prompts."""
     stages = runner.program.stages.items()
-    return [name for name, stage in stages if _has_place(form_of(runner.form, prompts[name]).layout(stage.signature))]
+    forms = forms_of(runner.form, prompts)
+    return [name for name, stage in stages if _has_place(forms[name].typed_layout(stage.signature))]
 
 
 def _has_place(layout: Layout) -> bool:

@@ -23,9 +23,9 @@ from cotune.programs import (
     faults_of,
     prompts_id,
 )
-from cotune.programs.faults import check_errors, merged
+from cotune.programs.faults import check_errors, merged, quoted
 from cotune.prompting.racing import contenders
-from cotune.prompting.search import UNREADABLE, Candidate, Found, SearchTask
+from cotune.prompting.search import UNREADABLE, BadPromptsError, Candidate, Found, SearchTask, check_prompts
 
 _STRIDE = 16
 """Examples between two looks at a race. Fewer drop candidates sooner, and the best one more often."""
@@ -67,8 +67,10 @@ def choose(
 
     Raises:
         FaultyProgramError: as `score_candidate`.
-        ValueError: chunk is below 1, or racing is outside (0.5, 1).
+        ValueError: chunk is below 1, racing is outside (0.5, 1), or a proposal's prompts are none of the program's.
     """
+    for proposal in proposals:
+        _check(proposal, task)
     # Incumbent first: ties keep the prompts we already trusted.
     kept, repeats = _distinct([Proposal(task.incumbent, "incumbent"), *proposals])
     if racing is None:
@@ -240,8 +242,9 @@ def score_candidate(
 
     Raises:
         FaultyProgramError: the user's code raised on more of dev than `task.runner.max_error_rate` allows.
-        ValueError: chunk is below 1.
+        ValueError: chunk is below 1, or the proposal's prompts are none of the program's.
     """
+    _check(proposal, task)
     if chunk < 1:
         raise BadValueError(f"chunk {chunk} is below 1; it is the number of examples in an LM batch.")
     if task.progress is not None:
@@ -259,6 +262,12 @@ def candidate_of(proposal: Proposal, done: Sequence[Rollout], total: int) -> Can
     errors: Counter[str] = Counter(rollout.error.kind for rollout in done if rollout.error is not None)
     pruned = len(done) < total
     return Candidate(proposal.prompts, scores, proposal.parent, proposal.why, pruned, dict(errors), faults_of(done))
+
+
+def _check(proposal: Any, task: SearchTask) -> None:
+    if not isinstance(proposal, Proposal):
+        raise BadPromptsError(f'a proposal is {quoted(proposal)}; give a Proposal(prompts, why="...").')
+    check_prompts(f'the prompts of proposal "{proposal.why}"', proposal.prompts, task)
 
 
 def _run(task: SearchTask, prompts: Prompts | Sequence[Prompts], examples: Sequence[Example]) -> list[Rollout]:

@@ -9,7 +9,7 @@ from cotune.errors import BadValueError
 from cotune.programs.forms import STRAIGHT, form_named, in_form
 from cotune.prompting.around import SearchAround, joined
 from cotune.prompting.evaluate import CountingLM, Proposal, choose
-from cotune.prompting.search import Found, PromptSearch, SearchTask
+from cotune.prompting.search import Found, PromptSearch, SearchTask, searched
 
 
 class FormSearch(SearchAround):
@@ -44,4 +44,5 @@ class FormSearch(SearchAround):
         tried = choose(counted, [Proposal(in_form(task.initial, name), f"form: {name}") for name in self.forms])
         initial = in_form(task.initial, tried.prompts)
         left = max(0, task.lm_calls - calls.calls)
-        return joined([tried, self.then.search(replace(task, initial=initial, incumbent=tried.prompts, lm_calls=left))])
+        rest = replace(task, initial=initial, incumbent=tried.prompts, lm_calls=left)
+        return joined([tried, searched(self.then, rest)])

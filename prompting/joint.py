@@ -121,11 +121,11 @@ class JointSearch(WritingSearch):
     ) -> list[tuple[str, DemoSet]]:
         """The sets by name, of the stages that may change; those that are empty for all are left out."""
         sets: list[tuple[str, DemoSet]] = []
-        for why, demos in self.demos.demo_sets(solved, labelled, task.seed)[: self.num_demo_sets]:
+        for why, demos in self.demos.demo_sets(solved, labelled, task.seed):
             of_stages = {stage: demos[stage] for stage in stages if demos.get(stage)}
             if of_stages:
                 sets.append((why, of_stages))
-        return sets
+        return sets[: self.num_demo_sets]
 
     def _instructions(
         self, task: SearchTask, proposer: Proposer, start: Prompts, stages: Sequence[str], solved: Sequence[Solved]

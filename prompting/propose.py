@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cotune.errors import BadValueError
+from cotune.errors import BadValueError, WrongTypeError
 from cotune.programs import LM, Completion, Program, Request, Sampling
 from cotune.programs.budget import complete_within
+from cotune.programs.faults import quoted
 from cotune.programs.lm import completion_of_plain
 from cotune.programs.ranks import Ranks
 from cotune.prompting.evaluate import CountingLM
@@ -141,6 +142,12 @@ class Proposer:
             return found
         open_ = [at for at, written in enumerate(found) if not written.flaw]
         answers = self.reviewer.review([Review(*asked[at], found[at].text) for at in open_]) if open_ else []
+        given = isinstance(answers, (list, tuple)) and all(isinstance(answer, str) for answer in answers)
+        if not given or len(answers) != len(open_):
+            raise WrongTypeError(
+                f"{type(self.reviewer).__name__}.review returned {quoted(answers)} for {len(open_)} texts; return for "
+                'each the text to take, and "" for one that is refused.'
+            )
         for at, answer in zip(open_, answers, strict=True):
             stage, current = asked[at]
             if not answer:
@@ -165,6 +172,9 @@ class Proposer:
             return Written(text, "the proposer would not answer, or has made its max_calls")
         if completion.finished == "length":
             return Written(completion.text.strip(), f"cut at max_tokens ({self.max_tokens})")
+        # Within a fence "Please give the team" is an instruction, outside it may be the proposer's own words.
+        if not _blocks(_THOUGHT.sub("", completion.text)) and _ASKS_BACK.match(text):
+            return Written(text, "a question or an excuse")
         return Written(text, self._flaw(text, current, tried))
 
     def _flaw(self, text: str, current: str, tried: Collection[str]) -> str:
@@ -172,8 +182,6 @@ class Proposer:
             return "empty"
         if _is_json(text):
             return "JSON"
-        if _ASKS_BACK.match(text):
-            return "a question or an excuse"
         if len(text) > self.max_chars:
             return f"longer than max_chars ({self.max_chars})"
         if self.max_instruction_tokens is not None and self.count(text) > self.max_instruction_tokens:

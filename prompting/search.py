@@ -9,11 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cotune.errors import BadValueError
-from cotune.programs import Example, Faults, Program, Prompts, Runner, prompts_id, prompts_to_dict
+from cotune.errors import BadValueError, WrongTypeError
+from cotune.programs import Demo, Example, Faults, Program, Prompt, Prompts, Runner, prompts_id, prompts_to_dict
+from cotune.programs.faults import quoted
 
 UNREADABLE = ("format", "type")
 """Kinds of errors that are the LM's: it wrote what cannot be read, or what is no value of its field's type."""
+
+
+class BadPromptsError(BadValueError):
+    """Prompts do not fit the program that a search is for, or show it what it is scored on."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,7 @@ class SearchTask:
             raise BadValueError("dev is empty, so no candidate can be scored; give it at least one example.")
         _check_disjoint(self.train, self.dev)
         for name, prompts in (("initial", self.initial), ("incumbent", self.incumbent)):
-            _check_stages(name, prompts, self.runner.program)
-            _check_demos(name, prompts, self.dev)
+            check_prompts(f"the {name} prompts", prompts, self)
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,45 @@ class PromptSearch(ABC):
         return 0
 
 
+def searched(search: PromptSearch, task: SearchTask) -> Found:
+    """What a search finds for the task, which may be anybody's: it is checked before it is used.
+
+    Raises:
+        TypeError: it returned something else than a `Found`.
+        ValueError: prompts that it returned or wanted to try are no prompts of this program.
+    """
+    name = f"{type(search).__name__}.search"
+    try:
+        found: Any = search.search(task)
+        if not isinstance(found, Found) or not all(isinstance(one, Candidate) for one in found.candidates):
+            what = quoted(found) if not isinstance(found, Found) else "a Found whose candidates are no Candidates"
+            raise WrongTypeError(f"{name} returned {what}; return a Found, e.g. that of choose(task, proposals).")
+        check_prompts("the prompts it found", found.prompts, task)
+    except BadPromptsError as error:
+        raise BadValueError(f"{name}: {error}") from None
+    return found
+
+
+def check_prompts(what: str, prompts: Any, task: SearchTask) -> None:
+    """Refuses what are no prompts of the task's program, one for each stage, and demos from its dev set.
+
+    Raises:
+        BadPromptsError: so it is; the message begins with `what`.
+    """
+    if not isinstance(prompts, Mapping):
+        raise BadPromptsError(f"{what} are {quoted(prompts)}; give a mapping of stage to Prompt.")
+    _check_stages(what, prompts, task.runner.program)
+    for stage, prompt in prompts.items():
+        if not isinstance(prompt, Prompt) or not isinstance(prompt.instruction, str):
+            raise BadPromptsError(
+                f'{what} have {quoted(prompt)} for stage "{stage}"; give a Prompt, e.g. '
+                f'replace(task.incumbent["{stage}"], instruction="...").'
+            )
+        if wrong := [demo for demo in prompt.demos if not isinstance(demo, Demo)]:
+            raise BadPromptsError(f'{what} show stage "{stage}" {quoted(wrong[0])} as a demo; give a Demo.')
+    _check_demos(what, prompts, task.dev)
+
+
 def generator(seed: int, what: str) -> random.Random:
     """A generator of its own for each purpose: one more candidate does not change the others."""
     return random.Random(f"{seed}|{what}")
@@ -269,21 +312,21 @@ def _check_disjoint(train: Sequence[Example], dev: Sequence[Example]) -> None:
         )
 
 
-def _check_stages(name: str, prompts: Prompts, program: Program) -> None:
+def _check_stages(what: str, prompts: Prompts, program: Program) -> None:
     stages = program.stages
     missing = [stage for stage in stages if stage not in prompts]
     unknown = [stage for stage in prompts if stage not in stages]
     if missing or unknown:
         said = f'have none for stage "{missing[0]}"' if missing else f'name "{unknown[0]}", which is no stage'
-        raise BadValueError(f"the {name} prompts {said}; {type(program).__name__} has the stages {', '.join(stages)}.")
+        raise BadPromptsError(f"{what} {said}; {type(program).__name__} has the stages {', '.join(stages)}.")
 
 
-def _check_demos(name: str, prompts: Prompts, dev: Sequence[Example]) -> None:
+def _check_demos(what: str, prompts: Prompts, dev: Sequence[Example]) -> None:
     held_out = {example.id for example in dev}
     for stage, prompt in prompts.items():
         for demo in prompt.demos:
             if demo.source and demo.source in held_out:
-                raise BadValueError(
-                    f'the {name} prompts show stage "{stage}" a demo of example {demo.source}, which is in dev: their '
+                raise BadPromptsError(
+                    f'{what} show stage "{stage}" a demo of example {demo.source}, which is in dev: their '
                     "score would be too high. Keep the splits of the run the prompts come from, or drop the demo."
                 )

@@ -46,7 +46,9 @@ def with_offsets(
     """
     plans = {
         stage: Plan(
-            calibrated(form_of(maker.form, prompt).layout(maker.program.stages[stage].signature), prompt.calibration),
+            calibrated(
+                form_of(maker.form, prompt).typed_layout(maker.program.stages[stage].signature), prompt.calibration
+            ),
             codec,
         )
         for stage, prompt in maker.prompts.items()

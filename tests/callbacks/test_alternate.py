@@ -14,6 +14,7 @@ from cotune.callbacks.epoch_choice import EpochChoice
 from cotune.callbacks.schedule import WeightStep
 from cotune.callbacks.step_work import StepWork
 from cotune.datamodules import Bootstrapping, NoTracesError, Sizes
+from cotune.errors import WrongTypeError
 from cotune.lightning_modules import LoRA
 from cotune.programs import (
     Completion,
@@ -26,6 +27,7 @@ from cotune.programs import (
     prompts_from_dict,
     prompts_id,
 )
+from cotune.prompting import PromptSearch, SearchTask
 from lightning.pytorch import Callback, Trainer
 from tiny_fit import Fit, digest, tiny_fit
 
@@ -53,6 +55,15 @@ def pwp(watched: tuple[Fit, Seen, Copies, list[str]]) -> Fit:
 def test_every_prefix_of_the_schedule_has_a_val_score(pwp: Fit) -> None:
     assert [record["prefix"] for record in pwp.alternate.history] == ["vanilla", "p", "p -> w", "p -> w -> p"]
     assert all(0 <= record["val_score"] <= 1 for record in pwp.alternate.history)
+
+
+def test_a_search_that_returns_no_found_ends_the_fit_with_its_name(tiny_model: Path, tmp_path: Path) -> None:
+    class Bare(PromptSearch):
+        def search(self, task: SearchTask) -> Any:
+            return task.incumbent
+
+    with pytest.raises(WrongTypeError, match=r"^Bare\.search returned \{'predict'.*; return a Found"):
+        tiny_fit(tiny_model, tmp_path, "p", search=Bare()).run()
 
 
 def test_a_schedule_may_begin_with_the_weights(tiny_model: Path, tmp_path: Path) -> None:

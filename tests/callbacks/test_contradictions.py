@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,13 +23,16 @@ from cotune.programs import (
     Failure,
     Json,
     Predict,
+    Program,
     ReasonThenFill,
     Rollout,
     Score,
+    Stage,
     Step,
     exact_match,
     f1,
     first_line_number,
+    labelled_demos,
     number_match,
 )
 from fakes import Loop
@@ -86,6 +90,49 @@ def test_a_label_that_is_wrong_once_its_type_has_read_it_is_refused() -> None:
     assert check_gold(exact_match, labelled("50%"), threshold=1.0, program=Loop()) == []  # may predict what it likes
 
 
+def test_a_label_that_is_a_list_is_tried_as_a_list_where_the_field_is_one() -> None:
+    def one_word(example: Example, prediction: Mapping[str, Any]) -> float:
+        return float(prediction["answer"] in example.labels["answer"])
+
+    examples, listed = labelled(["lamp", "desk"]), Predict("question -> answer: list[str]")
+    with pytest.raises(ContradictionError, match=r"one_word .*\(answer \['lamp', 'desk'\]\) 0, so no run"):
+        check_gold(one_word, examples, threshold=1.0, program=listed)
+    assert check_gold(one_word, examples, threshold=1.0, program=Predict("question -> answer")) == []
+    for metric in (exact_match, f1):
+        assert check_gold(metric, examples, threshold=1.0, program=listed) == []
+
+
+class Own(Program):
+    """Not one of cotune's: what it predicts is its own business."""
+
+    say = Stage("question -> answer: float")
+
+    def run(self, question: str) -> Any:
+        return (yield self.say(question=question))
+
+
+def test_of_an_own_program_it_is_said_that_the_metric_passes_a_label_but_not_what_its_type_reads() -> None:
+    def as_written(example: Example, prediction: Mapping[str, Any]) -> float:
+        return float(prediction["answer"] == example.labels["answer"])
+
+    (said,) = check_gold(as_written, labelled("7.50", 7.5, "8.0"), threshold=1.0, program=Own())
+    assert said.startswith("example e0: its field's type reads the label answer '7.50' as 7.5, which the metric")
+    assert "So it is with 2 of 3 labels" in said
+    assert check_gold(exact_match, labelled("7.50", "1,200"), threshold=1.0, program=Own()) == []
+
+    def of_texts(example: Example, prediction: Mapping[str, Any]) -> float:
+        return float(prediction["answer"].strip() == example.labels["answer"])
+
+    assert check_gold(of_texts, labelled("7.50"), threshold=1.0, program=Own()) == []  # it may predict texts
+
+
+def test_of_several_answers_one_of_the_type_will_do() -> None:
+    program, examples = Predict("question -> answer: int"), labelled(["seven", "7"])
+    check_fields(program, exact_match, examples)
+    assert check_gold(exact_match, examples, threshold=1.0, program=program) == []
+    assert [made.outputs for made in labelled_demos(program, examples)["predict"]] == [{"answer": "7"}]
+
+
 def test_labels_that_the_form_cannot_write_are_said_with_the_reason_and_refused_where_it_can_write_none() -> None:
     program, broken = Predict("question -> answer", reasoning=True), "yes\nquestion: and then?"
     (said,) = check_texts(program, ReasonThenFill(), labelled("red", broken, 3, None))
@@ -117,6 +164,8 @@ def test_a_threshold_below_1_is_all_that_a_label_must_reach() -> None:
         lambda example, prediction: float(prediction["titles"] == "x"),
         lambda example, prediction: float(prediction.get("titles") == "x"),
         lambda example, prediction: float("titles" in prediction),
+        lambda example, prediction: float(prediction.titles == "x"),
+        lambda example, prediction: float(getattr(prediction, "titles", "") == "x"),
         lambda example, prediction: 1 / 0,
     ],
 )
@@ -125,6 +174,15 @@ def test_a_metric_that_needs_more_than_the_labels_is_not_refused(metric: Any) ->
     assert said.startswith(
         "whether the metric scores labels as right could not be tried on 2 of 2 examples (example e0"
     )
+
+
+def test_a_metric_that_asks_for_attributes_is_asked_about_the_labels_as_well() -> None:
+    def of_attributes(example: Example, prediction: Any) -> float:
+        return float(copy.deepcopy(prediction).missed == example.labels["missed"] and prediction.missed != "blue")
+
+    assert check_gold(of_attributes, labelled("red", name="missed"), threshold=1.0) == []
+    with pytest.raises(ContradictionError, match="scores the right answer itself"):
+        check_gold(of_attributes, labelled("blue", name="missed"), threshold=1.0)
 
 
 @pytest.mark.parametrize("metric", [exact_match, f1, number_match, first_line_number])

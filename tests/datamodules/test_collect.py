@@ -494,6 +494,34 @@ def test_a_run_that_speaks_of_the_hint_is_counted_and_not_trained_on() -> None:
     assert "1 speaking of the hint" in str(report)
 
 
+def test_a_word_that_holds_hint_or_a_gold_answer_that_is_one_does_not_speak_of_the_hint() -> None:
+    def told(request: Request) -> str:
+        number = asked(request, "number")
+        if "Hint" not in request.messages[0]["content"]:
+            return "reasoning: no idea\nanswer: none"
+        why = {"1": "Geoffrey Hinton and a Shinto priest", "2": "there is a hint of mint", "3": "as hinted, t"}[number]
+        return f"reasoning: {why}\nanswer: {gold[number]}"
+
+    gold = {"1": "Geoffrey Hinton", "2": "A hint of mint", "3": "t"}
+    examples = [Example.of({"number": number}, {"answer": answer}, id=number) for number, answer in gold.items()]
+    reasoning = Predict("number -> answer", reasoning=True)
+    traces, report = run(FakeLM(told), examples, attempts=1, hints=1, program=reasoning)
+    assert [trace.example for trace in traces] == ["1", "2"]
+    assert report.retold == 1
+
+
+def test_a_label_that_is_not_there_is_no_part_of_a_hint() -> None:
+    lm = FakeLM(lambda request: "no")
+    run(lm, [Example.of({"number": "2"}, {"answer": "4", "source": None})], attempts=1, hints=1)
+    assert "should be answer: 4." in lm.requests[-1].messages[0]["content"]
+
+
+def test_demos_of_texts_that_no_engine_held_to_a_type_are_written_as_the_type_writes_them() -> None:
+    lm = FakeLM(lambda request: f"{doubling(request)}.0" if asked(request, "number") == "1" else "no")
+    run(lm, doubles(1, 2), Predict("number -> answer: int"), attempts=2, fresh_demos=1)
+    assert lm.requests[-1].messages[-2]["content"] == "2"
+
+
 def test_without_hints_and_further_traces_nothing_is_run_more_often_than_before() -> None:
     lm = succeeds_at({"1": 0, "2": 1})
     run(lm, doubles(1, 2), attempts=5, hints=2)
@@ -558,6 +586,31 @@ def test_by_default_a_stage_that_only_chooses_has_gold_answers_and_one_that_writ
     assert [trace.completion for trace in traces] == ["2", *gold]
     assert len(run(says_two, doubles(1, 2), program, gold_answers=False)[0]) == 1
     assert run(says_two, doubles(2), program)[0] == []  # nothing is solved: the metric or the labels may be wrong
+
+
+def test_gold_answers_that_the_form_cannot_write_are_left_out_and_counted() -> None:
+    examples = [
+        Example.of({"number": "1"}, {"answer": "Paris\nIt is the capital."}, id="1"),
+        Example.of({"number": "2"}, {"answer": "Rome"}, id="2"),
+    ]
+    own = Vocabulary(encode=lambda text: [9])
+    traces, report = run(
+        FakeLM(lambda request: "x"), examples, Predict("number -> answer: line"), gold_answers=True, vocabulary=own
+    )
+    assert [(trace.example, trace.completion) for trace in traces] == [("2", "Rome")]
+    assert (report.gold, report.unwritable) == (1, 1)
+    assert "1 gold answers left out (the form cannot write them)" in str(report)
+
+
+def test_the_gold_answer_is_the_first_that_is_of_its_type() -> None:
+    (trace,), _ = run(
+        FakeLM(lambda request: "1"),
+        [Example.of({"number": "3"}, {"answer": ["seven", "7"]})],
+        Predict("number -> answer: int"),
+        gold_answers=True,
+        vocabulary=Vocabulary(encode=lambda text: [9]),
+    )
+    assert trace.outputs == {"answer": "7"}
 
 
 def test_traces_written_before_there_were_hints_are_read(tmp_path: Path) -> None:
@@ -714,6 +767,51 @@ def test_the_teacher_runs_what_is_not_solved_and_its_successes_are_the_students_
     assert (learnt.tokenizer, learnt.attempt) == ("own", 2)
     assert (report.solved, report.taught, report.wrong) == (2, 1, 5)
     assert "2 of 3 examples solved, 1 of them by the teacher" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("signature", "said", "learnt"),
+    [
+        ("number -> answer: Literal['refund', 'other']", "Refund.", "refund"),
+        ("number -> answer: float", "$1,200.50", "1200.5"),
+        ("number -> answer: bool", "TRUE", "yes"),
+        ("number -> answer: list[int]", "[1, 2]", "[1,2]"),
+        ("number -> answer: line", "Refund.\nIt was charged twice.", "Refund."),
+        ("number -> answer", "Refund.\nIt was charged twice.", "Refund.\nIt was charged twice."),
+    ],
+)
+def test_what_a_teacher_wrote_is_learnt_as_the_students_types_write_it(signature: str, said: str, learnt: str) -> None:
+    def passes(example: Example, prediction: Mapping[str, Any]) -> float:
+        return float(prediction["answer"] != "unknown")
+
+    student, teacher = FakeLM(lambda request: "unknown"), FakeLM(lambda request: said)
+    (trace,), _ = run(student, [Example.of({"number": "1"}, {})], Predict(signature), teacher=teacher, metric=passes)
+    assert (trace.completion, trace.outputs) == (learnt, {"answer": learnt})
+
+
+def test_what_an_engine_filled_in_for_a_teacher_stands_as_it_was_written() -> None:
+    def filled_in(request: Request) -> Completion:
+        return Completion("4.0", (1,), (2, 3), "eos", fields=(Filled("answer", "4.0", 0, 2, "eos"),))
+
+    program = Predict("number -> answer: float")
+    (trace,), _ = run(FakeLM(lambda request: "no"), doubles(2), program, teacher=FakeLM(filled_in))
+    assert trace.completion == "4.0"
+
+
+def test_runs_of_a_teacher_that_the_form_cannot_write_are_left_out_with_their_number(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    program = Predict("number -> answer")
+
+    def goes_on(request: Request) -> Completion:  # as an endpoint does, which knows of no stops
+        return Completion("2\nnumber: 5" if asked(request, "number") == "1" else "4")
+
+    def begins(example: Example, prediction: Mapping[str, Any]) -> float:
+        return float(prediction["answer"].startswith(example.labels["answer"]))
+
+    traces, report = run(FakeLM(lambda request: "no"), doubles(1, 2), program, teacher=FakeLM(goes_on), metric=begins)
+    assert ([trace.example for trace in traces], report.taught) == (["2"], 1)
+    assert "1 of the teacher's 2 runs left out: the form cannot write their texts" in capsys.readouterr().out
 
 
 def test_a_teacher_whose_calls_are_made_leaves_the_rest_unsolved(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from cotune.datamodules import (
     save_traces,
     split,
 )
-from cotune.programs import Demo, Lines, Prompt
+from cotune.programs import Demo, Lines, Predict, Prompt
 from fakes import EOS, Loop, doubles
 
 WINDOW = 400
@@ -175,6 +175,33 @@ def test_a_trace_of_an_lm_without_ids_is_trained_on_as_its_text() -> None:
     """As an endpoint gives it: text alone."""
     pair = student(backwards()).pair(replace(trace(21), completion_ids=()))
     assert pair.completion_ids == [255 - ord("4"), 255 - ord("2"), EOS]
+
+
+def typed(signature: str) -> PairMaker:
+    program = Predict(signature)
+    return replace(
+        student(backwards()), program=program, prompts=program.initial_prompts(), encode=lambda messages: [1]
+    )
+
+
+def test_a_value_in_a_text_is_trained_on_and_shown_as_its_type_writes_it() -> None:
+    said = replace(trace(21, stage="predict"), completion_ids=(), outputs={"answer": "$1,200."})
+    own = typed("number -> answer: int").own(said)
+    assert (bytes(255 - i for i in own.completion_ids), own.demo.outputs) == (b"1200", {"answer": "1200"})
+    with pytest.raises(ValueError, match=r'"e21" \(stage predict\): "answer": .* is none of no, yes\. This program'):
+        typed("number -> answer: Literal['no', 'yes']").pair(said)
+
+
+def test_texts_that_the_form_cannot_write_are_left_out_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    good = replace(trace(21, stage="predict"), completion_ids=(), outputs={"answer": "42"})
+    bad = replace(good, outputs={"answer": "42\nnumber: 5"})
+    data = module()
+    assert data.begin_weight_step([bad, good], typed("number -> answer"), step=0) == 0
+    assert "1 traces are left out: the form cannot write their outputs" in capsys.readouterr().out
+    (pairs,) = all_pairs(data.epoch_batches())
+    assert [pair.completion_ids for pair in pairs] == [[255 - ord("4"), 255 - ord("2"), EOS]]
+    with pytest.raises(NoTracesError, match=r"none of 1 fits .* \(1 of them the form cannot write\)"):
+        data.begin_weight_step([bad], typed("number -> answer"), step=0)
 
 
 def test_weights_on_another_tokenizers_ids_are_refused_by_name() -> None:

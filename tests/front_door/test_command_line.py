@@ -235,7 +235,7 @@ def test_a_variable_that_nothing_reads_is_named(run: Run, monkeypatch: pytest.Mo
             "-5",
             "trainer.max_steps -5 does not work here: alternate.epochs",
         ),
-        ("trainer.accelerator", "abacus", "You selected an invalid accelerator name: `accelerator='abacus'`"),
+        ("trainer.accelerator", "abacus", "trainer.accelerator abacus does not work here: cpu, gpu, cuda, mps or auto"),
         ("data.bootstrapping.threshold", "0.0", "threshold 0.0 is outside (0, 1]; at 0 a failed run would count"),
         ("alternate.search.max_demos", "0", "max_demos 0 is below 1"),
         ("ckpt_path", "best", "A finished run's last one holds its best prefix: give --ckpt_path last"),

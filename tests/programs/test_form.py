@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from claims import claimed
+from cotune.errors import BadValueError
 from cotune.programs import (
     Choices,
     Completion,
     Demo,
+    Example,
     Field,
     Filled,
     Fixed,
@@ -25,11 +28,17 @@ from cotune.programs import (
     Markers,
     Number,
     ParseError,
+    Predict,
     Prompt,
     ReasonThenFill,
+    Runner,
+    Sampling,
+    Schema,
     Signature,
     Tags,
+    exact_match,
 )
+from cotune.programs.demos import canonical
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,6 +118,28 @@ def test_choices_are_named_to_the_lm(form: Form) -> None:
     assert "refund, new card" in form.render(signature, Prompt("Sort."), {"query": "?"})[0]["content"]
 
 
+@each_form
+def test_a_description_stands_beside_the_choices_and_not_in_their_place(form: Form) -> None:
+    about = {"team": "who answers", "urgent": "whether it cannot wait", "size": "s if small, or else l"}
+    signature = Signature.parse(
+        "ticket -> team: Literal['desk', 'field'], urgent: bool, size: Literal['s', 'l']", descriptions=about
+    )
+    asked = form.render(signature, Prompt("Route."), {"ticket": "?"})[0]["content"]
+    assert "team: who answers (one of desk, field)\n" in asked
+    assert "urgent: whether it cannot wait (yes or no)" in asked
+    assert "size: s if small, or else l" in asked.replace("\n", "$").split("(one of s")[0]  # it names them already
+    assert "one of s, l" not in asked
+
+
+@each_form
+def test_a_request_for_repair_names_all_choices_of_a_described_field(form: Form) -> None:
+    kinds = [f"intent {letter}" for letter in "abcdefghijklmn"]
+    signature = Signature.parse("query -> intent", types={"intent": kinds}, descriptions={"intent": "what is wanted"})
+    asked = form.repair(signature, '"refund" is none of intent a and 13 more.')
+    assert all(kind in asked for kind in kinds)
+    assert "13 more. Write" in asked
+
+
 def test_reasoning_that_a_labelled_demo_lacks_is_left_out_and_never_said_to_be_missing() -> None:
     demo = Demo({"context": "c", "question": "q"}, {"answer": "42"})
     turns = ReasonThenFill().render(TWO, Prompt("Read.", (demo,)), {"context": "c", "question": "q"})
@@ -159,7 +190,106 @@ def test_a_field_of_one_line_ends_where_its_line_does() -> None:
     assert Signature.parse("question -> answer: line").type_of("answer") is Line
 
 
+class Arrows(Form):
+    """A form of a user's own, which says nothing of types."""
+
+    def layout(self, signature: Signature) -> Any:
+        return [part for name in signature.outputs for part in (Fixed(f"\n{name} =>"), Field(name, lead=" "))]
+
+
+def test_a_form_of_ones_own_holds_its_fields_to_their_types() -> None:
+    signature = Signature.parse("ticket -> team: Literal['desk', 'field'], cost: float, why: line, note")
+    fields = [part for part in Arrows().typed_layout(signature) if isinstance(part, Field)]
+    assert [part.syntax for part in fields] == [Choices(("desk", "field")), Number(), None, None]
+    assert [part.stops for part in fields] == [(), (), ("\n",), ()]
+    runner = Runner(Predict("ticket -> answer: int"), Recorder(), Arrows(), exact_match, Sampling())
+    runner.run([Example.of({"ticket": "?"}, {"answer": "7"})], runner.program.initial_prompts())
+    assert Recorder.layouts == [(Fixed("\nanswer =>"), Field("answer", lead=" ", syntax=Number(integer=True)))]
+
+
+class Recorder:
+    """Keeps the layouts that it is asked for."""
+
+    layouts: ClassVar[list[Any]] = []
+
+    def complete(self, requests: Any, sampling: Sampling) -> list[Completion]:
+        self.layouts[:] = [request.layout for request in requests]
+        return [Completion("answer => 7") for _ in requests]
+
+
+def test_a_syntax_that_a_form_names_itself_stays() -> None:
+    class Short(Arrows):
+        def layout(self, signature: Signature) -> Any:
+            return (Field(signature.outputs[0], syntax=Choices(("1", "2"))),)
+
+    (field,) = Short().typed_layout(Signature.parse("question -> answer: int"))
+    assert field.syntax == Choices(("1", "2"))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("names", [["text"], ["answer", "answer"], []], ids=str)
+def test_a_layout_whose_fields_are_not_the_outputs_is_refused(names: list[str]) -> None:
+    class Wrong(Arrows):
+        def layout(self, signature: Signature) -> Any:
+            return tuple(Field(name) for name in names)
+
+    with pytest.raises(
+        BadValueError, match=r"layout of Wrong has the fields .*, but the outputs are answer; give each"
+    ):
+        Wrong().unwritable(ONE, {"answer": "5"})
+
+
+@pytest.mark.parametrize("text", ["", "Answer: ", "Answer:\n"])
+def test_a_fixed_text_that_ends_with_white_space_is_refused_with_the_fix(text: str) -> None:
+    with pytest.raises(BadValueError, match=r'Field\(name, lead=" "\)'):
+        Fixed(text)
+
+
 # -- what is read
+
+
+@pytest.mark.parametrize("between", ["", " ", "\n", "\n\n", " \n "])
+def test_white_space_around_marks_does_not_matter(between: str) -> None:
+    said = f"<reasoning>{between}a b{between}</reasoning>{between}<answer>{between}7</answer>"
+    assert Tags().parse(TWO, said) == {"reasoning": "a b", "answer": "7"}
+    marked = "[[ ## reasoning ## ]]|a b|[[## answer ##]]|7|[[##completed##]]".replace("|", between)
+    assert Markers().parse(TWO, marked) == {"reasoning": "a b", "answer": "7"}
+
+
+@each_form
+def test_half_a_surrogate_pair_is_no_text(form: Form) -> None:
+    said = json.dumps({"reasoning": "so \ud83d", "answer": "5"})
+    if not isinstance(form, Json):
+        said = form.write(TWO, json.loads(said))
+    with pytest.raises(ParseError, match='"reasoning" has half a surrogate pair at character 3'):
+        form.read(TWO, Completion(said))
+
+
+def test_half_a_surrogate_pair_is_not_sent_back_with_the_request_for_repair() -> None:
+    class Half:
+        """Answers with half a surrogate pair, and keeps the last turns that it is shown."""
+
+        shown: ClassVar[list[str]] = []
+
+        def complete(self, requests: Any, sampling: Sampling) -> list[Completion]:
+            self.shown += [message["content"] for request in requests for message in request.messages]
+            return [Completion("so \ud83d") for _ in requests]
+
+    runner = Runner(Predict("question -> answer"), Half(), Lines(), exact_match, Sampling(), max_error_rate=1.0)
+    (one,) = runner.run([Example.of({"question": "?"}, {"answer": "7"})], runner.program.initial_prompts())
+    assert one.error is not None
+    assert "half a surrogate pair" in one.error.message
+    assert "so ?" in Half.shown
+    assert "".join(Half.shown).encode()
+
+
+@each_form
+def test_of_a_line_the_first_is_read_and_no_more_can_be_written(form: Form) -> None:
+    signature = Signature.parse("question -> answer: line")
+    answer = {"answer": "Paris\nIt is the capital of France."}
+    assert form.unwritable(signature, answer)
+    read = form.parse(signature, form.write(signature, answer))
+    assert signature.value("answer", read["answer"]) == "Paris"
+    assert canonical(signature, read) == {"answer": "Paris"}
 
 
 def test_fields_that_an_engine_filled_in_are_read_by_position_whatever_they_hold() -> None:
@@ -304,6 +434,44 @@ def test_a_long_completion_is_shortened_in_the_error(form: Form) -> None:
 )
 def test_json_is_read_wherever_it_stands(text: str, found: dict[str, Any]) -> None:
     assert Json().parse(TWO, text) == found
+
+
+def test_json_holds_dates_to_their_pattern() -> None:
+    (field,) = Json().layout(Signature.parse("mail -> day: date"))
+    assert isinstance(field, Field)
+    assert isinstance(field.syntax, Schema)
+    pattern = json.loads(field.syntax.json)["properties"]["day"]["pattern"]
+    assert re.search(pattern, "2024-02-29")
+    assert not re.search(pattern, "2023-02-29")
+    assert not re.search(pattern, "on 2024-02-29")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "value"),
+    [
+        (int | None, "null", None),
+        (int | None, "5", 5),
+        (str | None, '"5"', "5"),
+        (str | None, '""', ""),
+        (list[str], '["a"]', ["a"]),
+        (list[str], '"[\\"a\\"]"', ["a"]),  # JSON within JSON, as some LMs write it
+    ],
+)
+def test_json_reads_all_that_its_schema_allows(kind: Any, said: str, value: Any) -> None:
+    signature = Signature(("q",), ("a", "b"), types={"a": kind})
+    read = Json().parse(signature, f'{{"a": {said}, "b": "x"}}')
+    assert signature.value("a", read["a"]) == value
+
+
+@pytest.mark.parametrize("said", ["null", '""'])
+def test_json_without_a_value_for_a_text_is_refused(said: str) -> None:
+    with pytest.raises(ParseError, match='no "answer"'):
+        Json().parse(ONE, f'{{"answer": {said}}}')
+
+
+def test_json_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(ParseError, match="no JSON object"):
+        Json().parse(ONE, '{"answer": ' + "[" * 100_000)
 
 
 def test_json_holds_numbers_as_numbers() -> None:

@@ -140,6 +140,16 @@ def test_a_batch_with_a_score_missing_scores_nothing() -> None:
     }
 
 
+class Lost(BatchMetric):
+    def scores(self, pairs: Sequence[tuple[Example, Mapping[str, Any]]]) -> list[Score | Failure]:
+        return [Failure("lost", 7) for _ in pairs]  # type: ignore[arg-type]
+
+
+def test_a_failure_that_a_batch_metric_returns_is_the_metrics_whatever_it_names() -> None:
+    (done,) = scored(Lost(), 1, max_error_rate=1.0)
+    assert done.error == Failure("metric", "7")
+
+
 # Noise
 
 

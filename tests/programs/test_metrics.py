@@ -209,5 +209,43 @@ def test_f1_is_the_words_shared(label: object, said: str, score: float) -> None:
     assert float(f1(gold(answer=label), {"answer": said})) == pytest.approx(score)
 
 
+@pytest.mark.parametrize(
+    ("metric", "label", "said", "score"),
+    [
+        (f1, ["lamp", "desk"], ["lamp", "desk"], 1),
+        (f1, ["lamp", "desk"], ["desk", "chair"], 0.5),
+        (f1, [["lamp"], ["desk", "chair"]], ["desk", "chair"], 1),
+        (f1, "yes", True, 1),
+        (number_match, [3, 5], [3, 5], 1),
+        (number_match, ["3", "5"], ["3.0", "$5"], 1),
+        (number_match, [3, 5], [5, 3], 0),
+        (number_match, [3, 5], [3], 0),
+        (number_match, [[3, 5], [7]], [3, 5], 1),
+        (number_match, 7, [7], 0),
+    ],
+)
+def test_a_list_of_all_answers_is_compared_as_a_whole(metric: Any, label: Any, said: Any, score: float) -> None:
+    assert float(metric(gold(answer=label), {"answer": said})) == pytest.approx(score)
+    if score < 1 and isinstance(label, list):
+        assert f"expected {label}, got {said}" in metric(gold(answer=label), {"answer": said}).feedback
+
+
+@pytest.mark.parametrize("said", [None, {1, 2}, object, [], True])
+@pytest.mark.parametrize("metric", [exact_match, f1, number_match, first_line_number])
+def test_a_prediction_of_any_kind_is_a_wrong_answer_and_no_fault(metric: Any, said: Any) -> None:
+    assert float(metric(gold(answer="18"), {"answer": said})) == 0.0
+
+
+def test_a_label_without_a_value_is_equal_to_none_alone() -> None:
+    assert exact_match(gold(answer=None), {"answer": None})
+    assert exact_match(gold(answer=None), {"answer": "x"}).feedback == "answer: expected 'None', got 'x'"
+
+
+@pytest.mark.parametrize(("label", "said"), [("0.00005", 0.00005), (1e16, "10000000000000000"), ("18", 18.0)])
+def test_gsm8k_reads_a_number_that_python_writes_with_an_exponent(label: Any, said: Any) -> None:
+    assert float(first_line_number(gold(answer=label), {"answer": said})) == 1.0
+    assert float(first_line_number(gold(answer="5"), {"answer": 0.00005})) == 0.0
+
+
 def test_numbers_beyond_a_floats_precision_are_told_apart() -> None:
     assert not first_line_number(gold(answer="9007199254740993"), {"answer": "9007199254740992"})

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import hashlib
 import json
+import uuid
+from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import pytest
 from cotune.programs import Demo, Example, Prompt, prompts_from_dict, prompts_id, prompts_to_dict
 
 PROMPTS = {
@@ -56,3 +64,38 @@ def test_an_example_without_id_is_named_by_its_content() -> None:
     assert example.id == Example.of({"a": "é", "b": 1}, {"answer": "2"}).id
     assert example.id != Example.of({"a": "e", "b": 1}, {"answer": "2"}).id
     assert Example.of({}, {}, id="row-7").id == "row-7"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        datetime.date(2024, 7, 26),
+        Decimal("1.50"),
+        uuid.UUID(int=7),
+        Path("rows") / "a.csv",
+        MappingProxyType({"a": 1}),
+        b"bytes",
+        {1, 2.5},
+        {"one"},
+        set(),
+        range(3),
+    ],
+)
+def test_the_id_of_a_value_that_json_has_not_is_that_of_its_text(value: Any) -> None:
+    text = json.dumps([{"q": value}, {"a": 1}], sort_keys=True, default=str)
+    assert Example.of({"q": value}, {"a": 1}).id == hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def test_the_id_does_not_depend_on_the_order_of_a_set_or_on_an_address() -> None:
+    names = [f"tag {n}" for n in range(20)]
+    grown = {*names, *map(str, range(5000))}
+    grown.difference_update(map(str, range(5000)))
+    assert grown == set(names)
+    assert list(grown) != list(set(names))
+    ids = {
+        Example.of({"tags": tags, "deep": [{"tags": {(1, "x"), frozenset(tags)}}]}, {}).id for tags in (grown, {*names})
+    }
+    assert len(ids) == 1
+    assert Example.of({"tags": set(names[1:])}, {}).id != Example.of({"tags": grown}, {}).id
+    kept = [object() for _ in range(2)]
+    assert len({Example.of({"tool": one}, {}).id for one in kept}) == 1

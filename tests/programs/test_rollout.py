@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -297,6 +299,32 @@ def returns_what_no_file_holds(self: Program, number: int) -> Any:
     return {"answer": "\udc00"}
 
 
+def returns_what_cannot_be_copied(self: Program, number: int) -> Any:
+    outputs = yield self.double(number=number)  # type: ignore[attr-defined]
+    return {**outputs, "words": (word for word in outputs["answer"])}
+
+
+class Lazy(Mapping[str, Any]):
+    def __getitem__(self, name: str) -> Any:
+        raise RuntimeError("the database is closed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["answer"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def returns_keys_that_are_no_text(self: Program, number: int) -> Any:
+    outputs = yield self.double(number=number)  # type: ignore[attr-defined]
+    return {**outputs, "counts": {("a", "b"): 1}}
+
+
+def returns_what_raises(self: Program, number: int) -> Any:
+    yield self.double(number=number)  # type: ignore[attr-defined]
+    return Lazy()
+
+
 def gives_up(self: Program, number: int) -> Any:
     yield self.double(number=number)  # type: ignore[attr-defined]
     raise SystemExit("no more")
@@ -315,6 +343,9 @@ def gives_up(self: Program, number: int) -> Any:
         (yields_an_unhashable_stage, "not a call of one of its stages"),
         (never_ends, "made 100 calls and wants another, more than Wrong.max_calls allows"),
         (returns_what_no_file_holds, "no file can hold: UnicodeEncodeError"),
+        (returns_what_cannot_be_copied, "cannot pickle 'generator' object, at 'words'; return plain values"),
+        (returns_keys_that_are_no_text, "not tuple, at 'counts'; return plain values"),
+        (returns_what_raises, "RuntimeError: the database is closed"),
         (gives_up, "Wrong.run raised SystemExit: no more"),
         (takes_other_inputs, "raised TypeError"),
         (misnames_a_field, '"double" misses "number"'),
@@ -521,6 +552,54 @@ def test_a_metric_that_changes_what_it_is_given_changes_no_record() -> None:
     assert done.example.labels == {"answer": "6"}
 
 
+def test_a_label_that_cannot_be_copied_is_given_to_the_metric_as_it_is() -> None:
+    example, seen = Example("e", {"number": 1}, {"answer": threading.Lock()}), []
+
+    def metric(example: Example, prediction: Mapping[str, Any]) -> float:
+        seen.append(example.labels["answer"])
+        return 1.0
+
+    (done,) = run(Loop(1), [example], FakeLM(doubling), metric=metric)
+    assert (done.score, seen) == (1.0, [example.labels["answer"]])
+
+
+class Tooled(Program):
+    """Keeps state beside what all runs share, in one dict."""
+
+    double = Stage("number -> answer")
+
+    def __init__(self) -> None:
+        self.tools = {"find": CountingRetriever(), "more": [{"seen": []}], "lock": threading.Lock()}
+        self.counts: dict[str, list[int]] = defaultdict(list)
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, str], Mapping[str, Any]]:
+        (passage,) = retrieve(self.tools["find"], str(number), 1)
+        self.tools["more"][0]["seen"].append(number)
+        self.counts["numbers"].append(number)
+        yield self.double(number=number)
+        return {"answer": f"{passage} {self.tools['more'][0]['seen']} {self.counts['numbers']}"}
+
+
+class CountingRetriever:
+    def __init__(self) -> None:
+        self.builds = 0
+        self.index: list[str] = []
+
+    def __call__(self, query: str, k: int) -> Sequence[str]:
+        if not self.index:
+            self.builds += 1
+            self.index = ["passage"]
+        return self.index
+
+
+def test_a_retriever_in_a_dict_of_the_program_is_shared_and_the_lists_beside_it_are_not() -> None:
+    program = Tooled()
+    done = run(program, doubles(1, 2, 3), FakeLM(doubling))
+    assert [(r.prediction or {})["answer"] for r in done] == [f"passage [{n}] [{n}]" for n in (1, 2, 3)]
+    assert program.tools["find"].builds == 1  # type: ignore[attr-defined]
+    assert (program.tools["more"], dict(program.counts)) == ([{"seen": []}], {})
+
+
 # -- typed values
 
 
@@ -559,6 +638,8 @@ def test_a_metric_may_say_why() -> None:
     [
         (Score(2.0), "a Score of 2.0"),
         (Score(1.0, 3), "feedback is 3, which is not text"),  # type: ignore[arg-type]
+        (Score(1.0, "half \ud83d"), "'half \\ud83d', which is not text"),
+        (Score(1.0, stages={"double": "half \ud83d"}), "it must be text for a stage"),
         (Score(1.0, "", {"unit": float("nan")}), 'objective "unit" is nan'),
     ],
 )

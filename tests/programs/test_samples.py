@@ -37,6 +37,29 @@ def test_runs_of_an_example_become_one(vote: Vote, runs: list[tuple[Any, float]]
     assert (one.prediction or {}).get("answer") == answer
 
 
+def predicted(score: float, **prediction: Any) -> Rollout:
+    return Rollout(ROW, (), prediction, score)
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [predicted(0, reasoning="a", answer="3"), predicted(1, reasoning="b", answer="2"), predicted(1, answer="2")],
+        [predicted(0, answer=3), predicted(1, answer=2), predicted(1, answer="2.0"), predicted(0, answer=3.5)],
+        [predicted(0, answer=False), predicted(1, answer=True), predicted(1, answer="Yes.")],
+        [predicted(0, answer=["a"]), predicted(1, answer="a"), predicted(1, answer="A")],
+        [
+            predicted(0, out="3", scores={}),
+            predicted(1, out="2", scores={"a": 1}),
+            predicted(1, reasoning="c", out="2"),
+        ],
+    ],
+)
+def test_the_vote_is_on_answers_however_they_were_reached_and_are_written(runs: list[Rollout]) -> None:
+    (one,) = settled([[run] for run in runs], "majority")
+    assert one is runs[1]
+
+
 @pytest.mark.parametrize(("vote", "score"), [("mean", 0.25), ("majority", 1.0)])
 def test_a_fault_of_the_users_code_in_one_run_is_not_hidden_by_another(vote: Vote, score: float) -> None:
     faulty = run("2", 0.0, "the metric raised ValueError: x")

@@ -11,11 +11,13 @@ from enum import Enum
 from typing import Any, Literal
 
 import pytest
+import yaml
 from claims import claimed
 from cotune.programs import Choices, FieldTypeError, Line, Number, Out, Pattern, Predict, Reasoning, Schema, Signature
 from cotune.programs.types import as_text, parse_type, plain, read_value, syntax_of, type_name, write_value
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 
 
 class Mood(Enum):
@@ -121,6 +123,9 @@ def test_structured_types_are_written_in_the_order_of_their_fields() -> None:
         (int, "7.0", 7),
         (float, "$3.50.", 3.5),
         (float, "−2", -2.0),
+        (float, "12.3 %", 12.3),
+        (int, "50%", 50),
+        (int, "12345678901234567891.0", 12345678901234567891),
         (float, "6.1e-05", 6.1e-05),
         (bool, "True", True),
         (bool, "no.", False),
@@ -129,6 +134,7 @@ def test_structured_types_are_written_in_the_order_of_their_fields() -> None:
         (date, " 2024-02-29 ", date(2024, 2, 29)),
         (list[str], '["a"]', ["a"]),
         (Line, " two words ", "two words"),
+        (Line, "\nParis \r\nIt is the capital.", "Paris"),
     ],
 )
 def test_a_text_is_read_as_its_type(kind: Any, text: str, value: Any) -> None:
@@ -142,6 +148,9 @@ def test_a_text_is_read_as_its_type(kind: Any, text: str, value: Any) -> None:
         (int, "3.5", "3.5 is no whole number"),
         (int, "seven", '"seven" is no number'),
         (float, "1.2.3", "is no number"),
+        (int, "1" * 5000, '…" is too large a number'),
+        (int, "9" * 400 + ".5", '…" is too large a number'),
+        (float, "9" * 400, '…" is too large a number'),
         (bool, "maybe", '"maybe" is none of yes, true, no, false'),
         (Mood, "fine", '"fine" is none of good, bad'),
         (date, "tomorrow", "one is written 2024-07-26"),
@@ -170,7 +179,9 @@ def test_numbers_are_written_in_digits_and_read_back(value: float) -> None:
 
 
 def test_what_has_no_place_in_a_field_is_refused() -> None:
-    for kind, value in [(float, float("nan")), (int, 2.5), (Mood, "fine"), (bool, 1), (str, 3), (Place, 7)]:
+    infinite = [(kind, value) for kind in (int, float) for value in (float("inf"), float("nan"), 10**400)]
+    unlike = [(Literal[1, 2], True), (Literal["1"], 2), (Literal["1"], 1.5), (Mood, "fine")]
+    for kind, value in [*infinite, *unlike, (int, 2.5), (bool, 1), (str, 3), (Place, 7)]:
         with pytest.raises(FieldTypeError):
             write_value(kind, value)
 
@@ -188,6 +199,32 @@ def test_values_are_shown_and_kept_as_their_text() -> None:
 def test_a_list_of_values_in_yaml_stands_for_choices() -> None:
     program = Predict("query -> intent", types={"intent": ["refund", "new card"]})
     assert str(program.predict.signature) == "query -> intent: Literal['refund', 'new card']"
+
+
+def test_the_choices_in_yaml_may_be_numbers_and_a_yes_without_quotes_is_explained() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Predict, "predict")
+    read = parser.parse_object(yaml.safe_load("predict: {signature: text -> stars, types: {stars: [1, 2.5, '3']}}"))
+    program = parser.instantiate_classes(read).predict
+    assert str(program.predict.signature) == "text -> stars: Literal[1, 2.5, '3']"
+    read = parser.parse_object(yaml.safe_load("predict: {signature: text -> ok, types: {ok: [yes, no]}}"))
+    with pytest.raises(FieldTypeError, match=r'"ok": the choices \[True, False\] are no texts.* quote \'yes\''):
+        parser.instantiate_classes(read)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "text"),
+    [
+        (Literal["1", "2"], 1, "1"),
+        (Literal["1", "2"], 2.0, "2"),
+        (Literal[1, 2], 2.0, "2"),
+        (Literal[1.0, 2.0], 1, "1.0"),
+        (Literal[1, 2], "2", "2"),
+        (Mood, Mood.BAD, "bad"),
+    ],
+)
+def test_a_label_is_the_choice_of_its_text_or_value(kind: Any, label: Any, text: str) -> None:
+    assert write_value(kind, label) == text
 
 
 def test_a_class_body_is_a_signature() -> None:

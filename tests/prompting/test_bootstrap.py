@@ -45,6 +45,12 @@ def test_successes_become_demos_in_train_order() -> None:
     assert made.notes == ("bootstrap: 2 of 3 train examples solved (score at least 1)",)
 
 
+def test_demos_of_texts_are_written_as_the_types_of_their_fields_write_them() -> None:
+    lm = FakeLM(lambda request: f"{doubling(request)}.0.")
+    made = run(lm, Predict("number -> answer: int"), doubles(5))
+    assert made.solved[0].demos["predict"][0].outputs == {"answer": "10"}
+
+
 def test_train_runs_in_one_batch_a_round() -> None:
     lm = FakeLM(doubling)
     run(lm, Loop(2), doubles(1, 2, 3))

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from cotune.programs import DescribeThenDecide, Prompt, Request
+from cotune.programs import DescribeThenDecide, Example, Predict, Prompt, Request
 from cotune.prompting import Found, JointSearch, SearchTask
 from fakes import FakeLM, Loop, asked, doubles, doubling, instruction, search_task, shown
 from hypothesis import given, settings
@@ -125,6 +125,19 @@ def test_a_small_space_is_tried_to_its_end() -> None:
     found = search(options={"num_instructions": 2, "num_demo_sets": 1, "trials": 30})
     assert len(found.candidates) == 4
     assert "ended after 3 trials: no combination that is new came up" in found.notes
+
+
+@pytest.mark.parametrize("sets", [1, 2, 6])
+def test_a_stage_that_reasons_has_as_many_demo_sets_as_others(sets: int) -> None:
+    lm = FakeLM(lambda request: f"reasoning: twice\nanswer: {doubling(request)}")
+    given = search_task(lm, Predict("number -> answer", reasoning=True), train=doubles(*range(8)), dev=[*DEV, *wrong()])
+    found = JointSearch(trials=4, num_instructions=1, num_demo_sets=sets).search(given)
+    assert any(f"demo sets: {sets};" in note for note in found.notes)
+
+
+def wrong() -> list[Example]:
+    """One whose label is never reached, so that a search goes on."""
+    return [Example.of({"number": 99}, {"answer": "no"}, id="wrong")]
 
 
 def test_nothing_to_choose_from_leaves_the_prompts() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cotune.inference import Codec, StoredLM
 from cotune.programs import BudgetedLM, Completion, DescribeThenDecide, Ledger, Request
 from cotune.programs.ranks import Ranks
-from cotune.prompting import Proposer
+from cotune.prompting import Proposer, Review
 from cotune.prompting.evaluate import CountingLM
-from cotune.prompting.propose import Spent, fenced
+from cotune.prompting.propose import Spent, Written, fenced
 from fakes import FakeLM, doubles, search_task
 from side_by_side import side_by_side
 
@@ -99,6 +101,44 @@ def test_what_cannot_be_an_instruction_is_turned_down(written: str, why: str) ->
 )
 def test_an_instruction_may_ask_the_program_a_question(written: str) -> None:
     assert flaw(written) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Please provide the species of the flower, and nothing else.",
+        "Do you see a question about money? Then the team is billing.",
+        "I'm sorry to say many get this wrong: answer with the capital.",
+    ],
+)
+def test_what_stands_in_the_fence_that_was_asked_for_is_an_instruction_whatever_it_begins_with(text: str) -> None:
+    assert flaw(f"```\n{text}\n```") == flaw(f"<think>Hm.</think>Sure:\n```text\n{text}\n```") == ""
+    assert flaw(text) == flaw(f"<think>\n```\nno\n```\n</think>{text}") == "a question or an excuse"
+
+
+class Answering:
+    """A person who answers with whatever it was made with."""
+
+    def __init__(self, answers: Any) -> None:
+        self.answers = answers
+
+    def review(self, asked: Sequence[Review]) -> Any:
+        return self.answers
+
+
+def test_an_edit_by_a_person_may_begin_as_it_likes_and_keeps_the_other_rules() -> None:
+    def edited(text: str) -> Written:
+        proposer = Proposer(reviewer=Answering([text]), max_chars=40)
+        return proposer.read_all([Completion("Triple it.")], [("double", NOW)], {"double": set()})[0]
+
+    assert edited("Please give me the number twice.") == Written("Please give me the number twice.")
+    assert edited("x" * 41).flaw == "longer than max_chars (40)"
+
+
+@pytest.mark.parametrize("answers", [None, True, [], ["a", "b"], [True], "y"])
+def test_answers_of_a_reviewer_that_are_not_a_text_for_each_are_refused(answers: Any) -> None:
+    with pytest.raises(TypeError, match=r"^Answering\.review returned .* for 1 texts; return for each the"):
+        Proposer(reviewer=Answering(answers)).read_all([Completion("It.")], [("double", NOW)], {"double": set()})
 
 
 def test_a_text_that_was_cut_is_never_an_instruction() -> None:

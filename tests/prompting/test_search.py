@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 from cotune.programs import Demo, Prompt
-from cotune.prompting import Candidate, PromptSearch, SearchTask
+from cotune.prompting import (
+    CalibratedSearch,
+    Candidate,
+    FormSearch,
+    Found,
+    PromptSearch,
+    Proposal,
+    SearchTask,
+    choose,
+    score_candidate,
+)
+from cotune.prompting.search import searched
 from fakes import FakeLM, Loop, doubles, doubling, search_task
 
 
@@ -47,6 +58,62 @@ def test_a_demo_from_dev_is_refused() -> None:
     told = {"double": Prompt("Double.", (Demo({"number": "3"}, {"answer": "6"}, source="3"),))}
     with pytest.raises(ValueError, match='the incumbent prompts show stage "double" a demo of example 3'):
         task(incumbent=told)
+
+
+class Returns(PromptSearch):
+    """A search of somebody else's that gives back whatever it was made with."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def search(self, task: SearchTask) -> Found:
+        return self.found(task) if callable(self.found) else self.found
+
+
+GOOD = {"double": Prompt("Do double.")}
+MISSPELT = {**GOOD, "duoble": Prompt("Double.")}
+OF_DEV = {"double": Prompt("Double.", (Demo({"number": "3"}, {"answer": "6"}, source="3"),))}
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (GOOD, r"^Returns\.search returned \{'double': Prompt.*; return a Found"),
+        (None, r"^Returns\.search returned None; return a Found"),
+        (Found(GOOD, 1.0, ("one",)), r"^Returns\.search returned a Found whose candidates are no Candidates"),  # type: ignore[arg-type]
+        (Found("Do double.", 1.0, ()), r"^Returns\.search: the prompts it found are 'Do double\.'; give a mapping"),  # type: ignore[arg-type]
+        (Found({}, 1.0, ()), r'^Returns\.search: the prompts it found have none for stage "double"'),
+        (Found(MISSPELT, 1.0, ()), 'name "duoble", which is no stage; Loop has the stages double'),
+        (
+            Found({"double": "Do it."}, 1.0, ()),
+            "the prompts it found have 'Do it.' for stage .*; give a Prompt",
+        ),
+        (Found({"double": Prompt("Do it.", ("3 6",))}, 1.0, ()), "\"double\" '3 6' as a demo; give a Demo"),  # type: ignore[arg-type]
+        (Found(OF_DEV, 1.0, ()), "a demo of example 3, which is in dev"),
+    ],
+)
+def test_what_anybodys_search_returns_is_checked_and_the_error_names_it(found: Any, said: str) -> None:
+    for search in (Returns(found), FormSearch(["tags"], Returns(found)), CalibratedSearch(Returns(found))):
+        with pytest.raises((TypeError, ValueError), match=said):
+            searched(search, task())
+
+
+@pytest.mark.parametrize(
+    ("proposal", "said"),
+    [
+        (GOOD, r"a proposal is \{'double'.*; give a Proposal"),
+        (Proposal(MISSPELT, "mine"), 'the prompts of proposal "mine" name "duoble", which is no stage'),
+        (Proposal({"double": "Do it."}, "mine"), "have 'Do it.' for stage"),  # type: ignore[dict-item]
+        (Proposal(OF_DEV, "mine"), "a demo of example 3, which is in dev"),
+    ],
+)
+def test_what_anybodys_search_proposes_is_checked_before_anything_is_run(proposal: Any, said: str) -> None:
+    given = task()
+    for way in (lambda task: choose(task, [proposal]), lambda task: score_candidate(task, proposal)):
+        with pytest.raises(ValueError, match=rf"^Returns\.search: .*{said}"):
+            searched(Returns(way), given)
+    assert given.runner.lm.requests == []  # type: ignore[attr-defined]
+    assert searched(Returns(lambda task: choose(task, [Proposal(GOOD, "mine")])), given).score == 1
 
 
 def test_a_candidate_becomes_plain_data() -> None:

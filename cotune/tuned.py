@@ -121,8 +121,8 @@ def _load_weights(module: ProgramModule, folder: Path, base: Mapping[str, Any]) 
         raise ExportError(
             "the LM of the given module is already loaded; give a module whose LM is not, or use this one as it is."
         )
+    lm.adapter = str(folder / "adapter")  # its own, and not the one that the run began from
     check_base(folder, base, lm)
-    lm.adapter = str(folder / "adapter")
     with _no_bar():
         module.configure_model()
 

@@ -40,11 +40,12 @@ _FREE = (
 )
 """Options that may be others when a run is continued."""
 
-_MOVABLE = ("data.init_args.traces",)
+_MOVABLE = ("data.init_args.traces", "model.lm.init_args.adapter")
 """Options that may be others where they were and are given: places, of which what is there counts."""
 
 TRACES = "traces"
-"""The name, among the sets of a run's data, of the reused traces."""
+ADAPTER = "adapter"
+"""The names, among the sets of a run's data, of the reused traces and of the adapter that it begins from."""
 
 _LIBRARIES = ("cotune", "torch", "transformers", "peft", "lightning")
 
@@ -55,7 +56,8 @@ class RunIdentity:
 
     Attributes:
         options: that count, by dotted name; secrets left out.
-        data: set -> SHA-256 of its examples, in order; and that of reused traces, by the name "traces".
+        data: set -> SHA-256 of its examples, in order; and those of reused traces, by the name "traces", and of the
+            adapter that the run begins from, by the name "adapter".
         base: of the base model's content, or its name and commit on the Hub.
         versions: of the libraries. Other ones may give other last bits.
         finished: the run has come to its end, its test included.
@@ -130,6 +132,12 @@ def traces_sum(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_sum, files)).encode()).hexdigest()
 
 
+def adapter_sum(folder: Path) -> str:
+    """SHA-256 of an adapter's settings and weights; "" where there are none."""
+    files = sorted(folder.glob("adapter_*"))
+    return hashlib.sha256("".join(map(file_sum, files)).encode()).hexdigest() if files else ""
+
+
 def library_versions() -> dict[str, str]:
     """The versions of Python and of the libraries that a run's numbers depend on."""
     return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
@@ -172,15 +180,19 @@ def changed_content(then: RunIdentity, *, data: Mapping[str, str], base: str) ->
     """A phrase for each set whose examples are others, and one for another base model.
 
     Args:
-        data, base: as of a `RunIdentity`; a base of "" is not known, and not compared, nor are traces that only one of
-            the two names: older runs did not, and that there are some is among the options.
+        data, base: as of a `RunIdentity`; a base of "" is not known, and not compared, nor are traces and adapters that
+            only one of the two names: older runs did not, and that there are some is among the options.
 
     >>> changed_content(RunIdentity({}, {"val": "aa"}, "one", {}), data={"val": "bb"}, base="two")
     ['data, val set: "aa" -> "bb"', 'base model: one -> two']
     """
-    left_out = {TRACES} - (then.data.keys() & data.keys())
+    left_out = {TRACES, ADAPTER} - (then.data.keys() & data.keys())
     shown = (
-        {f"data, {name} set": digest[:12] for name, digest in sums.items() if name not in left_out}
+        {
+            "the adapter that it begins from" if name == ADAPTER else f"data, {name} set": digest[:12]
+            for name, digest in sums.items()
+            if name not in left_out
+        }
         for sums in (then.data, data)
     )
     other = [f"base model: {then.base[:12]} -> {base[:12]}"] if base not in ("", then.base) else []

@@ -104,7 +104,7 @@ class LogProgram(Callback, BoundaryListener):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The fit is over, and what others write at its end is there."""
         alternate = _alternate(trainer)
-        if stage == "fit" and alternate and alternate.finished:
+        if stage == "fit" and self.artifacts and alternate and alternate.finished:
             for artifacts in self._artifacts.values():
                 artifacts.end(alternate.history, alternate.best)
 

@@ -46,8 +46,10 @@ from cotune.shipped import with_files
 from cotune.storage.redact import redacted
 from cotune.storage.run_folder import RunFolder, RunFolderError
 from cotune.storage.run_identity import (
+    ADAPTER,
     TRACES,
     RunIdentity,
+    adapter_sum,
     changed_content,
     changed_options,
     counted_options,
@@ -277,6 +279,9 @@ class CotuneCLI(PlainCLI):
         data = data_sums({name: getattr(self.datamodule.splits, name) for name in NAMES})
         if self.datamodule.reused_traces:
             data[TRACES] = traces_sum(Path(self.datamodule.reused_traces))
+        adapter = getattr(self.model.lm, "adapter", None)
+        if adapter and (found := adapter_sum(Path(adapter))):
+            data[ADAPTER] = found
         base, versions = self.model.lm.base_identity(), library_versions()
         if self._before is None:
             if self.first:
@@ -288,7 +293,10 @@ class CotuneCLI(PlainCLI):
 
     def instantiate_classes(self) -> None:
         assert self.run_folder is not None
-        with refused_options(), placed_loggers(self.config[self.subcommand], self.run_folder.path):
+        with (
+            refused_options(),
+            placed_loggers(self.config[self.subcommand], self.run_folder.path, fits=self.subcommand == "fit"),
+        ):
             super().instantiate_classes()
 
     def set_seed(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,10 +20,11 @@ def check_config_files(words: Sequence[str]) -> None:
     """Looks at every YAML file that a command line names.
 
     Raises:
-        ConfigFileError: the first that is wrong, or is not there.
+        ConfigFileError: the first that is wrong, or is not there; or an option stands before a file that sets it too.
     """
     for path in _named(words):
         check_config_file(path)
+    _check_order(words)
 
 
 def check_config_file(path: Path) -> None:
@@ -46,6 +47,34 @@ def check_config_file(path: Path) -> None:
         kind = "a list" if isinstance(root, yaml.SequenceNode) else f"the text {root.value[:40]!r}"
         raise ConfigFileError(f'config "{path}" holds {kind}; it should hold options, e.g. "name: my-run".')
     _check_mappings(path, root)
+
+
+def _check_order(words: Sequence[str]) -> None:
+    """The later one wins, so an option before a file that sets it would not count."""
+    before: dict[str, str] = {}
+    for at, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-c"):
+            path = Path(value if equals else words[at + 1] if at + 1 < len(words) else "").expanduser()
+            known = set(_keys(yaml.safe_load(_text(path)), "")) if path.is_file() else set()
+            for option in sorted(known & before.keys()):
+                raise ConfigFileError(
+                    f'{before[option]} stands before --config {path}, which sets "{option}" too, and the later one '
+                    "wins. Put the option behind the file."
+                )
+        elif name.startswith("--"):
+            before[name[2:].replace(".init_args.", ".")] = name
+
+
+def _keys(node: object, name: str) -> Iterator[str]:
+    """The dotted names of what a file sets, as they are on the command line."""
+    if not isinstance(node, Mapping):
+        yield name
+        return
+    for key, value in node.items():
+        if key == "class_path":
+            yield name
+        yield from _keys(value, name if key == "init_args" else f"{name}.{key}".lstrip("."))
 
 
 def _named(words: Sequence[str]) -> Iterator[Path]:

@@ -15,35 +15,38 @@ _VARIABLES = {"name": "WANDB_NAME", "project": "WANDB_PROJECT", "tags": "WANDB_T
 
 
 @contextmanager
-def placed_loggers(config: Any, folder: Path) -> Iterator[None]:
+def placed_loggers(config: Any, folder: Path, *, fits: bool = True) -> Iterator[None]:
     """Within this, a subcommand's config has each WandbLogger as a RunLogger of this run; afterwards it is as before.
+
+    What does not fit has a W&B run of its own, in the same group: the scores of the fit's run stay.
 
     So config.yaml holds what the user asked for, and not one run's id and folder. What the user set is kept, in the
     config or in W&B's own environment variables.
     """
     chosen = config.trainer.get("logger")
-    config.trainer["logger"] = _placed(chosen, config, folder)
+    config.trainer["logger"] = _placed(chosen, config, folder, fits)
     try:
         yield
     finally:
         config.trainer["logger"] = chosen
 
 
-def _placed(chosen: Any, config: Any, folder: Path) -> Any:
+def _placed(chosen: Any, config: Any, folder: Path, fits: bool) -> Any:
     if isinstance(chosen, list):
-        return [_placed(one, config, folder) for one in chosen]
+        return [_placed(one, config, folder, fits) for one in chosen]
     if not isinstance(chosen, Mapping) and not hasattr(chosen, "class_path"):
         return chosen  # True, False or None
     if chosen.class_path not in _THEIRS:
         return chosen
     made = chosen.clone()
-    made.class_path = _OURS
+    if fits:
+        made.class_path = _OURS
     for name, value in run_settings(config).items():
         if made.init_args.get(name) is None and not os.environ.get(_VARIABLES.get(name, "")):
             made.init_args[name] = value
     if made.init_args.save_dir == ".":
         made.init_args.save_dir = str(folder)
-    else:
+    elif fits:
         made.init_args.folder = str(folder)
     return made
 

@@ -258,6 +258,11 @@ def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             "group": "Predict on Iris",
         }
     assert config.trainer.logger[0] is asked
+    with placed_loggers(config, tmp_path, fits=False):
+        (own, _) = config.trainer.logger
+        assert own.class_path == asked.class_path, "what scores a run has no part in its W&B run"
+        assert (own.init_args.save_dir, own.init_args.group) == (str(tmp_path), "Predict on Iris")
+        assert "folder" not in own.init_args
 
 
 def test_runs_whose_files_go_to_one_folder_are_each_a_run_of_their_own(tmp_path: Path) -> None:
@@ -303,6 +308,7 @@ def test_a_killed_and_continued_run_is_one_run_that_lacks_no_point_of_metrics_cs
     wandb.finish()
     files = [WandbFile(path) for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
     assert [file.run["run_id"] for file in files] == [kept_id(tmp_path / "wandb")] * 2
+    assert [file.artifacts for file in files] == [[], []], "none is asked for"
     with (tmp_path / "metrics.csv").open() as file:
         rows = [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
     points = [{"step": point.get("trainer/global_step"), **point} for point in files[-1].history]

@@ -52,6 +52,21 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: str | bytes, expected: 
     assert "\n" not in message
 
 
+def test_an_option_before_a_file_that_sets_it_too_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: a\ndata: {class_path: Iris, init_args: {sizes: {train: 5}}}\n")
+    for early in (
+        ["--name", "b"],
+        ["--data", "Table"],
+        ["--data.init_args.sizes.train=9"],
+        ["--data.sizes.train", "9"],
+    ):
+        with pytest.raises(ConfigFileError, match=f"{early[0].partition('=')[0]} stands before --config .*a.yaml"):
+            check_config_files(["fit", *early, "--config", str(path)])
+        check_config_files(["fit", "--config", str(path), *early])
+    check_config_files(["fit", "--seed_everything", "3", "--data.sizes.val", "9", "--config", str(path)])
+
+
 def test_every_file_that_the_command_line_names_is_looked_at(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_bytes(b"\xff")

@@ -271,6 +271,21 @@ def test_reused_traces_may_be_elsewhere_and_not_others(
     assert error(run(*gone)).startswith('data.traces "nowhere" holds no traces; give a folder that a run wrote')
 
 
+def test_the_adapter_that_a_run_begins_from_may_be_elsewhere_and_not_another(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
+) -> None:
+    shutil.copytree(finished.export / "adapter", "mine")
+    words = fit(tiny_model, "--model.lm.adapter", "mine", schedule="p")
+    begun(run, monkeypatch, words)
+    Path("mine").rename("moved")
+    moved = [word if word != "mine" else "moved" for word in words]
+    assert run(*moved).code == 0
+    assert "runs/tiny is finished" in run(*moved).out
+    weights = Path("moved/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert "holds a different run (then -> now): the adapter that it begins from: " in error(run(*moved))
+
+
 def test_a_run_that_did_not_note_its_traces_goes_on(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, finished: Any
 ) -> None:

@@ -17,7 +17,7 @@ from tiny import save_tiny_model
 from tiny_fit import CurtLM, among
 
 import cotune
-from cotune import Predict, ProgramModule
+from cotune import LanguageModel, Predict, ProgramModule
 from cotune.build import BuildError
 from cotune.tuned import ExportError, Tuned, program_inputs
 
@@ -38,6 +38,12 @@ def test_a_loaded_export_reads_and_writes_the_tokens_of_the_run(finished: Any, t
     assert finished.module.lm.fingerprint() == tuned.module.lm.fingerprint()
     assert finished.module.prompts == tuned.module.prompts
     assert ids(tuned.rollouts(FLOWERS)) == ids(finished.module.rollouts(FLOWERS, metric=None))
+
+
+def test_an_export_is_whole_without_the_adapter_that_its_run_began_from(finished: Any) -> None:
+    lm = LanguageModel(finished.module.lm.name, adapter="archived/adapter", lora=finished.module.lm.lora, device="cpu")
+    loaded = cotune.load(finished.export, module=ProgramModule(finished.module.program, lm))
+    assert loaded.module.lm.fingerprint() == finished.module.lm.fingerprint()
 
 
 def test_its_repr_says_what_it_is(finished: Any, tuned: Tuned, tmp_path: Path) -> None:

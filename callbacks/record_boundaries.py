@@ -129,7 +129,7 @@ def _error(error: Failure) -> dict[str, str]:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     # A text that is no valid Unicode must not end a run of hours: what UTF-8 cannot hold becomes "?".
-    return json.dumps(row, ensure_ascii=False, default=plain).encode(errors="replace")
+    return json.dumps(plain(row), ensure_ascii=False).encode(errors="replace")
 
 
 def _without_messages(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,6 +100,7 @@ class WeightWork:
         done = module.optimiser_step if rounds else 0
         left = self.epochs - rounds
         module.begin_weight_step(steps=done + left * _steps_an_epoch(trainer, data), done=done)
+        module.set_rate()
         return True
 
     def resume_training(self, trainer: Trainer, run: Path, *, rounds: int) -> None:

@@ -148,7 +148,7 @@ class Front(ThreadingHTTPServer):
             raise RefusedError(503, str(error), "unavailable") from error
         if rollout.error is not None:
             raise RefusedError(422, f"the program gave no answer: {rollout.error.message}", rollout.error.kind)
-        said = json.dumps(dict(rollout.prediction or {}), ensure_ascii=False, default=plain)
+        said = json.dumps(plain(rollout.prediction or {}), ensure_ascii=False)
         read = sum(len(step.completion.prompt_ids) for step in rollout.steps)
         written = sum(len(step.completion.completion_ids) for step in rollout.steps)
         message = {"role": "assistant", "content": said, "refusal": None}

@@ -247,15 +247,15 @@ class ProgramModule(LightningModule):
     def on_train_start(self) -> None:
         if isinstance(model := self.trainer.strategy.model, DistributedDataParallel):
             model.require_backward_grad_sync = False  # gradients have been added up before they come to `backward`
-        self._set_rate()
+        self.set_rate()
 
-    def _set_rate(self, *_: Any, **__: Any) -> None:
+    def set_rate(self, *_: Any, **__: Any) -> None:
         """Of the coming optimiser step, since callbacks may read it before that."""
         factor = self.learning_rate.factor(self.optimiser_step, self.optimiser_steps)
         for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
             group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
 
-    on_train_epoch_start = on_train_batch_end = _set_rate
+    on_train_epoch_start = on_train_batch_end = set_rate
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.weights.completing.rest()

@@ -19,7 +19,7 @@ from cotune.programs.signature import Signature
 from cotune.programs.types import FieldTypeError, Line, as_text, syntax_of
 from cotune.programs.values import gold_text
 
-_HINT = re.compile(r"\bhint(?:s|ed|ing)?\b", re.IGNORECASE)
+_HINT = re.compile(r"(?<![A-Za-z])hint(?:s|ed|ing)?(?![A-Za-z])", re.IGNORECASE)  # other scripts join words
 
 
 def labelled_demos(
@@ -179,7 +179,7 @@ def speaks_of_hint(rollout: Rollout) -> bool:
     """Whether a text that the LM wrote mentions the hint it was shown, and not one in its inputs or the gold answer."""
     labels = [label for label in rollout.example.labels.values() if label is not None]
     answers = [one for label in labels for one in (label if isinstance(label, (list, tuple)) else [label])]
-    golds = [text for one in answers if one is not None and (text := as_text(one).strip())]
+    golds = [text for one in answers if one is not None and (text := gold_text(one).strip())]
     gold = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, golds)) or '(?!)'})(?!\w)", re.IGNORECASE)
     return any(
         _HINT.search(gold.sub("", text)) and not any(map(_HINT.search, step.inputs.values()))

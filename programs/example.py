@@ -66,4 +66,4 @@ def _stable(value: Any) -> Any:
     # The order of a set follows the hashes of its items, which differ between processes unless they are numbers.
     if isinstance(value, (set, frozenset)) and len(value) > 1 and not all(isinstance(n, (int, float)) for n in value):
         return sorted(map(_json, value))
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))  # an address is another one in the next process
+    return re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", str(value))  # an address is another one in the next process

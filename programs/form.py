@@ -53,11 +53,12 @@ class Form(ABC):
         """The layout that engines get: a field for which it names no syntax is held to its type.
 
         Raises:
-            BadValueError: its fields are not the outputs. A form with a `read` of its own may have others.
+            BadValueError: an output has no field, or two. A form that reads by itself may name them as it likes.
         """
         layout, outputs = tuple(self.layout(signature)), self.used(signature).outputs
         names = [part.name for part in layout if isinstance(part, Field)]
-        if sorted(names) != sorted(outputs) and type(self).read is Form.read:
+        reads_itself = type(self).read is not Form.read or type(self).parse is not Form.parse
+        if not reads_itself and any(names.count(output) != 1 for output in outputs):
             raise BadValueError(
                 f"the layout of {type(self).__name__} has the fields {', '.join(names) or 'none'}, but the outputs are "
                 f"{', '.join(outputs)}; give each output one Field of its name."
@@ -280,11 +281,16 @@ def hint(signature: Signature, name: str) -> str:
     """What the LM is told of a field beside its name: its description, and its choices unless that names them all."""
     described = signature.descriptions.get(name, "")
     kind = signature.type_of(name)
-    choices = list(choices_of(kind) or (("yes", "no") if kind is bool and name in signature.outputs else ()))
-    if all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", described) for choice in choices):
+    choices = tuple(choices_of(kind) or (("yes", "no") if kind is bool and name in signature.outputs else ()))
+    if _names_all(described, choices):
         return described
     listed = "yes or no" if kind is bool else f"one of {', '.join(choices)}"
     return f"{described} ({listed})" if described else listed
+
+
+@functools.cache
+def _names_all(described: str, choices: Sequence[str]) -> bool:
+    return all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", described, re.IGNORECASE) for choice in choices)
 
 
 def encodable(texts: dict[str, str]) -> dict[str, str]:

@@ -88,10 +88,12 @@ class Fixed:
     text: str
 
     def __post_init__(self) -> None:
-        if not self.text or self.text != self.text.rstrip():
+        if not self.text:
+            raise BadValueError("a fixed text of a layout is empty; leave it out.")
+        if space := self.text[len(self.text.rstrip()) :]:
             raise BadValueError(
-                f"the fixed text {self.text!r} of a layout is empty or ends with white space; put a space after it "
-                'into the lead of the field that follows: Field(name, lead=" ").'
+                f"the fixed text {self.text!r} of a layout ends with white space; put that into the lead of the field "
+                f"that follows: Field(name, lead={space!r})."
             )
 
 

@@ -350,12 +350,10 @@ def _recordable(prediction: Mapping[Any, Any]) -> NamedValues | str:
     name: Any = None
     try:
         for name, value in prediction.items():
-            if isinstance(value, Call):
-                return str(value.not_yielded())
-            if not isinstance(name, str):
-                return f"its key {quoted(name)} is no text"
+            if isinstance(value, Call) or not isinstance(name, str):
+                return str(value.not_yielded()) if isinstance(value, Call) else f"its key {quoted(name)} is no text"
             found[name] = copy.deepcopy(value)
-            json.dumps({name: value}, ensure_ascii=False, default=plain).encode()
+            json.dumps(plain({name: value}), ensure_ascii=False).encode()
     except MemoryError:
         raise
     except Exception as error:  # the values are the user's, and so is what their methods raise
@@ -365,23 +363,25 @@ def _recordable(prediction: Mapping[Any, Any]) -> NamedValues | str:
 
 def _own_copy(program: Program) -> Program:
     """The program with lists, dicts and sets of its own: runs advance side by side, and may keep state on `self`."""
-    own = copy.copy(program)
+    own, known = copy.copy(program), dict[int, Any]()  # id -> copy: what stands twice, or in itself, does so in it
     for name, value in vars(program).items():
         with suppress(Exception):  # what cannot be copied is shared, as other objects are
-            vars(own)[name] = _own_value(value)
+            vars(own)[name] = _own_value(value, known)
     return own
 
 
-def _own_value(value: Any) -> Any:
+def _own_value(value: Any, known: dict[int, Any]) -> Any:
     """A copy of a list, dict or set, and of those in it. All else is shared: a retriever would build its index anew."""
+    if id(value) in known:
+        return known[id(value)]
     if type(value) is tuple:
-        return tuple(map(_own_value, value))
+        return tuple(_own_value(item, known) for item in value)
     if not isinstance(value, (list, deque, dict, set, bytearray)):
         return value
-    own = copy.copy(value)
+    own = known[id(value)] = copy.copy(value)
     if isinstance(own, (list, deque, dict)):
         for at, item in own.items() if isinstance(own, dict) else enumerate(own):
-            own[at] = _own_value(item)
+            own[at] = _own_value(item, known)
     return own
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cotune.programs.faults import KINDS
 from cotune.programs.rollout import Rollout
-from cotune.programs.values import same
+from cotune.programs.values import normalise, same
 
 Vote = Literal["mean", "majority"]
 
@@ -47,7 +47,9 @@ def _with_fault(one: Rollout, runs: Sequence[Rollout]) -> Rollout:
 
 def _majority(runs: Sequence[Rollout]) -> Rollout:
     answers = [_answer(run) for run in runs]
-    votes = [sum(_agree(one, other) for other in answers) for one in answers]
+    keys = [_key(answer) for answer in answers]
+    given = list(zip(answers, keys, strict=True))
+    votes = [sum(_agree(one, other, key, its) for other, its in given) for one, key in given]
     return runs[votes.index(max(votes))]
 
 
@@ -58,6 +60,20 @@ def _answer(run: Rollout) -> Mapping[str, Any] | None:
     return labelled or {n: value for n, value in run.prediction.items() if n not in ("reasoning", "scores")}
 
 
-def _agree(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+def _key(answer: Mapping[str, Any] | None) -> list[tuple[str, str]] | None:
+    """What an answer of texts and numbers equals others by; None for any other."""
+    if answer is None or not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in answer.values()):
+        return None
+    return sorted((name, normalise(value)) for name, value in answer.items())
+
+
+def _agree(
+    one: Mapping[str, Any] | None,
+    other: Mapping[str, Any] | None,
+    key: list[tuple[str, str]] | None,
+    its: list[tuple[str, str]] | None,
+) -> bool:
+    if key is not None and its is not None:
+        return key == its
     # Both ways: a list as label is several right answers, but as a vote it is one answer.
     return one is not None and other is not None and same(one, other) and same(other, one)

@@ -220,7 +220,7 @@ def answer_line(number: int, rollout: Rollout) -> str:
     # A program's own field of these names keeps its value, under a name that is free.
     fields = {f"prediction.{name}" if name in ("row", "error") else name: value for name, value in prediction.items()}
     error = rollout.error.message if rollout.error else None
-    return json.dumps({"row": number, **fields, "error": error}, ensure_ascii=False, default=plain)
+    return json.dumps(plain({"row": number, **fields, "error": error}), ensure_ascii=False)
 
 
 def _summary(done: Counter[str]) -> str:

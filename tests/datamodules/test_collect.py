@@ -499,15 +499,16 @@ def test_a_word_that_holds_hint_or_a_gold_answer_that_is_one_does_not_speak_of_t
         number = asked(request, "number")
         if "Hint" not in request.messages[0]["content"]:
             return "reasoning: no idea\nanswer: none"
-        why = {"1": "Geoffrey Hinton and a Shinto priest", "2": "there is a hint of mint", "3": "as hinted, t"}[number]
+        why = {"1": "Geoffrey Hinton and a Shinto priest", "2": "there is a hint of mint", "3": "as hinted, t"}
+        why = {**why, "4": "根据hint说，答案是红"}[number]
         return f"reasoning: {why}\nanswer: {gold[number]}"
 
-    gold = {"1": "Geoffrey Hinton", "2": "A hint of mint", "3": "t"}
+    gold = {"1": "Geoffrey Hinton", "2": "A hint of mint", "3": "t", "4": "红"}
     examples = [Example.of({"number": number}, {"answer": answer}, id=number) for number, answer in gold.items()]
     reasoning = Predict("number -> answer", reasoning=True)
     traces, report = run(FakeLM(told), examples, attempts=1, hints=1, program=reasoning)
     assert [trace.example for trace in traces] == ["1", "2"]
-    assert report.retold == 1
+    assert report.retold == 2
 
 
 def test_a_label_that_is_not_there_is_no_part_of_a_hint() -> None:

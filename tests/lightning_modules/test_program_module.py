@@ -118,7 +118,10 @@ def test_the_rate_that_callbacks_read_before_a_step_is_the_one_it_is_taken_with(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     class Reads(Callback):
-        read, taken = [], []
+        read, taken, begun = [], [], []
+
+        def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+            self.begun.append(trainer.optimizers[0].param_groups[0]["lr"])
 
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
             self.read.append(trainer.optimizers[0].param_groups[0]["lr"])
@@ -130,6 +133,7 @@ def test_the_rate_that_callbacks_read_before_a_step_is_the_one_it_is_taken_with(
     tiny_fit(tiny_model, tmp_path, "w -> w", callbacks=[reads]).run()
     assert len(reads.taken) == 2 * 2 * 3
     assert reads.read == pytest.approx(reads.taken)
+    assert reads.begun == reads.read[::3]
     assert reads.read[6] == reads.read[0] == 0.01  # half of the full rate, as the second weight step warms up again
 
 

@@ -120,14 +120,14 @@ def test_choices_are_named_to_the_lm(form: Form) -> None:
 
 @each_form
 def test_a_description_stands_beside_the_choices_and_not_in_their_place(form: Form) -> None:
-    about = {"team": "who answers", "urgent": "whether it cannot wait", "size": "s if small, or else l"}
+    about = {"team": "who answers", "urgent": "whether it cannot wait", "size": "S if small, or else l"}
     signature = Signature.parse(
         "ticket -> team: Literal['desk', 'field'], urgent: bool, size: Literal['s', 'l']", descriptions=about
     )
     asked = form.render(signature, Prompt("Route."), {"ticket": "?"})[0]["content"]
     assert "team: who answers (one of desk, field)\n" in asked
     assert "urgent: whether it cannot wait (yes or no)" in asked
-    assert "size: s if small, or else l" in asked.replace("\n", "$").split("(one of s")[0]  # it names them already
+    assert "size: S if small, or else l" in asked.replace("\n", "$").split("(one of s")[0]  # it names them already
     assert "one of s, l" not in asked
 
 
@@ -238,9 +238,29 @@ def test_a_layout_whose_fields_are_not_the_outputs_is_refused(names: list[str]) 
         Wrong().unwritable(ONE, {"answer": "5"})
 
 
-@pytest.mark.parametrize("text", ["", "Answer: ", "Answer:\n"])
-def test_a_fixed_text_that_ends_with_white_space_is_refused_with_the_fix(text: str) -> None:
-    with pytest.raises(BadValueError, match=r'Field\(name, lead=" "\)'):
+def test_a_layout_may_have_more_fields_and_a_form_with_a_parse_of_its_own_other_ones() -> None:
+    class Scratch(Arrows):
+        def layout(self, signature: Signature) -> Any:
+            return (Field("thoughts", stops=("\nanswer =>",)), *super().layout(signature))
+
+    class Tokens(Arrows):
+        def layout(self, signature: Signature) -> Any:
+            return (Field("whole"),)
+
+        def parse(self, signature: Signature, text: str) -> dict[str, str]:
+            return {"answer": text.split()[-1]}
+
+    for form, said in ((Scratch(), "so\nanswer => 5"), (Tokens(), "it is 5")):
+        assert form.read(ONE, Completion(said))["answer"] == "5"
+        assert form.typed_layout(ONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [("", "leave it out"), ("Answer: ", "lead=' '"), ("Answer:\n", r"lead='\\n'"), ("\n", r"lead='\\n'")],
+)
+def test_a_fixed_text_that_ends_with_white_space_is_refused_with_the_fix(text: str, fix: str) -> None:
+    with pytest.raises(BadValueError, match=fix):
         Fixed(text)
 
 

@@ -99,3 +99,4 @@ def test_the_id_does_not_depend_on_the_order_of_a_set_or_on_an_address() -> None
     assert Example.of({"tags": set(names[1:])}, {}).id != Example.of({"tags": grown}, {}).id
     kept = [object() for _ in range(2)]
     assert len({Example.of({"tool": one}, {}).id for one in kept}) == 1
+    assert Example.of({"file": Path("at 0x1.txt")}, {}).id != Example.of({"file": Path("at 0x2.txt")}, {}).id

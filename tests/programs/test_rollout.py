@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from claims import claimed
+from cotune.callbacks.record_boundaries import _line
 from cotune.programs import (
     Call,
     Completion,
@@ -44,6 +47,8 @@ from cotune.programs.faults import check_errors
 from fakes import EOS, Branch, FakeLM, Loop, asked, doubles, doubling, shown
 from hypothesis import given
 from hypothesis import strategies as st
+
+from cotune.commands.predict import answer_line
 
 
 def run(program: Program, examples: Sequence[Example], lm: FakeLM, **options: Any) -> list[Rollout]:
@@ -315,11 +320,6 @@ class Lazy(Mapping[str, Any]):
         return 1
 
 
-def returns_keys_that_are_no_text(self: Program, number: int) -> Any:
-    outputs = yield self.double(number=number)  # type: ignore[attr-defined]
-    return {**outputs, "counts": {("a", "b"): 1}}
-
-
 def returns_what_raises(self: Program, number: int) -> Any:
     yield self.double(number=number)  # type: ignore[attr-defined]
     return Lazy()
@@ -344,7 +344,6 @@ def gives_up(self: Program, number: int) -> Any:
         (never_ends, "made 100 calls and wants another, more than Wrong.max_calls allows"),
         (returns_what_no_file_holds, "no file can hold: UnicodeEncodeError"),
         (returns_what_cannot_be_copied, "cannot pickle 'generator' object, at 'words'; return plain values"),
-        (returns_keys_that_are_no_text, "not tuple, at 'counts'; return plain values"),
         (returns_what_raises, "RuntimeError: the database is closed"),
         (gives_up, "Wrong.run raised SystemExit: no more"),
         (takes_other_inputs, "raised TypeError"),
@@ -598,6 +597,42 @@ def test_a_retriever_in_a_dict_of_the_program_is_shared_and_the_lists_beside_it_
     assert [(r.prediction or {})["answer"] for r in done] == [f"passage [{n}] [{n}]" for n in (1, 2, 3)]
     assert program.tools["find"].builds == 1  # type: ignore[attr-defined]
     assert (program.tools["more"], dict(program.counts)) == ([{"seen": []}], {})
+
+
+class Sales(Program):
+    double = Stage("number -> answer")
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
+        found = yield self.double(number=number)
+        return {**found, "sales": {date(2024, 7, 26): 3}}
+
+
+def test_keys_within_a_prediction_may_be_of_any_kind_and_are_texts_in_files() -> None:
+    (done,) = run(Sales(), doubles(1), FakeLM(doubling))
+    assert done.prediction == {"answer": "2", "sales": {date(2024, 7, 26): 3}}
+    assert json.loads(answer_line(1, done))["sales"] == {"2024-07-26": 3}
+    assert json.loads(_line({"prediction": done.prediction}))["prediction"]["sales"] == {"2024-07-26": 3}
+
+
+class Linked(Program):
+    """A program whose state holds one thing twice, and itself."""
+
+    double = Stage("number -> answer")
+
+    def __init__(self) -> None:
+        node: dict[str, Any] = {"seen": []}
+        node["self"] = node
+        self.state: dict[str, Any] = {"now": node, "all": [node]}
+
+    def run(self, number: int) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
+        yield self.double(number=number)
+        self.state["now"]["seen"].append(number)
+        return {"answer": str([one["self"]["seen"] for one in self.state["all"]])}
+
+
+def test_what_stands_twice_or_in_itself_does_so_in_each_runs_own_state() -> None:
+    done = run(Linked(), doubles(1, 2), FakeLM(doubling))
+    assert [(r.prediction or {})["answer"] for r in done] == ["[[1]]", "[[2]]"]
 
 
 # -- typed values

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from cotune.programs.prompt import Prompts, prompts_id
 from cotune.programs.ranks import Ranks
 from cotune.programs.retrieval import RetrieverError
 from cotune.programs.rollout import Failure, Kind, Rollout, Step, rollout_of_plain, rollout_to_plain
+from cotune.programs.run_state import class_state, own_copy
 from cotune.programs.score import Score
 from cotune.programs.signature import Signature
 from cotune.programs.types import FieldTypeError, plain
@@ -64,8 +64,8 @@ class Runner:
         """Runs the program on every example, in lockstep: each round of pending calls is one LM batch.
 
         Each run has its own copy of the program and of the inputs: no other run sees what it writes there. Attributes
-        of the program that are lists, dicts or sets are copied, and so are lists, dicts and sets in them. Other
-        objects, such as a retriever, are shared, wherever they are.
+        of the program that are lists, dicts or sets are copied with all that is in them, but for what can be called,
+        such as a retriever. Other objects are shared.
 
         Args:
             prompts: one set of prompts for all, or one for each example.
@@ -115,7 +115,7 @@ class Runner:
     ) -> list[Rollout]:
         """The rollouts of this process's examples."""
         signatures = {name: stage.signature for name, stage in self.program.stages.items()}
-        shared = _class_state(self.program)
+        shared = class_state(self.program)
         runs = [_Run(self.program, example) for example in examples]
         pending = [(run, given) for run, given in zip(runs, sets, strict=True) if run.advance(None)]
         _report(progress, len(runs) - len(pending))
@@ -135,7 +135,7 @@ class Runner:
                 if run.take(form, signatures[run.call.stage], request, completion)
             ]
             _report(progress, before - len(pending))
-        if changed := [name for name, size in _class_state(self.program).items() if size != shared.get(name)]:
+        if changed := [name for name, size in class_state(self.program).items() if size != shared.get(name)]:
             warnings.warn(
                 f"{type(self.program).__name__}.{changed[0]} belongs to the class, and a run changed it. All runs "
                 "share it, so scores depend on what ran before, with other prompts and weights. Assign it in __init__ "
@@ -181,7 +181,7 @@ class _Run:
 
     def __init__(self, program: Program, example: Example) -> None:
         self.program, self.example = program, example
-        self.own = _own_copy(program)
+        self.own = own_copy(program)
         self.generator: Generator[Call, Any, Any] | None = None
         self.steps: list[Step] = []
         self.prediction: Mapping[str, Any] | None = None
@@ -359,39 +359,6 @@ def _recordable(prediction: Mapping[Any, Any]) -> NamedValues | str:
     except Exception as error:  # the values are the user's, and so is what their methods raise
         return f"{raised(error)}, at {quoted(name)}; return plain values, such as text, numbers, lists and dicts"
     return found
-
-
-def _own_copy(program: Program) -> Program:
-    """The program with lists, dicts and sets of its own: runs advance side by side, and may keep state on `self`."""
-    own, known = copy.copy(program), dict[int, Any]()  # id -> copy: what stands twice, or in itself, does so in it
-    for name, value in vars(program).items():
-        with suppress(Exception):  # what cannot be copied is shared, as other objects are
-            vars(own)[name] = _own_value(value, known)
-    return own
-
-
-def _own_value(value: Any, known: dict[int, Any]) -> Any:
-    """A copy of a list, dict or set, and of those in it. All else is shared: a retriever would build its index anew."""
-    if id(value) in known:
-        return known[id(value)]
-    if type(value) is tuple:
-        return tuple(_own_value(item, known) for item in value)
-    if not isinstance(value, (list, deque, dict, set, bytearray)):
-        return value
-    own = known[id(value)] = copy.copy(value)
-    if isinstance(own, (list, deque, dict)):
-        for at, item in own.items() if isinstance(own, dict) else enumerate(own):
-            own[at] = _own_value(item, known)
-    return own
-
-
-def _class_state(program: Program) -> dict[str, int]:
-    """Name -> size of the lists, dicts and sets of a program's class, which all its runs share."""
-    found: dict[str, int] = {}
-    for cls in reversed(type(program).__mro__):
-        values = ((name, value) for name, value in vars(cls).items() if not name.startswith("__"))
-        found |= {name: len(value) for name, value in values if isinstance(value, (list, dict, set, bytearray))}
-    return {name: size for name, size in found.items() if name not in vars(program)}
 
 
 def _report(progress: Callable[[int], None] | None, ended: int) -> None:

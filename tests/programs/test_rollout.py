@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -622,17 +623,19 @@ class Linked(Program):
     def __init__(self) -> None:
         node: dict[str, Any] = {"seen": []}
         node["self"] = node
-        self.state: dict[str, Any] = {"now": node, "all": [node]}
+        self.state: dict[str, Any] = {"now": node, "all": [node], "cell": SimpleNamespace(seen=node["seen"], own=[])}
 
     def run(self, number: int) -> Generator[Call, Mapping[str, Any], Mapping[str, Any]]:
         yield self.double(number=number)
         self.state["now"]["seen"].append(number)
-        return {"answer": str([one["self"]["seen"] for one in self.state["all"]])}
+        self.state["cell"].own.append(number)
+        found = [one["self"]["seen"] for one in self.state["all"]]
+        return {"answer": str([*found, self.state["cell"].seen, self.state["cell"].own])}
 
 
 def test_what_stands_twice_or_in_itself_does_so_in_each_runs_own_state() -> None:
     done = run(Linked(), doubles(1, 2), FakeLM(doubling))
-    assert [(r.prediction or {})["answer"] for r in done] == ["[[1]]", "[[2]]"]
+    assert [(r.prediction or {})["answer"] for r in done] == ["[[1], [1], [1]]", "[[2], [2], [2]]"]
 
 
 # -- typed values

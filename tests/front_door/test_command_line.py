@@ -447,7 +447,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 
 
 def test_ctrl_c_during_the_imports_is_one_line_too(tmp_path: Path) -> None:
-    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # what a shell starts behind itself may ignore it
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # background jobs of a shell ignore it
     then = "os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / "torch.py").write_text(f"import os, signal, time\n{heard}\n{then}")
     words = [sys.executable, "-m", "cotune", "fit", "--config", "iris"]

@@ -30,19 +30,24 @@ class RunLogger(WandbLogger):
     Args:
         save_dir: W&B's files go into its `wandb/`.
         folder: the run's, whose `wandb/` keeps the id and the list of what was sent; None: `save_dir` is the run's.
+        keep: false for a W&B run of its own, that nothing goes on with.
         options: those of Lightning's WandbLogger and of `wandb.init`; None leaves W&B's own default.
     """
 
     _sent: Path | None = None
     _listing = False  # the list goes on from where W&B stood
 
-    def __init__(self, save_dir: str | Path, *, folder: str | Path | None = None, **options: Any) -> None:
+    def __init__(
+        self, save_dir: str | Path, *, folder: str | Path | None = None, keep: bool = True, **options: Any
+    ) -> None:
         own = Path(folder or save_dir) / "wandb"
         for made in (own, Path(save_dir) / "wandb"):
             made.mkdir(parents=True, exist_ok=True)  # W&B would else take a temporary folder
-        self._sent = own / "sent.txt"
         own_id = options.pop("version", None) or options.pop("id", None)
-        super().__init__(save_dir=str(save_dir), id=own_id or kept_id(own), **options)
+        if keep:
+            self._sent = own / "sent.txt"
+            own_id = own_id or kept_id(own)
+        super().__init__(save_dir=str(save_dir), id=own_id, **options)
 
     @property
     def experiment(self) -> Any:

@@ -39,14 +39,15 @@ def _placed(chosen: Any, config: Any, folder: Path, fits: bool) -> Any:
     if chosen.class_path not in _THEIRS:
         return chosen
     made = chosen.clone()
-    if fits:
-        made.class_path = _OURS
+    made.class_path = _OURS
+    if not fits:
+        made.init_args.keep = False
     for name, value in run_settings(config).items():
         if made.init_args.get(name) is None and not os.environ.get(_VARIABLES.get(name, "")):
             made.init_args[name] = value
     if made.init_args.save_dir == ".":
         made.init_args.save_dir = str(folder)
-    elif fits:
+    else:
         made.init_args.folder = str(folder)
     return made
 

@@ -255,7 +255,7 @@ class ProgramModule(LightningModule):
         for group in (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups):
             group["lr"] = self.rate(self.objective, self.full_rate, group) * factor
 
-    on_train_epoch_start = on_train_batch_end = set_rate
+    on_train_batch_end = set_rate
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.weights.completing.rest()

@@ -350,8 +350,10 @@ def _recordable(prediction: Mapping[Any, Any]) -> NamedValues | str:
     name: Any = None
     try:
         for name, value in prediction.items():
-            if isinstance(value, Call) or not isinstance(name, str):
-                return str(value.not_yielded()) if isinstance(value, Call) else f"its key {quoted(name)} is no text"
+            if isinstance(value, Call):
+                return str(value.not_yielded())
+            if not isinstance(name, str):
+                return f"its key {quoted(name)} is no text"
             found[name] = copy.deepcopy(value)
             json.dumps(plain({name: value}), ensure_ascii=False).encode()
     except MemoryError:

@@ -56,7 +56,7 @@ def _check_order(words: Sequence[str]) -> None:
         name, equals, value = word.partition("=")
         if name in ("--config", "-c"):
             path = Path(value if equals else words[at + 1] if at + 1 < len(words) else "").expanduser()
-            known = set(_keys(yaml.safe_load(_text(path)), "")) if path.is_file() else set()
+            known = set(_keys(yaml.safe_load(_text(path)), "")) if before and path.is_file() else set()
             for option in sorted(known & before.keys()):
                 raise ConfigFileError(
                     f'{before[option]} stands before --config {path}, which sets "{option}" too, and the later one '

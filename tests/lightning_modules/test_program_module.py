@@ -167,7 +167,7 @@ def test_each_weight_step_runs_the_course_from_its_start(tiny_model: Path, tmp_p
 
     def rates(steps: int) -> list[float]:
         found = []
-        made.on_train_epoch_start()
+        made.set_rate()
         for _ in range(steps):
             made.on_before_optimizer_step(optimizer)
             found.append(optimizer.param_groups[0]["lr"])
